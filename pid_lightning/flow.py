@@ -1,0 +1,70 @@
+"""THE time convention of pixels: `t` runs from 0 (clean image) to 1 (noise), and velocity points
+from the image to the noise.
+
+Every formula is that of the straight (rectified) flow, arXiv 2209.03003, in fp32 at least.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Below this time an x0 error would be divided by almost nothing (arXiv 2511.13720, section 4).
+SMALLEST_DIVISOR = 0.05
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) to (B, 1, 1, ...) of as many dimensions as `like`, in fp32 at least."""
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    return values.to(like.device, dtype).view(-1, *[1] * (like.ndim - 1))
+
+
+def add_noise(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """`x_t = (1-t) x0 + t eps`.
+
+    Args:
+        x0: images (B, 3, H, W) in [-1, 1].
+        eps: standard normal noise like `x0`.
+        t: pixel times (B,) in [0, 1].
+    """
+    t = per_sample(t, x0)
+    return (1 - t) * x0 + t * eps
+
+
+def velocity_of(x0: Tensor, eps: Tensor) -> Tensor:
+    """The velocity `eps - x0` along the straight path from image to noise."""
+    return eps - x0
+
+
+def x0_from_velocity(x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
+    """`x0 = x_t - t velocity`, in fp32 at least."""
+    t = per_sample(t, x_t)
+    return x_t.to(t.dtype) - t * velocity
+
+
+def velocity_from_x0(x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """`(x_t - x0) / max(t, 0.05)`: the velocity of a network that predicts the image."""
+    t = per_sample(t, x_t)
+    return (x_t - x0) / t.clamp(min=SMALLEST_DIVISOR)
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """`t' = k t / (1 + (k-1) t)`: moves times towards noise for k > 1 (SD3, arXiv 2403.03206,
+    equation 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def resolution_shift(height: int, width: int) -> float:
+    """The shift k for an output of height x width pixels: 6 at 2048 x 2048, less below it."""
+    return 6.0 * math.sqrt(math.sqrt(height * width) / 2048)
+
+
+def sample_times(
+    batch_size: int, shift: float = 1.0, generator: torch.Generator | None = None
+) -> Tensor:
+    """Training times (B,): logit-normal(0, 1), then shifted. Drawn on the generator's device,
+    on the CPU without one."""
+    device = generator.device if generator is not None else "cpu"
+    return shift_time(torch.randn(batch_size, generator=generator, device=device).sigmoid(), shift)

@@ -1,0 +1,15 @@
+"""The networks, in plain torch."""
+
+from pid_lightning.nn.adapter import AdapterConfig, LatentAdapter, SigmaGate
+from pid_lightning.nn.denoiser import Condition, PiD, PiDConfig
+from pid_lightning.nn.discriminator import Discriminator
+
+__all__ = [
+    "AdapterConfig",
+    "Condition",
+    "Discriminator",
+    "LatentAdapter",
+    "PiD",
+    "PiDConfig",
+    "SigmaGate",
+]

@@ -1,0 +1,163 @@
+"""The two kinds of transformer block: patches jointly with text, and pixels inside patches."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from pid_lightning.nn.layers import QKV, RMSNorm, SwiGLU, attend
+
+Table = tuple[Tensor, Tensor]
+
+
+class Stream(nn.Module):
+    """One modality's own weights in a joint block: modulation, norms, q k v, output and MLP."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(width, 6 * width)
+        self.attention_norm = RMSNorm(width)
+        self.qkv = QKV(width, num_heads)
+        self.attention_out = nn.Linear(width, width)
+        self.mlp_norm = RMSNorm(width)
+        self.mlp = SwiGLU(width, int(2 * 4 * width / 3))
+
+    def project(self, tokens: Tensor, modulation: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """q, k, v of the modulated tokens, each (B, heads, N, d)."""
+        shift, scale = modulation[:2]
+        return self.qkv(self.attention_norm.modulated(tokens, shift, scale))
+
+    def update(self, tokens: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        """Both gated residuals: attention's output, then the MLP's."""
+        _, _, attention_gate, shift, scale, mlp_gate = modulation
+        tokens = torch.addcmul(tokens, attention_gate, self.attention_out(attended))
+        hidden = self.mlp(self.mlp_norm.modulated(tokens, shift, scale))
+        return torch.addcmul(tokens, mlp_gate, hidden)
+
+    def modulate(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale, gate for attention, then for the MLP, each (B, 1, D)."""
+        return self.modulation(condition).chunk(6, dim=-1)
+
+
+class PatchBlock(nn.Module):
+    """Joint attention of image patches and text tokens (MM-DiT, arXiv 2403.03206), one stream
+    of weights each; without text, plain self-attention of the patches.
+
+    Args:
+        width: token width D.
+        num_heads: attention heads.
+        with_text: whether there is a text stream.
+        last: in the last block nobody reads the text again, so its output projection, second
+            norm and MLP are never computed; published files hold them, hence frozen, not gone.
+    """
+
+    def __init__(self, width: int, num_heads: int, with_text: bool, last: bool) -> None:
+        super().__init__()
+        self.image = Stream(width, num_heads)
+        self.text = Stream(width, num_heads) if with_text else None
+        self.last = last
+        if last and self.text is not None:
+            for unread in (self.text.attention_out, self.text.mlp_norm, self.text.mlp):
+                unread.requires_grad_(False)
+
+    def forward(
+        self, tokens: Tensor, text: Tensor | None, condition: Tensor, table: Table
+    ) -> tuple[Tensor, Tensor | None]:
+        """One block.
+
+        Args:
+            tokens: patches (B, N, D).
+            text: text tokens (B, L, D), None without a text stream.
+            condition: SiLU of the time embedding (B, 1, D).
+            table: rotations of the L text positions followed by the N patches.
+
+        Returns:
+            Updated patches and text.
+        """
+        image_modulation = self.image.modulate(condition)
+        q, k, v = self.image.project(tokens, image_modulation)
+        if self.text is None:
+            attended = attend(q, k, v, table)
+            return self.image.update(tokens, attended, image_modulation), None
+
+        text_modulation = self.text.modulate(condition)
+        joint = zip(self.text.project(text, text_modulation), (q, k, v), strict=True)
+        q, k, v = (torch.cat(pair, dim=2) for pair in joint)  # keys ordered [text, image]
+        attended = attend(q, k, v, table)
+        text_attended, image_attended = attended.split((text.shape[1], tokens.shape[1]), dim=1)
+        tokens = self.image.update(tokens, image_attended, image_modulation)
+        if not self.last:
+            text = self.text.update(text, text_attended, text_modulation)
+        return tokens, text
+
+
+class PixelBlock(nn.Module):
+    """Refines the pixel tokens of every patch: attention over compacted patches, then an MLP per
+    pixel, both modulated per pixel by the patch's condition (PixelDiT, arXiv 2511.20645).
+
+    Its modulation is the largest tensor of the network, 6*P*P*C numbers a patch, so everything
+    but the attention runs over `chunk_size` patches at a time.
+    """
+
+    def __init__(
+        self, width: int, pixel_width: int, attention_width: int, num_heads: int, patch_size: int
+    ) -> None:
+        super().__init__()
+        self.pixel_width = pixel_width
+        patch_width = patch_size * patch_size * pixel_width
+        # Rows ordered (shift, scale, gate, shift, scale, gate) x pixel x channel.
+        self.modulation = nn.Linear(width, 6 * patch_width)
+        self.attention_norm = RMSNorm(pixel_width)
+        self.compress = nn.Linear(patch_width, attention_width)
+        self.qkv = QKV(attention_width, num_heads)
+        self.attention_out = nn.Linear(attention_width, attention_width)
+        self.expand = nn.Linear(attention_width, patch_width)
+        self.mlp_norm = RMSNorm(pixel_width)
+        self.mlp = nn.Sequential(
+            nn.Linear(pixel_width, 4 * pixel_width),
+            nn.GELU(),
+            nn.Linear(4 * pixel_width, pixel_width),
+        )
+
+    def forward(self, pixels: Tensor, condition: Tensor, table: Table, chunk_size: int) -> Tensor:
+        """One block.
+
+        Args:
+            pixels: pixel tokens (B, N, P*P, C).
+            condition: patch condition s (B, N, D).
+            table: rotations of the N patches.
+            chunk_size: patches modulated at a time; the result does not depend on it.
+        """
+        batch_size = pixels.shape[0]
+        pixel_chunks = pixels.flatten(0, 1).split(chunk_size)  # (B*N, P*P, C) in chunks
+        condition_chunks = condition.flatten(0, 1).split(chunk_size)
+
+        pairs = zip(pixel_chunks, condition_chunks, strict=True)
+        compact = torch.cat([self._compact(*pair) for pair in pairs])
+        compact = rearrange(compact, "(b n) d -> b n d", b=batch_size)
+        attended = self.attention_out(attend(*self.qkv(compact), table))
+
+        attended_chunks = attended.flatten(0, 1).split(chunk_size)
+        triples = zip(pixel_chunks, condition_chunks, attended_chunks, strict=True)
+        updated = torch.cat([self._update(*triple) for triple in triples])
+        return updated.view(pixels.shape)
+
+    def _modulate(self, condition: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
+        """Parts `first` to `last` of the six, each (M, P*P, C), without computing the others."""
+        rows = self.modulation.weight.shape[0] // 6
+        part = slice(first * rows, last * rows)
+        values = F.linear(condition, self.modulation.weight[part], self.modulation.bias[part])
+        return values.view(-1, last - first, rows // self.pixel_width, self.pixel_width).unbind(1)
+
+    def _compact(self, pixels: Tensor, condition: Tensor) -> Tensor:
+        """(M, P*P, C) to one token a patch (M, D_attn)."""
+        shift, scale = self._modulate(condition, 0, 2)
+        return self.compress(self.attention_norm.modulated(pixels, shift, scale).flatten(1))
+
+    def _update(self, pixels: Tensor, condition: Tensor, attended: Tensor) -> Tensor:
+        attention_gate, shift, scale, mlp_gate = self._modulate(condition, 2, 6)
+        pixels = torch.addcmul(pixels, attention_gate, self.expand(attended).view(pixels.shape))
+        hidden = self.mlp(self.mlp_norm.modulated(pixels, shift, scale))
+        return torch.addcmul(pixels, mlp_gate, hidden)

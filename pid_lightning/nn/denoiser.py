@@ -1,0 +1,428 @@
+"""PiD, the pixel diffusion decoder: noisy pixels, time, text and latents to a velocity."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pid_lightning import flow
+from pid_lightning.nn import rope
+from pid_lightning.nn.adapter import AdapterConfig, LatentAdapter, SigmaGate
+from pid_lightning.nn.blocks import PatchBlock, PixelBlock, Table
+from pid_lightning.nn.layers import RMSNorm, TimeEmbedding
+
+PREDICTIONS = ("velocity", "x0")
+
+
+@dataclass(frozen=True)
+class PiDConfig:
+    """Sizes of the pixel denoiser. The defaults are the published v1 network, 1.36 billion
+    parameters with its adapter.
+
+    Attributes:
+        width: width D of patch tokens.
+        num_heads: attention heads of the patch blocks.
+        num_blocks: patch blocks.
+        patch_size: pixels P of a patch's side.
+        pixel_width: width of a pixel token.
+        pixel_attention_width: width of a compacted patch in the pixel blocks' attention.
+        pixel_num_heads: attention heads of the pixel blocks.
+        num_pixel_blocks: pixel blocks.
+        text_width: width of the caption features; irrelevant without text.
+        text_length: longest caption in tokens, longer ones are cut; 0 builds no text stream.
+        learned_null: whether absent text is a learned feature; published weights have none.
+        rope_reference: (height, width) in pixels at which NTK-scaled RoPE is neutral; null is
+            plain RoPE.
+        prediction: what the last layer predicts, ``"velocity"`` or ``"x0"``; `PiD` returns a
+            velocity either way.
+        adapter: sizes of the latent adapter.
+    """
+
+    width: int = 1536
+    num_heads: int = 24
+    num_blocks: int = 14
+    patch_size: int = 16
+    pixel_width: int = 16
+    pixel_attention_width: int = 1152
+    pixel_num_heads: int = 16
+    num_pixel_blocks: int = 2
+    text_width: int = 2304
+    text_length: int = 300
+    learned_null: bool = True
+    rope_reference: tuple[int, int] | None = (1024, 1024)
+    prediction: str = "velocity"
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
+
+    def __post_init__(self) -> None:
+        if self.prediction not in PREDICTIONS:
+            accepted = ", ".join(PREDICTIONS)
+            raise ValueError(f"prediction: {self.prediction!r} is not one of {accepted}.")
+        for width, heads in (
+            ("width", "num_heads"),
+            ("pixel_attention_width", "pixel_num_heads"),
+        ):
+            channels, num = getattr(self, width), getattr(self, heads)
+            if channels % (4 * num):
+                raise ValueError(
+                    f"{width}: {channels} must be a multiple of 4 x {heads} = {4 * num}, so that "
+                    "each head turns whole pairs of channels by row and by column."
+                )
+        if self.pixel_width % 4:
+            raise ValueError(f"pixel_width: {self.pixel_width} must be a multiple of 4.")
+
+
+class Condition(NamedTuple):
+    """Everything about a sample that no sampling step changes; `PiD.condition` makes it.
+
+    Attributes:
+        text: text tokens (B, L, D), None without a text stream.
+        features: adapter features (B, N, D), one an injection; empty without latents.
+        openness: what `SigmaGate.openness` says of each feature.
+        joint_table: rotations of text and patches for the patch blocks.
+        pixel_table: rotations of patches for the pixel blocks.
+        columns, rows: the pixels' sine-cosine positions, (W, C/2) and (H, C/2).
+        rgb: the adapter's low-resolution image (B, 3, H/scale, W/scale) when asked for.
+    """
+
+    text: Tensor | None
+    features: tuple[Tensor, ...]
+    openness: tuple[Tensor, ...]
+    joint_table: Table
+    pixel_table: Table
+    columns: Tensor
+    rows: Tensor
+    rgb: Tensor | None = None
+
+
+class TextEmbedding(nn.Module):
+    """Caption features to text tokens: Linear, RMSNorm, plus learned positions."""
+
+    def __init__(self, text_width: int, width: int, length: int, learned_null: bool) -> None:
+        super().__init__()
+        self.length = length
+        self.linear = nn.Linear(text_width, width)
+        self.norm = RMSNorm(width)
+        self.position = nn.Parameter(torch.zeros(1, length, width))
+        self.null = nn.Parameter(torch.zeros(1, length, text_width)) if learned_null else None
+
+    def forward(self, features: Tensor | None, keep: Tensor | None, batch_size: int) -> Tensor:
+        """Features (B, L, D_text), kept where `keep` (B,) is true, to tokens (B, L, D)."""
+        if features is None:
+            features = self._null().expand(batch_size, -1, -1)
+        elif keep is not None:
+            features = features[:, : self.length]
+            null = self._null()[:, : features.shape[1]]
+            features = torch.where(keep[:, None, None], features, null)
+        features = features[:, : self.length].to(self.linear.weight.dtype)
+        tokens = self.norm(self.linear(features))
+        return tokens + self.position[:, : tokens.shape[1]].to(tokens.dtype)
+
+    def _null(self) -> Tensor:
+        if self.null is None:
+            raise ValueError(
+                "text: this network has no learned null; give text features, for no caption "
+                "those of an empty or negative prompt."
+            )
+        return self.null
+
+
+class PiD(nn.Module):
+    """`velocity = PiD(x_t, t, text, latents, latent_sigma)` (arXiv 2605.23902).
+
+    A PixelDiT backbone (patch tokens, then pixel tokens inside each patch) with gated injections
+    of the latents. What no sampling step changes is computed once, by `condition`::
+
+        condition = pid.condition(latents, latent_sigma, text)
+        velocity = pid(x_t, t, condition)
+
+    Args:
+        config: sizes.
+        latent_channels: channels C of the latents.
+        latent_stride: pixels of the encoder's input per latent cell.
+        scale: side of the output over the side of the picture that the encoder saw.
+
+    Raises:
+        ValueError: a scale that does not fit the patch size.
+    """
+
+    def __init__(
+        self, config: PiDConfig, latent_channels: int, latent_stride: int, scale: int
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.latent_channels = latent_channels
+        self.latent_stride = latent_stride
+        self.scale = scale
+        self.chunk_size = 1024  # patches a pixel block modulates at a time without gradient
+        self.activation_checkpointing = False
+
+        pixels = 3 * config.patch_size**2
+        self.patch_embedding = nn.Linear(pixels, config.width)
+        self.time_embedding = TimeEmbedding(config.width)
+        with_text = config.text_length > 0
+        self.text_embedding = (
+            TextEmbedding(config.text_width, config.width, config.text_length, config.learned_null)
+            if with_text
+            else None
+        )
+        self.patch_blocks = nn.ModuleList(
+            PatchBlock(config.width, config.num_heads, with_text, i == config.num_blocks - 1)
+            for i in range(config.num_blocks)
+        )
+        self.pixel_embedding = nn.Linear(3, config.pixel_width)
+        self.pixel_blocks = nn.ModuleList(
+            PixelBlock(
+                config.width,
+                config.pixel_width,
+                config.pixel_attention_width,
+                config.pixel_num_heads,
+                config.patch_size,
+            )
+            for _ in range(config.num_pixel_blocks)
+        )
+        self.out_norm = RMSNorm(config.pixel_width)
+        self.out = nn.Linear(config.pixel_width, 3)
+
+        num_gates = -(-config.num_blocks // config.adapter.interval)
+        num_gates += config.adapter.inject_pixels
+        self.adapter = LatentAdapter(
+            config.adapter,
+            config.width,
+            num_gates,
+            config.patch_size,
+            latent_channels,
+            latent_stride,
+            scale,
+        )
+        self.gates = nn.ModuleList(
+            SigmaGate(config.width, config.adapter.gate) for _ in range(num_gates)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Starting values: modulations, adapter heads and the output are zero, so that at first
+        every block is the identity and the network predicts 0 (adaLN-Zero, arXiv 2212.09748)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.text_embedding is not None:
+            nn.init.normal_(self.text_embedding.position, std=0.02)
+        for block in self.patch_blocks:
+            streams = (block.image, block.text) if block.text is not None else (block.image,)
+            for stream in streams:
+                nn.init.zeros_(stream.modulation.weight)
+        for block in self.pixel_blocks:
+            nn.init.zeros_(block.modulation.weight)
+        nn.init.zeros_(self.out.weight)
+        self.adapter.reset_parameters()
+        for gate in self.gates:
+            gate.reset_parameters()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights; inputs are brought to it, velocities leave in fp32."""
+        return self.patch_embedding.weight.dtype
+
+    def check_size(self, height: int, width: int) -> None:
+        """Refuse output sizes that are not whole patches and whole latent cells.
+
+        Raises:
+            ValueError: naming the side and what it must be a multiple of.
+        """
+        for step, why in (
+            (self.config.patch_size, "patch_size"),
+            (self.scale * self.latent_stride, "scale x latent_stride"),
+        ):
+            if height % step or width % step:
+                raise ValueError(
+                    f"output size {height} x {width} is not a multiple of {step} ({why}); "
+                    f"take {max(height // step, 1) * step} x {max(width // step, 1) * step}."
+                )
+
+    def condition(
+        self,
+        latents: Tensor,
+        latent_sigma: Tensor,
+        text: Tensor | None = None,
+        keep_latents: Tensor | None = None,
+        keep_text: Tensor | None = None,
+        with_rgb: bool = False,
+    ) -> Condition:
+        """Everything that all sampling steps of a sample share: adapter, text, position tables.
+
+        Args:
+            latents: (B, C, h, w), normalised; the output is h*latent_stride*scale high.
+            latent_sigma: noise level (B,) of the latents in [0, 1].
+            text: caption features (B, L, D_text); None is the learned null.
+            keep_latents: (B,) bool, False drops a sample's latents: nothing is injected.
+            keep_text: (B,) bool, False replaces a sample's text by the learned null.
+            with_rgb: also predict the low-resolution image (training).
+
+        Raises:
+            ValueError: latents of another number of channels, or that do not make whole patches.
+        """
+        batch_size, channels, *cells = latents.shape
+        if channels != self.latent_channels:
+            raise ValueError(
+                f"latents have {channels} channels, but this network was built for "
+                f"{self.latent_channels}: they come from another latent family."
+            )
+        height, width = (side * self.latent_stride * self.scale for side in cells)
+        self.check_size(height, width)
+
+        features, rgb = self.adapter(latents.to(self.dtype), with_rgb)
+        if keep_latents is not None:
+            keep = keep_latents.view(-1, 1, 1)
+            features = tuple(feature * keep for feature in features)
+        openness = tuple(
+            gate.openness(feature, latent_sigma)
+            for gate, feature in zip(self.gates, features, strict=True)
+        )
+        embedded = None
+        if self.text_embedding is not None:
+            embedded = self.text_embedding(text, keep_text, batch_size)
+        elif text is not None:
+            raise ValueError("text: this network was built without a text stream, pass None.")
+        return Condition(
+            embedded, features, openness, *self._tables(height, width, embedded), rgb=rgb
+        )
+
+    def without_text(self, condition: Condition, null_text: Tensor | None = None) -> Condition:
+        """The same condition with the null text: the second branch of guidance."""
+        batch_size = condition.features[0].shape[0]
+        text = self.text_embedding(null_text, None, batch_size)
+        if text.shape[1] == condition.text.shape[1]:
+            return condition._replace(text=text)
+        height, width = condition.rows.shape[0], condition.columns.shape[0]
+        return Condition(
+            text, condition.features, condition.openness, *self._tables(height, width, text)
+        )
+
+    def _tables(self, height: int, width: int, text: Tensor | None) -> tuple:
+        """Rotations and positions of an output size; see `Condition`."""
+        config, device, dtype = self.config, self.out.weight.device, self.dtype
+        grid = (height // config.patch_size, width // config.patch_size)
+        reference = config.rope_reference
+        if reference is not None:
+            reference = tuple(side / config.patch_size for side in reference)
+        head_dim = config.width // config.num_heads
+        joint = rope.patch_angles(*grid, head_dim, reference, device)
+        if text is not None:
+            joint = torch.cat((rope.text_angles(text.shape[1], head_dim, device), joint))
+        pixel_head_dim = config.pixel_attention_width // config.pixel_num_heads
+        pixel = rope.patch_angles(*grid, pixel_head_dim, reference, device)
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        return (
+            rope.rotation(joint, dtype),
+            rope.rotation(pixel, dtype),
+            _sine_cosine(width, config.pixel_width // 2, device).to(dtype),
+            _sine_cosine(height, config.pixel_width // 2, device).to(dtype),
+        )
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The velocity at `x_t`.
+
+        Args:
+            x_t: noisy images (B, 3, H, W).
+            t: pixel times (B,) in [0, 1], 1 is noise.
+            condition: from `condition` for the same size.
+
+        Returns:
+            Velocity (B, 3, H, W) in fp32.
+        """
+        height, width = condition.rows.shape[0], condition.columns.shape[0]
+        if x_t.shape[-2:] != (height, width):
+            raise ValueError(
+                f"x_t is {x_t.shape[-2]} x {x_t.shape[-1]}, but its latents make an output of "
+                f"{height} x {width}."
+            )
+        t_emb = self.time_embedding(t).to(self.dtype)  # (B, 1, D)
+        tokens = self._run_patch_blocks(x_t, t_emb, condition, len(self.patch_blocks))[-1]
+        s = F.silu(t_emb + tokens)
+        num_gated = self._num_patch_gates
+        if len(condition.features) > num_gated:
+            s = self.gates[num_gated](s, condition.features[-1], condition.openness[-1])
+        prediction = self._run_pixel_blocks(x_t, s, condition).float()
+        if self.config.prediction == "x0":
+            return flow.velocity_from_x0(x_t.float(), prediction, t)
+        return prediction
+
+    def features(
+        self, x_t: Tensor, t: Tensor, condition: Condition, blocks: Sequence[int]
+    ) -> list[Tensor]:
+        """Patch tokens after the given patch blocks (0-based), each (B, D, H/P, W/P).
+
+        Runs no further than the last of them: these feed the discriminator.
+        """
+        t_emb = self.time_embedding(t).to(self.dtype)
+        after = self._run_patch_blocks(x_t, t_emb, condition, max(blocks) + 1)
+        rows = x_t.shape[-2] // self.config.patch_size
+        return [rearrange(after[i], "b (h w) d -> b d h w", h=rows) for i in blocks]
+
+    @property
+    def _num_patch_gates(self) -> int:
+        return len(self.gates) - self.config.adapter.inject_pixels
+
+    def _run_patch_blocks(
+        self, x_t: Tensor, t_emb: Tensor, condition: Condition, num_blocks: int
+    ) -> list[Tensor]:
+        """Patch tokens (B, N, D) after each of the first `num_blocks` blocks."""
+        side = self.config.patch_size
+        patches = rearrange(x_t, "b c (h p) (w q) -> b (h w) (c p q)", p=side, q=side)
+        tokens = self.patch_embedding(patches.to(self.dtype))  # (B, N, D)
+        text, after = condition.text, []
+        silu_t = F.silu(t_emb)
+        for i, block in enumerate(self.patch_blocks[:num_blocks]):
+            injection, rest = divmod(i, self.config.adapter.interval)
+            if rest == 0 and condition.features:
+                tokens = self.gates[injection](
+                    tokens, condition.features[injection], condition.openness[injection]
+                )
+            tokens, text = self._run(block, tokens, text, silu_t, condition.joint_table)
+            after.append(tokens)
+        return after
+
+    def _run_pixel_blocks(self, x_t: Tensor, s: Tensor, condition: Condition) -> Tensor:
+        """Pixel tokens from x_t, refined under the patch condition s (B, N, D), to an image."""
+        side = self.config.patch_size
+        columns = rearrange(condition.columns, "(w q) c -> w 1 q c", q=side)
+        rows = rearrange(condition.rows, "(h p) c -> h 1 p 1 c", p=side)
+        position = torch.cat(torch.broadcast_tensors(columns, rows), dim=-1)  # (h, w, P, P, C)
+        image = rearrange(x_t, "b c (h p) (w q) -> b h w p q c", p=side, q=side)
+        pixels = self.pixel_embedding(image.to(self.dtype)) + position
+        grid = pixels.shape[1:3]
+        pixels = rearrange(pixels, "b h w p q c -> b (h w) (p q) c")
+
+        whole = pixels.shape[0] * pixels.shape[1]
+        chunk_size = whole if torch.is_grad_enabled() else self.chunk_size
+        for block in self.pixel_blocks:
+            pixels = self._run(block, pixels, s, condition.pixel_table, chunk_size)
+        rgb = self.out(self.out_norm(pixels))
+        return rearrange(
+            rgb, "b (h w) (p q) c -> b c (h p) (w q)", h=grid[0], w=grid[1], p=side, q=side
+        )
+
+    def _run(self, block: nn.Module, *inputs: object) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+
+def _sine_cosine(length: int, width: int, device: torch.device) -> Tensor:
+    """Fixed positions (length, width) in fp64: `[sin, cos]` at `10000^(-i/(width/2))`."""
+    num = width // 2
+    steps = torch.arange(num, dtype=torch.float64, device=device)
+    positions = torch.arange(length, dtype=torch.float64, device=device)
+    angles = positions[:, None] * 10_000.0 ** (-steps / num)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)

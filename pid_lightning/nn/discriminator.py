@@ -1,0 +1,46 @@
+"""The discriminator of DMD2: a small head on each tapped feature of the frozen teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Discriminator(nn.Module):
+    """One logit a tap: Conv4x4 stride 2 to D/2, GroupNorm, LeakyReLU 0.2, Conv1x1, spatial mean
+    (DMD2, arXiv 2405.14867, section 4.3, on transformer features).
+
+    Args:
+        width: channels D of the features.
+        num_taps: number of tapped blocks.
+    """
+
+    def __init__(self, width: int, num_taps: int) -> None:
+        super().__init__()
+        hidden = width // 2
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(width, hidden, 4, stride=2, padding=1),
+                nn.GroupNorm(_num_groups(hidden), hidden),
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(hidden, 1, 1),
+            )
+            for _ in range(num_taps)
+        )
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Features (B, D, H/P, W/P), one a tap, to logits (B, taps)."""
+        logits = [
+            head(feature).mean(dim=(1, 2, 3))
+            for head, feature in zip(self.heads, features, strict=True)
+        ]
+        return torch.stack(logits, dim=1)
+
+
+def _num_groups(channels: int) -> int:
+    """C/4 up to 32 channels, above that the largest divisor of C that is at most 32."""
+    if channels <= 32:
+        return max(channels // 4, 1)
+    return max(groups for groups in range(1, 33) if channels % groups == 0)

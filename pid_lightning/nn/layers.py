@@ -1,0 +1,95 @@
+"""The small parts that every block is made of: norm, modulation, attention, MLP, time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from pid_lightning.nn.rope import rotate
+
+EPS = 1e-6
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467) over the last dimension, statistics in fp32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), EPS)
+
+    def modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """`norm(x) * (1 + scale) + shift`, with the norm's weight folded into the factor."""
+        factor = (self.weight * (1 + scale)).to(x.dtype)
+        return torch.addcmul(shift, F.rms_norm(x, self.weight.shape, None, EPS), factor)
+
+
+class QKV(nn.Module):
+    """One bias-free product for queries, keys and values, with RMSNorm on q and k per head."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.linear = nn.Linear(width, 3 * width, bias=False)
+        self.q_norm = RMSNorm(width // num_heads)
+        self.k_norm = RMSNorm(width // num_heads)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, D) to q, k, v, each (B, heads, N, d)."""
+        q, k, v = rearrange(
+            self.linear(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
+        )
+        return self.q_norm(q), self.k_norm(k), v
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Softmax attention of rotated q and k (B, heads, N, d), heads joined: (B, N, heads*d)."""
+    attended = F.scaled_dot_product_attention(rotate(q, table), rotate(k, table), v)
+    return rearrange(attended, "b h n d -> b n (h d)")
+
+
+class SwiGLU(nn.Module):
+    """`down(silu(gate) * up)` (arXiv 2002.05202); gate and up are one product. No biases."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class TimeEmbedding(nn.Module):
+    """Pixel time to a vector: 256 features of `1000 t`, then Linear, SiLU, Linear, in fp32.
+
+    Frequencies `exp(-ln(10) i/128)`: base 10, as the published weights were trained with.
+    """
+
+    NUM_FREQUENCIES = 128
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(2 * self.NUM_FREQUENCIES, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(B,) in [0, 1] to (B, 1, D) in fp32, whatever autocast or the weights' dtype say."""
+        steps = torch.arange(self.NUM_FREQUENCIES, dtype=torch.float32, device=t.device)
+        frequencies = torch.exp(-math.log(10) / self.NUM_FREQUENCIES * steps)
+        angles = 1000 * t.float()[:, None] * frequencies
+        with torch.autocast(t.device.type, enabled=False):
+            features = torch.cat((angles.cos(), angles.sin()), dim=-1)  # (B, 256)
+            hidden = F.silu(_linear_fp32(self.hidden, features))
+            return _linear_fp32(self.out, hidden)[:, None]
+
+
+def _linear_fp32(linear: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, linear.weight.float(), linear.bias.float())

@@ -1,0 +1,65 @@
+"""Noise on latents: how `latent_sigma` is drawn and what it means in each frame.
+
+The noise in the latents and the number told to the gate always move together, so the functions
+that add noise take the sigma that the network will be told.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pid_lightning.flow import per_sample
+
+FRAMES = ("flow", "variance_preserving")
+
+
+def sample_latent_sigma(
+    batch_size: int,
+    maximum: float = 0.8,
+    probability: float = 0.75,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Training noise levels (B,): uniform on [0, maximum] with `probability`, else 0."""
+    device = generator.device if generator is not None else "cpu"
+    sigma, draw = torch.rand(2, batch_size, generator=generator, device=device)
+    return torch.where(draw < probability, sigma * maximum, 0.0)
+
+
+def add_latent_noise(
+    latents: Tensor, eps: Tensor, latent_sigma: Tensor, frame: str = "flow"
+) -> Tensor:
+    """Noisy latents at the level `latent_sigma` (B,) in [0, 1].
+
+    Args:
+        latents: clean normalised latents (B, C, h, w).
+        eps: standard normal noise like `latents`.
+        latent_sigma: 0 is clean, 1 is noise.
+        frame: ``"flow"``: `(1-s) z + s eps`; ``"variance_preserving"`` (SDXL):
+            `sqrt(1-s^2) z + s eps`.
+
+    Raises:
+        ValueError: another frame.
+    """
+    sigma = per_sample(latent_sigma, latents)
+    if frame == "flow":
+        return (1 - sigma) * latents + sigma * eps
+    if frame == "variance_preserving":
+        return (1 - sigma.square()).sqrt() * latents + sigma * eps
+    raise ValueError(f"frame {frame!r} is not one of {', '.join(FRAMES)}.")
+
+
+def from_exploding(latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents held as `z + sigma_e eps` (SDXL pipelines), to the variance-preserving frame.
+
+    Both the latents and the level are divided by `sqrt(sigma_e^2 + 1)`.
+
+    Args:
+        latents: (B, C, h, w) with noise of standard deviation `sigma` added.
+        sigma: (B,), at least 0.
+
+    Returns:
+        The latents and their `latent_sigma` in [0, 1).
+    """
+    spread = (sigma.square() + 1).sqrt()
+    return latents / per_sample(spread, latents), sigma / spread

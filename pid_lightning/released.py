@@ -1,0 +1,240 @@
+"""The published layout of PiD's weights: its key names, its arguments, and the way to ours.
+
+Ours differs in what speed asks for, never in the function computed: products with one input are
+one matrix, RoPE pairs are (i, i + d/2) instead of (2i, 2i+1), and the pixel blocks' modulation is
+ordered by part before pixel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from pid_lightning.nn.adapter import AdapterConfig
+from pid_lightning.nn.denoiser import PiD, PiDConfig
+
+GATES = {"sigma_aware_per_token_per_dim": "channel", "sigma_aware_per_token": "token"}
+ROPES = ("original", "ntk_aware")
+
+Entry = tuple[str, tuple[str, ...], Callable[..., Tensor]]
+
+
+def build_from_arguments(arguments: Mapping[str, Any]) -> PiD:
+    """An untrained network from the published constructor's arguments.
+
+    Args:
+        arguments: argument names and values; absent ones take the published defaults.
+
+    Raises:
+        ValueError: an option of the published network that no released weights use.
+    """
+    get = arguments.get
+    if get("lq_in_channels", 0) or not get("use_text_rope", True):
+        raise ValueError(
+            "lq_in_channels above 0 and use_text_rope: false are not supported: no released "
+            "weights use them."
+        )
+    width = get("hidden_size", 1152)
+    num_heads = get("num_groups", 16)
+    rope_mode = get("rope_mode", "ntk_aware")
+    if rope_mode not in ROPES:
+        raise ValueError(f"rope_mode: {rope_mode!r} is not one of {', '.join(ROPES)}.")
+    rgb_head_block = get("lq_aux_rgb_head_latent_block_idx", -1)
+    config = PiDConfig(
+        width=width,
+        num_heads=num_heads,
+        num_blocks=get("patch_depth", 26),
+        patch_size=get("patch_size", 16),
+        pixel_width=get("pixel_hidden_size", 64),
+        pixel_attention_width=get("pixel_attn_hidden_size") or width,
+        pixel_num_heads=get("pixel_num_groups") or num_heads,
+        num_pixel_blocks=get("pixel_depth", 2),
+        text_width=get("txt_embed_dim", 4096),
+        text_length=get("txt_max_length", 1024),
+        learned_null=False,
+        rope_reference=(
+            (get("rope_ref_h", 1024), get("rope_ref_w", 1024)) if rope_mode == "ntk_aware" else None
+        ),
+        adapter=AdapterConfig(
+            width=get("lq_hidden_dim", 512),
+            num_res_blocks=get("lq_num_res_blocks", 4),
+            interval=get("lq_interval", 1),
+            gate=GATES[get("lq_gate_type", "sigma_aware_per_token_per_dim")],
+            padding=get("lq_conv_padding_mode", "zeros"),
+            inject_pixels=get("pit_lq_inject", False),
+            rgb_head=get("lq_aux_rgb_head", False),
+            rgb_head_block=rgb_head_block if rgb_head_block > 0 else None,
+            unpack=get("lq_latent_unpatchify_factor", 1),
+        ),
+    )
+    return PiD(
+        config,
+        latent_channels=get("lq_latent_channels", 0),
+        latent_stride=get("latent_spatial_down_factor", 8),
+        scale=get("sr_scale", 4),
+    )
+
+
+def from_released(released: Mapping[str, Tensor], denoiser: PiD) -> dict[str, Tensor]:
+    """Released tensors, by their names without prefix, as the state dict of `denoiser`.
+
+    Args:
+        released: tensors under the published key names.
+        denoiser: the network they are for; it is not changed (and may live on the meta device).
+
+    Returns:
+        A state dict that `denoiser.load_state_dict` takes strictly.
+
+    Raises:
+        ValueError: keys or shapes that are not exactly the network's, naming the first ones.
+    """
+    entries = list(_entries(denoiser.config))
+    expected = {name for _, sources, _ in entries for name in sources}
+    missing, surplus = sorted(expected - released.keys()), sorted(released.keys() - expected)
+    if missing or surplus:
+        raise ValueError(
+            f"these weights are not of this network: {len(missing)} tensors missing "
+            f"({_first(missing)}), {len(surplus)} unknown ({_first(surplus)})."
+        )
+    ours = denoiser.state_dict()
+    converted = {}
+    for name, sources, convert in entries:
+        try:
+            tensor = convert(*(released[source] for source in sources))
+            fits = tensor.shape == ours[name].shape
+        except RuntimeError:  # shapes that cannot even be rearranged
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"these weights are not of this network: {sources[0]} has shape "
+                f"{tuple(released[sources[0]].shape)}, which does not make {name} of shape "
+                f"{tuple(ours[name].shape)}."
+            )
+        converted[name] = tensor
+    return converted
+
+
+def _first(names: list[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "") if names else "none"
+
+
+def _entries(config: PiDConfig) -> Iterator[Entry]:
+    """(our name, released names, how to make ours of them) for every tensor."""
+    yield from _linear("patch_embedding", "s_embedder.proj")
+    yield from _linear("time_embedding.hidden", "t_embedder.mlp.0")
+    yield from _linear("time_embedding.out", "t_embedder.mlp.2")
+    yield from _linear("text_embedding.linear", "y_embedder.proj")
+    yield _same("text_embedding.norm.weight", "y_embedder.norm.weight")
+    yield _same("text_embedding.position", "y_pos_embedding")
+    for i in range(config.num_blocks):
+        for stream, modulation, letter in (("image", "img", "x"), ("text", "txt", "y")):
+            yield from _stream_entries(
+                f"patch_blocks.{i}", stream, modulation, letter, config.num_heads
+            )
+    yield from _linear("pixel_embedding", "pixel_embedder.proj")
+    for i in range(config.num_pixel_blocks):
+        yield from _pixel_block_entries(f"pixel_blocks.{i}", config)
+    yield _same("out_norm.weight", "final_layer.norm.weight")
+    yield from _linear("out", "final_layer.linear")
+    yield from _adapter_entries(config)
+
+
+def _stream_entries(
+    block: str, stream: str, modulation: str, letter: str, num_heads: int
+) -> Iterator[Entry]:
+    ours = f"{block}.{stream}"
+    yield from _linear(f"{ours}.modulation", f"{block}.adaLN_modulation_{modulation}.0")
+    yield _same(f"{ours}.attention_norm.weight", f"{block}.norm_{letter}1.weight")
+    yield _same(f"{ours}.mlp_norm.weight", f"{block}.norm_{letter}2.weight")
+    yield from _attention_entries(
+        f"{ours}.qkv", f"{ours}.attention_out", f"{block}.attn", f"_{letter}", num_heads
+    )
+    mlp = f"{block}.mlp_{letter}"
+    yield f"{ours}.mlp.gate_up.weight", (f"{mlp}.w1.weight", f"{mlp}.w3.weight"), _stack_rows
+    yield _same(f"{ours}.mlp.down.weight", f"{mlp}.w2.weight")
+
+
+def _attention_entries(
+    qkv: str, out: str, released: str, suffix: str, num_heads: int
+) -> Iterator[Entry]:
+    def halves_qkv(weight: Tensor) -> Tensor:
+        q, k, v = rearrange(weight, "(three h d) i -> three h d i", three=3, h=num_heads)
+        rows = torch.stack((_pairs_to_halves(q), _pairs_to_halves(k), v))
+        return rearrange(rows, "three h d i -> (three h d) i")
+
+    def halves_norm(weight: Tensor) -> Tensor:
+        return _pairs_to_halves(weight[None, :, None])[0, :, 0]
+
+    yield f"{qkv}.linear.weight", (f"{released}.qkv{suffix}.weight",), halves_qkv
+    yield f"{qkv}.q_norm.weight", (f"{released}.q_norm{suffix}.weight",), halves_norm
+    yield f"{qkv}.k_norm.weight", (f"{released}.k_norm{suffix}.weight",), halves_norm
+    yield from _linear(out, f"{released}.proj{suffix}")
+
+
+def _pixel_block_entries(block: str, config: PiDConfig) -> Iterator[Entry]:
+    pixels = config.patch_size**2
+
+    def by_part(rows: Tensor) -> Tensor:
+        return rearrange(rows, "(p six c) ... -> (six p c) ...", six=6, p=pixels)
+
+    modulation = f"{block}.adaLN_modulation.0"
+    yield f"{block}.modulation.weight", (f"{modulation}.weight",), by_part
+    yield f"{block}.modulation.bias", (f"{modulation}.bias",), by_part
+    yield _same(f"{block}.attention_norm.weight", f"{block}.norm1.weight")
+    yield _same(f"{block}.mlp_norm.weight", f"{block}.norm2.weight")
+    yield from _linear(f"{block}.compress", f"{block}.compress_to_attn")
+    yield from _linear(f"{block}.expand", f"{block}.expand_from_attn")
+    yield from _attention_entries(
+        f"{block}.qkv", f"{block}.attention_out", f"{block}.attn", "", config.pixel_num_heads
+    )
+    yield from _linear(f"{block}.mlp.0", f"{block}.mlp.fc1")
+    yield from _linear(f"{block}.mlp.2", f"{block}.mlp.fc2")
+
+
+def _adapter_entries(config: PiDConfig) -> Iterator[Entry]:
+    adapter = config.adapter
+    for layer in (0, 2):
+        yield from _linear(f"adapter.stem.{layer}", f"lq_proj.latent_proj.{layer}")
+    for i in range(adapter.num_res_blocks):
+        for layer in (0, 2, 3, 5):
+            ours = f"adapter.res_blocks.{i}.layers.{layer}"
+            yield from _linear(ours, f"lq_proj.latent_proj.{i + 3}.block.{layer}")
+    num_heads = -(-config.num_blocks // adapter.interval)
+    heads = [f"lq_proj.output_heads.{i}" for i in range(num_heads)]
+    gates = [f"lq_proj.gate_modules.{i}" for i in range(num_heads)]
+    if adapter.inject_pixels:
+        heads.append("lq_proj.pit_head")
+        gates.append("pit_lq_gate")
+    for kind in ("weight", "bias"):
+        yield f"adapter.heads.{kind}", tuple(f"{head}.{kind}" for head in heads), _stack_rows
+    for i, gate in enumerate(gates):
+        weight = (f"{gate}.content_proj.weight",)
+        yield f"gates.{i}.tokens.weight", weight, lambda w: w.chunk(2, dim=1)[0]
+        yield f"gates.{i}.feature.weight", weight, lambda w: w.chunk(2, dim=1)[1]
+        yield _same(f"gates.{i}.feature.bias", f"{gate}.content_proj.bias")
+        yield _same(f"gates.{i}.log_alpha", f"{gate}.log_alpha")
+    if adapter.rgb_head:
+        for layer in (0, 1, 3):
+            yield from _linear(f"adapter.rgb_head.{layer}", f"lq_proj.lq_aux_rgb_head.{layer}")
+
+
+def _same(ours: str, released: str) -> Entry:
+    return ours, (released,), lambda tensor: tensor
+
+
+def _linear(ours: str, released: str) -> Iterator[Entry]:
+    yield _same(f"{ours}.weight", f"{released}.weight")
+    yield _same(f"{ours}.bias", f"{released}.bias")
+
+
+def _stack_rows(*tensors: Tensor) -> Tensor:
+    return torch.cat(tensors)
+
+
+def _pairs_to_halves(rows: Tensor) -> Tensor:
+    """(heads, d, ...) with RoPE pairs (2i, 2i+1) to pairs (i, i + d/2)."""
+    return rearrange(rows, "h (i two) c -> h (two i) c", two=2)
