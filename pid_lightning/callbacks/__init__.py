@@ -1,0 +1,7 @@
+"""Lightning callbacks around the modules."""
+
+from pid_lightning.callbacks.ema import EMA
+from pid_lightning.callbacks.graceful_stop import GracefulStop
+from pid_lightning.callbacks.images import PictureGrids
+
+__all__ = ["EMA", "GracefulStop", "PictureGrids"]

@@ -91,9 +91,13 @@ class SigmaGate(nn.Module):
         projected = self.feature(feature)
         return projected - closing.view(-1, 1, 1).to(projected.dtype)
 
+    def opening(self, tokens: Tensor, openness: Tensor) -> Tensor:
+        """The gate's value in [0, 1], (B, N, D or 1)."""
+        return torch.sigmoid(self.tokens(tokens) + openness)
+
     def forward(self, tokens: Tensor, feature: Tensor, openness: Tensor) -> Tensor:
         """Tokens (B, N, D) with the feature (B, N, D) let in."""
-        return torch.addcmul(tokens, torch.sigmoid(self.tokens(tokens) + openness), feature)
+        return torch.addcmul(tokens, self.opening(tokens, openness), feature)
 
 
 class ResBlock(nn.Module):

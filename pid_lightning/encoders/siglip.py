@@ -1,0 +1,109 @@
+"""SigLIP family: patch tokens of a frozen SigLIP image tower as latents, as in Scale-RAE."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from pid_lightning.encoders.dinov2 import ViTEncoder, build_vit, read_tensors
+
+# SigLIP was trained with the tanh approximation of GELU, and transformers keeps it; many of timm's
+# towers, and so open_clip's, say exact GELU, so it is set here for all.
+ACTIVATION = "gelu_tanh"
+OPEN_CLIP_PREFIX = "visual.trunk."  # where open_clip keeps the timm tower
+
+
+class SigLIPEncoder(ViTEncoder):
+    """A SigLIP image tower: hidden state before the post-LayerNorm, LayerNorm without affine.
+
+    Only the image tower is built and read, never the text tower. Pictures are resized by patch/16
+    with an antialiased bicubic filter (256 to 224 for patch 14); positions are resampled without
+    antialiasing, as transformers does.
+
+    Args:
+        model: an open_clip SigLIP, e.g. ``ViT-SO400M-14-SigLIP2`` (the tower of
+            ``google/siglip2-so400m-patch14-224``), or a timm tower, e.g.
+            ``vit_so400m_patch14_siglip_224.v2_webli``.
+        pretrained: whether `load` brings weights; False means random ones, and warns.
+        checkpoint: open_clip's or timm's weights file, or a folder holding one.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: neither library knows the name, or it is no SigLIP tower.
+    """
+
+    image_mean = (0.5, 0.5, 0.5)
+    image_std = (0.5, 0.5, 0.5)
+    antialias_images = True
+
+    def __init__(
+        self,
+        model: str = "ViT-SO400M-14-SigLIP2",
+        pretrained: bool = True,
+        checkpoint: str | None = None,
+    ) -> None:
+        tower, image_size = find_tower(model)
+        options: dict[str, object] = {"global_pool": "", "act_layer": ACTIVATION}
+        if image_size is not None:
+            options["img_size"] = image_size
+        network = build_vit(tower, pretrained, options)
+        super().__init__(model, network, pretrained, checkpoint, antialias_positions=False)
+        self.tower = tower
+        tag = network.pretrained_cfg.get("tag") or ""
+        second = "siglip2" in model.lower() or (tower == model and tag.startswith("v2"))
+        self.latent_space = "siglip2" if second else "siglip"
+
+    def hub_id(self) -> str | None:
+        """open_clip's repository for its names, timm's for timm's."""
+        if self.tower == self.model:
+            return super().hub_id()
+        import open_clip
+
+        tags = open_clip.list_pretrained_tags_by_model(self.model)
+        config = open_clip.get_pretrained_cfg(self.model, tags[0]) if tags else {}
+        return config.get("hf_hub", "").rstrip("/") or None
+
+    def fetch(self) -> Mapping[str, Tensor]:
+        """Tensors of the image tower alone, out of the library's file."""
+        if self.tower == self.model:
+            return super().fetch()
+        import open_clip
+
+        tag = open_clip.list_pretrained_tags_by_model(self.model)[0]
+        path = open_clip.download_pretrained(open_clip.get_pretrained_cfg(self.model, tag))
+        return read_tensors(Path(path), OPEN_CLIP_PREFIX)
+
+
+def find_tower(model: str) -> tuple[str, int | None]:
+    """timm's name of an image tower, and the picture side open_clip gives it (None: timm's own).
+
+    Raises:
+        ValueError: neither open_clip nor timm knows `model`, or its tower is not timm's.
+    """
+    import open_clip
+    import timm
+
+    config = open_clip.get_model_config(model) if model in open_clip.list_models() else None
+    if config is not None:
+        vision = config["vision_cfg"]
+        if "timm_model_name" not in vision:
+            raise ValueError(
+                f"open_clip's {model!r} is not a SigLIP: choose one of {_open_clip_names()}."
+            )
+        return vision["timm_model_name"], vision["image_size"]
+    if timm.is_model(model):
+        return model, None
+    close = difflib.get_close_matches(model, _open_clip_names(), n=3, cutoff=0.0)
+    raise ValueError(
+        f"Neither open_clip nor timm knows the image encoder {model!r}: did you mean "
+        f"{', '.join(close)}? (timm's names look like vit_so400m_patch14_siglip_224.v2_webli)"
+    )
+
+
+def _open_clip_names() -> list[str]:
+    import open_clip
+
+    return [name for name in open_clip.list_models() if "SigLIP" in name]

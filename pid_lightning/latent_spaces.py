@@ -1,0 +1,262 @@
+"""What "normalised" latents are in each space: an affine map per channel, and FLUX.2's packing."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+# A picture's normalised latents have a standard deviation near 1. Below and above these bounds a
+# missing or doubled normalisation is likelier than an unusual picture.
+PLAUSIBLE_STD = (0.4, 1.8)
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """The normalised space a latent diffusion model works in: ``(pack(raw) - shift) * scale``.
+
+    Attributes:
+        name: written into checkpoints, so that latents of two spaces are never mixed up.
+        channels: channels C of the normalised latents (after packing).
+        stride: pixels per cell of the normalised latents (after packing).
+        shift: one number, or one per channel of the normalised latents.
+        scale: one number, or one per channel of the normalised latents.
+        packing: raw cells per side folded into the channels of one latent cell: 1, or 2 (FLUX.2).
+    """
+
+    name: str
+    channels: int
+    stride: int
+    shift: tuple[float, ...] = (0.0,)
+    scale: tuple[float, ...] = (1.0,)
+    packing: int = 1
+
+    def __post_init__(self) -> None:
+        for field, numbers in (("shift", self.shift), ("scale", self.scale)):
+            if len(numbers) not in (1, self.channels):
+                raise ValueError(
+                    f"Latent space {self.name!r} has {self.channels} channels but {len(numbers)} "
+                    f"numbers of {field}: give 1 or {self.channels}."
+                )
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        """What the autoencoder's encoder gives to what PiD wants, in the same dtype.
+
+        Args:
+            raw: (B, C/packing^2, h*packing, w*packing), or with a frame axis of length one,
+                (B, C/packing^2, 1, h*packing, w*packing), as video autoencoders give.
+
+        Returns:
+            Latents (B, C, h, w).
+
+        Raises:
+            ValueError: the channels, the axes or the sides do not fit this space.
+        """
+        raw = _drop_frame_axis(raw)
+        self._check_channels(raw, self.channels // self.packing**2, "raw")
+        latents = pack(raw, self.packing)
+        shift, scale = self._shift_and_scale(latents)
+        return ((_at_least_float32(latents) - shift) * scale).to(raw.dtype)
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """Inverse of `normalise`: latents (B, C, h, w) to (B, C/packing^2, h*packing, w*packing).
+
+        Raises:
+            ValueError: the channels or the axes do not fit this space.
+        """
+        latents = _drop_frame_axis(latents)
+        self._check_channels(latents, self.channels, "normalised")
+        shift, scale = self._shift_and_scale(latents)
+        raw = _at_least_float32(latents) / scale + shift
+        return unpack(raw.to(latents.dtype), self.packing)
+
+    def _shift_and_scale(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = _at_least_float32(latents).dtype
+        shift = torch.tensor(self.shift, dtype=dtype, device=latents.device)
+        scale = torch.tensor(self.scale, dtype=dtype, device=latents.device)
+        return shift.view(1, -1, 1, 1), scale.view(1, -1, 1, 1)
+
+    def _check_channels(self, latents: Tensor, channels: int, state: str) -> None:
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            raise ValueError(
+                f"Latents of shape {tuple(latents.shape)} are not {state} latents of the space "
+                f"{self.name!r}: it has (B, {channels}, h, w)."
+            )
+
+
+def pack(raw: Tensor, packing: int = 2) -> Tensor:
+    """Fold packing x packing cells into channels, ``channel*packing^2 + row*packing + col``.
+
+    FLUX.2's layout: (B, 32, 2h, 2w) to (B, 128, h, w).
+
+    Raises:
+        ValueError: a side is not a multiple of `packing`.
+    """
+    if raw.shape[-2] % packing or raw.shape[-1] % packing:
+        raise ValueError(
+            f"Raw latents of {raw.shape[-2]} x {raw.shape[-1]} cells cannot be packed "
+            f"{packing} x {packing}: both sides must be multiples of {packing}."
+        )
+    return rearrange(
+        raw, "b c (h row) (w col) -> b (c row col) h w", row=packing, col=packing
+    )  # (B, C*packing^2, h, w)
+
+
+def unpack(latents: Tensor, packing: int = 2) -> Tensor:
+    """Inverse of `pack`: FLUX.2's (B, 128, h, w) to (B, 32, 2h, 2w)."""
+    return rearrange(
+        latents, "b (c row col) h w -> b c (h row) (w col)", row=packing, col=packing
+    )  # (B, C/packing^2, h*packing, w*packing)
+
+
+# Per-channel statistics of Qwen-Image's autoencoder, as its published configuration gives them.
+# fmt: off
+QWEN_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)
+QWEN_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)
+# fmt: on
+
+# FLUX.2 is missing here on purpose: its statistics are tensors of its autoencoder (`flux2_space`).
+KNOWN_SPACES: Mapping[str, LatentSpace] = {
+    "sd3": LatentSpace("sd3", 16, 8, shift=(0.0609,), scale=(1.5305,)),
+    "flux": LatentSpace("flux", 16, 8, shift=(0.1159,), scale=(0.3611,)),  # also Z-Image
+    "sdxl": LatentSpace("sdxl", 4, 8, scale=(0.13025,)),
+    "qwen": LatentSpace("qwen", 16, 8, shift=QWEN_MEAN, scale=tuple(1 / s for s in QWEN_STD)),
+}
+
+
+def known_space(name: str) -> LatentSpace:
+    """The space of that name: ``sd3``, ``flux`` (Z-Image too), ``sdxl`` or ``qwen``.
+
+    Raises:
+        ValueError: an unknown name, or ``flux2``, whose statistics only its autoencoder holds.
+    """
+    if name == "flux2":
+        raise ValueError(
+            "FLUX.2's latent statistics are tensors of its autoencoder: build the space with "
+            "flux2_space(vae.bn.running_mean, vae.bn.running_var), or read VAEEncoder.space."
+        )
+    if name not in KNOWN_SPACES:
+        raise ValueError(f"No latent space is named {name!r}: choose one of {[*KNOWN_SPACES]}.")
+    return KNOWN_SPACES[name]
+
+
+def flux2_space(
+    running_mean: Sequence[float] | Tensor,
+    running_var: Sequence[float] | Tensor,
+    eps: float = 1e-4,
+    stride: int = 16,
+) -> LatentSpace:
+    """FLUX.2's space from the running statistics of its autoencoder's batch norm.
+
+    Args:
+        running_mean: (C,) of the packed latents; 128 numbers in the released autoencoder.
+        running_var: (C,) likewise.
+        eps: added to the variance under the root.
+        stride: pixels per packed cell.
+    """
+    mean, var = (
+        numbers.tolist() if isinstance(numbers, Tensor) else list(numbers)
+        for numbers in (running_mean, running_var)
+    )
+    name = "flux2" if (len(mean), stride) == (128, 16) else f"flux2-{len(mean)}x{stride}"
+    scale = tuple(1 / math.sqrt(v + eps) for v in var)
+    return LatentSpace(name, len(mean), stride, shift=tuple(mean), scale=scale, packing=2)
+
+
+def autoencoder_kl_space(config: Mapping[str, Any]) -> LatentSpace:
+    """The space that a diffusers `AutoencoderKL` configuration describes.
+
+    Both conventions of diffusers are understood: ``(z - shift_factor) * scaling_factor``, and
+    ``(z - latents_mean) * scaling_factor / latents_std`` where those lists are given. The name is
+    that of the known space with the same numbers, else one made of the numbers.
+    """
+    channels = config.get("latent_channels", 4)
+    stride = 2 ** (len(config.get("block_out_channels", (64,))) - 1)
+    scaling = config.get("scaling_factor", 0.18215)
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        shift = tuple(config["latents_mean"])
+        scale = tuple(scaling / s for s in config["latents_std"])
+    else:
+        shift, scale = (config.get("shift_factor") or 0.0,), (scaling,)
+    return _named(channels, stride, shift, scale, prefix="kl")
+
+
+def qwen_space(config: Mapping[str, Any]) -> LatentSpace:
+    """The space that a diffusers `AutoencoderKLQwenImage` configuration describes."""
+    channels = config.get("z_dim", 16)
+    stride = 2 ** len(config.get("temperal_downsample", (False, True, True)))  # diffusers' spelling
+    shift = tuple(config.get("latents_mean", QWEN_MEAN))
+    scale = tuple(1 / s for s in config.get("latents_std", QWEN_STD))
+    return _named(channels, stride, shift, scale, prefix="qwen")
+
+
+def warn_if_not_normalised(latents: Tensor, space: str = "") -> None:
+    """Warn once, in one sentence, when the standard deviation of latents is far from 1.
+
+    Args:
+        latents: (B, C, h, w), clean.
+        space: name of the space they are meant to be in, for the sentence.
+    """
+    std = latents.detach().float().std().item()
+    low, high = PLAUSIBLE_STD
+    if low <= std <= high:
+        return
+    if std > high:
+        cause = (
+            "they look like an autoencoder's raw output (raw FLUX.1 latents are 2.8 times too "
+            "large, SDXL's 7.7 times): pass them through LatentSpace.normalise first"
+        )
+    elif std < low:
+        cause = "they look normalised twice, or belong to an almost empty picture"
+    else:
+        cause = "they hold NaN"
+    name = f"{space} latents" if space else "latents"
+    warnings.warn(
+        f"These {name} have a standard deviation of {std:.2f} where about 1 is expected, so "
+        f"colours will be wrong: {cause}.",
+        stacklevel=2,
+    )
+
+
+def _named(
+    channels: int, stride: int, shift: tuple[float, ...], scale: tuple[float, ...], prefix: str
+) -> LatentSpace:
+    for known in KNOWN_SPACES.values():
+        same_geometry = (known.channels, known.stride) == (channels, stride)
+        if same_geometry and _close(known.shift, shift) and _close(known.scale, scale):
+            return known
+    numbers = "" if len(scale) > 1 else f"-{scale[0]:g}-{shift[0]:g}"
+    return LatentSpace(f"{prefix}-{channels}x{stride}{numbers}", channels, stride, shift, scale)
+
+
+def _close(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return len(a) == len(b) and all(
+        math.isclose(x, y, rel_tol=1e-5, abs_tol=1e-7) for x, y in zip(a, b, strict=True)
+    )
+
+
+def _drop_frame_axis(latents: Tensor) -> Tensor:
+    if latents.ndim != 5:
+        return latents
+    if latents.shape[2] != 1:
+        raise ValueError(
+            f"Latents of shape {tuple(latents.shape)} hold {latents.shape[2]} frames: "
+            "give one picture at a time, (B, C, 1, h, w) or (B, C, h, w)."
+        )
+    return latents[:, :, 0]
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

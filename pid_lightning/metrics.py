@@ -1,0 +1,400 @@
+"""What `pid test` reports: likeness, consistency, time and memory, one row a method and sigma."""
+
+from __future__ import annotations
+
+import csv
+import importlib.resources
+import pickle
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pid_lightning.pictures import reduce_picture, replaced_file
+
+# key of a row, heading in the terminal, how its value is printed
+_COLUMNS = (
+    ("method", "method", "{:.18}"),
+    ("latent_sigma", "sigma", "{:.3g}"),
+    ("psnr", "PSNR dB", "{:.2f}"),
+    ("ssim", "SSIM", "{:.4f}"),
+    ("lpips", "LPIPS", "{:.4f}"),
+    ("consistency", "consist. dB", "{:.2f}"),
+    ("seconds", "s/picture", "{:.3f}"),
+    ("peak_mebibytes", "peak MiB", "{:.0f}"),
+    ("num_pictures", "pictures", "{:d}"),
+)
+TABLE_WIDTH = 100
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual distance, version 0.1 with AlexNet (Zhang et al., arXiv 1801.03924).
+
+    Squared differences of the channel-normalised features after each ReLU, weighted by a 1 x 1
+    head, averaged over space, summed over the five layers. Equals torchmetrics' network, which
+    cannot be built without downloading. Parameter names: ``features.{0,3,6,8,10}`` as in
+    torchvision, ``lin{0..4}.weight``.
+    """
+
+    smallest_side = 31  # below it the second pooling has nothing left
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            *(nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)),
+            *(nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)),
+            *(nn.Conv2d(192, 384, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU()),
+        )
+        for i, width in enumerate((64, 192, 384, 256, 256)):
+            self.add_module(f"lin{i}", nn.Conv2d(width, 1, 1, bias=False))
+
+    def forward(self, images: Tensor, others: Tensor) -> Tensor:
+        """Distance (B,) between images (B, 3, H, W) in [-1, 1], sides of 31 pixels or more."""
+        shift = images.new_tensor([-0.030, -0.088, -0.188])[:, None, None]
+        scale = images.new_tensor([0.458, 0.448, 0.450])[:, None, None]
+        a, b = (images - shift) / scale, (others - shift) / scale
+        distance = images.new_zeros(len(images))
+        layer = 0
+        for module in self.features:
+            a, b = module(a), module(b)
+            if isinstance(module, nn.ReLU):
+                difference = (_unit(a) - _unit(b)).square()
+                head = self.get_submodule(f"lin{layer}")
+                distance = distance + head(difference).mean(dim=(1, 2, 3))
+                layer += 1
+        return distance
+
+
+def _unit(features: Tensor) -> Tensor:
+    return features * features.square().sum(dim=1, keepdim=True).add(1e-8).rsqrt()
+
+
+def lpips_network(source: str | Path | None) -> tuple[LPIPS | None, str]:
+    """LPIPS with its published weights, never downloaded.
+
+    Args:
+        source: a ``.safetensors`` file with ``features.{0,3,6,8,10}.{weight,bias}`` and
+            ``lin{0..4}.weight``; None looks for torchvision's AlexNet in torch's hub cache and
+            takes the heads that torchmetrics ships.
+
+    Returns:
+        The frozen network in fp32 and "", or None and the sentence that says why.
+
+    Raises:
+        FileNotFoundError, ValueError: `source` is not there; damaged, or of another network.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if source is None:
+        return _lpips_from_cache()
+    if not Path(source).is_file():
+        raise FileNotFoundError(
+            f"LPIPS weights {source} do not exist: give a .safetensors file of its "
+            "AlexNet and heads, or none to look in torch's hub cache."
+        )
+    try:
+        state = load_file(source)
+    except SafetensorError as error:
+        raise ValueError(f"LPIPS weights {source} are no whole .safetensors file.") from error
+    return _lpips_from_state(state, source), ""
+
+
+def _lpips_from_cache() -> tuple[LPIPS | None, str]:
+    from torchvision.models import AlexNet_Weights
+
+    name = AlexNet_Weights.DEFAULT.url.rsplit("/", 1)[-1]
+    backbone = Path(torch.hub.get_dir()) / "checkpoints" / name
+    package = Path(str(importlib.resources.files("torchmetrics")))
+    heads = package / "functional" / "image" / "lpips_models" / "alex.pth"
+    for path in (backbone, heads):
+        if not path.is_file():
+            return None, (
+                f"LPIPS was not measured because {path} is not there: name a local .safetensors "
+                f"file of its weights, or put {path.name} there."
+            )
+    state = {k: v for k, v in _load_pth(backbone).items() if k.startswith("features.")}
+    state.update({k.replace("model.1.", ""): v for k, v in _load_pth(heads).items()})
+    return _lpips_from_state(state, backbone), ""
+
+
+def _load_pth(path: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"LPIPS weights {path} are damaged: fetch them again.") from error
+
+
+def _lpips_from_state(state: dict[str, Tensor], origin: str | Path) -> LPIPS:
+    # On meta: initialising real parameters would draw from the global random state.
+    with torch.device("meta"):
+        network = LPIPS()
+    state = {
+        name: (value.reshape(1, -1, 1, 1) if name.startswith("lin") else value).float()
+        for name, value in state.items()
+    }
+    expected = {name: value.shape for name, value in network.state_dict().items()}
+    found = {name: value.shape for name, value in state.items()}
+    wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
+    if wrong:
+        raise ValueError(
+            f"{origin} does not hold LPIPS with AlexNet: {', '.join(wrong[:4])} are missing, "
+            "unknown or of another shape."
+        )
+    network.load_state_dict(state, assign=True)
+    return network.requires_grad_(False).eval()
+
+
+class PictureMetrics(nn.Module):
+    """Means over pictures of every measure, kept apart by row: (method, latent_sigma).
+
+    Nothing of it is ever saved: its state is not persistent, and the LPIPS network is held
+    outside the module tree, so that checkpoints, optimisers and averages do not see it.
+    Accumulation and its reduction over processes are torchmetrics'.
+
+    Args:
+        lpips: the network of `lpips_network`, or None.
+        lpips_missing: the sentence to report in the LPIPS column when there is no network.
+    """
+
+    def __init__(self, lpips: LPIPS | None, lpips_missing: str = "") -> None:
+        super().__init__()
+        if lpips is None and not lpips_missing:
+            raise ValueError("without an LPIPS network, lpips_missing must say why there is none.")
+        self._lpips = (lpips,)
+        self._lpips_missing = lpips_missing
+        # Follows the module, so that a process that saw no picture knows its device.
+        self.register_buffer("_device_of", torch.zeros(()), persistent=False)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every row."""
+        self._index: dict[tuple[str, float], int] = {}
+        self._rows = nn.ModuleList()
+
+    @torch.no_grad()
+    def update(
+        self,
+        row: tuple[str, float],
+        prediction: Tensor,
+        target: Tensor,
+        low_resolution: Tensor,
+        scale: int,
+        seconds: float,
+        peak_bytes: int,
+    ) -> None:
+        """Add a batch of pictures to a row, measured in fp32 whatever autocast is active.
+
+        Args:
+            row: (method, latent_sigma), e.g. ``("PiD", 0.2)``.
+            prediction: (B, 3, H, W); clamped to [-1, 1], as a written picture is.
+            target: (B, 3, H, W) in [-1, 1].
+            low_resolution: (B, 3, H/scale, W/scale) in [-1, 1], what the encoder saw.
+            scale: side of the output over the side of `low_resolution`.
+            seconds: time that the whole batch took; its B-th part counts for each picture.
+            peak_bytes: peak memory of the batch; the largest of a row is reported.
+
+        Raises:
+            ValueError: shapes that do not fit, sides too small, or a prediction that is not
+                finite.
+        """
+        row = (row[0], float(row[1]))
+        self._check_shapes(prediction, target, low_resolution, scale)
+        if not prediction.isfinite().all():
+            raise ValueError(
+                f"{row[0]} at latent_sigma {row[1]:g} gave pixels that are not finite: "
+                "check the weights, and test in bf16 or fp32 instead of fp16."
+            )
+        with torch.autocast(prediction.device.type, enabled=False):
+            prediction = prediction.float().clamp(-1, 1)
+            target = target.float().clamp(-1, 1)
+            measures = self._measure(prediction, target, low_resolution.float(), scale)
+        metrics = self._row(row, prediction.device)
+        for name, values in measures.items():
+            metrics[name].update(values)
+        metrics["seconds"].update(seconds / len(prediction), weight=len(prediction))
+        metrics["peak_mebibytes"].update(peak_bytes / 2**20)
+        metrics["num_pictures"].update(len(prediction))
+
+    def _measure(
+        self, prediction: Tensor, target: Tensor, low_resolution: Tensor, scale: int
+    ) -> dict[str, Tensor]:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+
+        measures = {
+            "psnr": _psnr(prediction, target),
+            "ssim": structural_similarity_index_measure(
+                prediction, target, data_range=2.0, reduction="none"
+            ),
+            "consistency": _psnr(reduce_picture(prediction, scale), low_resolution),
+        }
+        (lpips,) = self._lpips
+        if lpips is not None:
+            measures["lpips"] = lpips.to(prediction.device)(prediction, target)
+        return measures
+
+    def _check_shapes(
+        self, prediction: Tensor, target: Tensor, low_resolution: Tensor, scale: int
+    ) -> None:
+        *_, height, width = prediction.shape
+        wanted = (*prediction.shape[:-2], height // scale, width // scale)
+        if prediction.shape != target.shape or low_resolution.shape != wanted:
+            raise ValueError(
+                f"predictions {tuple(prediction.shape)} at scale {scale} need targets of that "
+                f"shape and low-resolution images {wanted}, not {tuple(target.shape)} and "
+                f"{tuple(low_resolution.shape)}."
+            )
+        smallest = 11 if self._lpips[0] is None else LPIPS.smallest_side
+        if min(height, width) < smallest:
+            raise ValueError(
+                f"pictures of {height} x {width} pixels are too small to measure: "
+                f"both sides must be at least {smallest}."
+            )
+
+    def _row(self, row: tuple[str, float], device: torch.device) -> nn.ModuleDict:
+        from torchmetrics import MaxMetric, MeanMetric, SumMetric
+
+        if row not in self._index:
+            lpips = () if self._lpips[0] is None else ("lpips",)
+            means = ("psnr", "ssim", "consistency", "seconds", *lpips)
+            metrics = nn.ModuleDict({name: MeanMetric(nan_strategy="error") for name in means})
+            metrics["peak_mebibytes"] = MaxMetric(nan_strategy="error")
+            metrics["num_pictures"] = SumMetric(nan_strategy="error")
+            self._index[row] = len(self._rows)
+            self._rows.append(metrics.to(device))
+        return self._rows[self._index[row]]
+
+    def _all_rows(self) -> list[tuple[str, float]]:
+        """Rows of all processes in one order, which the reduction relies on."""
+        known = [list(self._index)]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            known = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(known, list(self._index))
+        return sorted({row for rows in known for row in rows}, key=lambda row: (row[1], row[0]))
+
+    def compute(self) -> list[dict[str, str | float | int]]:
+        """One dict a row, ordered by latent_sigma then method; every process must call it.
+
+        Keys: method, latent_sigma, psnr and consistency (dB), ssim, lpips (or the sentence that
+        says why it is missing), seconds (a picture), peak_mebibytes, num_pictures. The PSNR of
+        equal pictures is infinite, and so is then the mean.
+        """
+        rows = []
+        for row in self._all_rows():
+            unseen = row not in self._index  # here, not on another process: joins with weight 0
+            metrics = self._row(row, self._device_of.device)
+            for name, metric in metrics.items() if unseen else ():
+                sums = name in ("peak_mebibytes", "num_pictures")
+                metric.update(0.0) if sums else metric.update(0.0, weight=0.0)
+            values = {name: metric.compute().item() for name, metric in metrics.items()}
+            values["num_pictures"] = round(values["num_pictures"])
+            values = {"lpips": self._lpips_missing, **values}
+            values["method"], values["latent_sigma"] = row
+            rows.append({key: values[key] for key, _, _ in _COLUMNS})
+        return rows
+
+
+def _psnr(images: Tensor, others: Tensor) -> Tensor:
+    """PSNR (B,) in dB of images (B, 3, H, W) in [-1, 1]."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    return peak_signal_noise_ratio(images, others, data_range=2.0, reduction="none", dim=(1, 2, 3))
+
+
+def format_table(rows: Sequence[dict[str, str | float | int]]) -> str:
+    """`PictureMetrics.compute()` as aligned plain text of at most 100 columns.
+
+    Without LPIPS its column says "no weights", and the reason stands below the table.
+    """
+    notes = sorted({row["lpips"] for row in rows if isinstance(row["lpips"], str)})
+    lines = [[heading for _, heading, _ in _COLUMNS]]
+    for row in rows:
+        cells = [
+            "no weights" if key == "lpips" and isinstance(row[key], str) else form.format(row[key])
+            for key, _, form in _COLUMNS
+        ]
+        lines.append(cells)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])])
+        for cells in lines
+    ]
+    text.insert(1, "-" * len(text[0]))
+    text += [textwrap.fill(note, TABLE_WIDTH) for note in notes]
+    return "\n".join(text)
+
+
+def write_csv(rows: Sequence[dict[str, str | float | int]], path: str | Path) -> None:
+    """`PictureMetrics.compute()` as a CSV file with a heading, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written; one that was there before is intact.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replaced_file(path) as part, part.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [key for key, _, _ in _COLUMNS])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+class PeakMemory:
+    """Context manager that measures a block: `seconds` and `peak_bytes` once it is left.
+
+    On CUDA, `peak_bytes` is the most memory that tensors held on the device during the block,
+    weights included, and the device is synchronised at both ends. Elsewhere it is how far the
+    resident memory of the process rose above where it stood at the start: weights already loaded
+    and memory that the allocator kept do not count. Linux lets a process reset its high-water
+    mark (``/proc/self/clear_refs``); elsewhere the growth is that of `ru_maxrss`, which never
+    goes down, so that a block that needs less than an earlier one reads 0.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = torch.device(device)
+        self.seconds = 0.0
+        self.peak_bytes = 0
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self._resettable = _reset_high_water_mark()
+            self._start_bytes = _high_water_mark(self._resettable)
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds = time.perf_counter() - self._start
+        if self.device.type == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self.peak_bytes = _high_water_mark(self._resettable) - self._start_bytes
+
+
+def _reset_high_water_mark() -> bool:
+    """Set the mark of resident memory to its present value; whether that was permitted."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _high_water_mark(resettable: bool) -> int:
+    """Bytes of resident memory at the mark: the resettable one, or the process's own."""
+    if resettable:
+        status = Path("/proc/self/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

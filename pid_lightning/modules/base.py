@@ -1,0 +1,308 @@
+"""PiDModule: one denoiser under one encoder, as Lightning sees it. Families only add the encoder."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from pid_lightning import weights
+from pid_lightning.decoding import decode_latents
+from pid_lightning.encoders.base import Encoder
+from pid_lightning.modules.evaluation import PredictionWriter, Report
+from pid_lightning.modules.objective import FlowMatching, Objective, draw_sample
+from pid_lightning.modules.settings import Evaluation, Training
+from pid_lightning.nn import PiD, PiDConfig
+from pid_lightning.text import NoText, TextEncoder
+
+log = logging.getLogger(__name__)
+
+# Submodules whose weights come from elsewhere: they never enter checkpoints.
+FROZEN = ("encoder.", "text_encoder.", "teacher.")
+
+
+class PiDModule(LightningModule):
+    """Training, validation, test and prediction of a `PiD` behind a frozen encoder.
+
+    A subclass builds its encoder and hands everything on.
+
+    Args:
+        encoder: pictures to latents; sizes the adapter.
+        encoder_arguments: plain values that build it again, for self-describing files.
+        scale: side of the output over the side of the picture that the encoder sees.
+        denoiser: sizes of the network.
+        text: caption features; None conditions on a learned null.
+        training: how it learns.
+        evaluation: how it is sampled and judged.
+        init_from: a run's checkpoint or a model file to start from: everything of the same
+            family, of another family the backbone with a new adapter.
+
+    Attributes:
+        denoiser: what learns.
+        denoiser_ema: its average where the `EMA` callback is used, else None.
+        student_times: sampling times of a distilled student, None for a teacher.
+        objective: what a training step computes; a distillation callback replaces it.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        encoder_arguments: dict[str, Any],
+        scale: int,
+        denoiser: PiDConfig,
+        text: TextEncoder | None,
+        training: Training,
+        evaluation: Evaluation,
+        init_from: str | None,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False).eval()
+        self.text_encoder = (text or NoText()).requires_grad_(False).eval()
+        self.encoder_arguments = encoder_arguments
+        self.scale = scale
+        self.training_settings = training
+        self.evaluation = evaluation
+        self.init_from = init_from
+        self.denoiser = PiD(denoiser, encoder.latent_channels, encoder.latent_stride, scale)
+        self.denoiser.activation_checkpointing = training.activation_checkpointing
+        self.denoiser_ema: PiD | None = None
+        self.student_times: tuple[float, ...] | None = None
+        self.image_size: int | None = None
+        self.objective: Objective = FlowMatching()
+        needs = denoiser.text_width
+        if text is not None and denoiser.text_length and text.text_width != needs:
+            raise ValueError(
+                f"text: its features are {text.text_width} wide, but the denoiser's text_width is "
+                f"{needs}; set model.denoiser.text_width to {text.text_width}."
+            )
+        if training.train == "adapter":
+            self.denoiser.requires_grad_(False)
+            self.denoiser.adapter.requires_grad_(True)
+            self.denoiser.gates.requires_grad_(True)
+        self.register_load_state_dict_post_hook(_forgive_frozen)
+
+    # What a file says of this model, and whether it fits.
+
+    @property
+    def info(self) -> weights.ModelInfo:
+        """What this module's weights are."""
+        return weights.ModelInfo(
+            family=type(self).__name__,
+            encoder=self.encoder_arguments,
+            latent_space=self.encoder.latent_space,
+            latent_channels=self.encoder.latent_channels,
+            latent_stride=self.encoder.latent_stride,
+            scale=self.scale,
+            image_size=self.image_size,
+            latent_sigma_max=self.training_settings.latent_sigma_max,
+            noise_frame=self.training_settings.noise_frame,
+            student_times=self.student_times,
+            config=self.denoiser.config,
+        )
+
+    @property
+    def averaged_denoiser(self) -> PiD:
+        """The network to judge and to ship: the average where there is one."""
+        return self.denoiser_ema if self.denoiser_ema is not None else self.denoiser
+
+    def setup(self, stage: str) -> None:
+        """Check sizes, then bring pretrained weights: everything that can fail, before the work."""
+        data = self.trainer.datamodule
+        if data is not None and stage != "predict":
+            self.denoiser.check_size(data.image_size, data.image_size)
+            self.image_size = data.image_size
+        self.encoder.load()
+        self.text_encoder.load()
+        if stage == "fit" and self.init_from is not None:
+            self._initialise_from(self.init_from)
+
+    def _initialise_from(self, path: str) -> None:
+        source, info = weights.load_model(path)
+        taken = source.state_dict()
+        ours = self.denoiser.state_dict()
+        if info.latent_space != self.encoder.latent_space or info.scale != self.scale:
+            new = ("adapter.", "gates.")
+            taken = {k: v for k, v in taken.items() if not k.startswith(new)}
+            ours = {k: v for k, v in ours.items() if not k.startswith(new)}
+        odd = sorted(ours.keys() ^ taken.keys())
+        odd += [k for k in ours if k in taken and ours[k].shape != taken[k].shape]
+        if odd:
+            told = "; ".join(self.info.differences(info)) or odd[0]
+            raise ValueError(f"init_from: {path} is of another network ({told}).")
+        self.denoiser.load_state_dict(taken, strict=False)
+        new = len(self.denoiser.state_dict()) - len(taken)
+        log.info(
+            "init_from %s: took %d tensors (%s), %d are new (%s)",
+            path,
+            len(taken),
+            "backbone and adapter" if not new else "backbone",
+            new,
+            "adapter and gates" if new else "none",
+        )
+
+    # Checkpoints: no frozen networks, self-describing, checked before they are loaded.
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Without the frozen networks."""
+        state = super().state_dict(*args, **kwargs)
+        for name in [name for name in state if name.startswith(FROZEN)]:
+            del state[name]
+        return state
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what the checkpoint is."""
+        checkpoint[weights.METADATA_KEY] = self.info.to_plain()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another model's checkpoint; take over whether it is a student, and its average."""
+        if weights.METADATA_KEY not in checkpoint:
+            raise ValueError("ckpt_path: not a checkpoint of a PiD run (it does not say what it is).")
+        theirs = weights.ModelInfo.from_plain(checkpoint[weights.METADATA_KEY])
+        differences = self.info.differences(theirs)
+        if differences:
+            raise ValueError(
+                f"ckpt_path: this checkpoint is of another model ({'; '.join(differences)}); "
+                "take its own config."
+            )
+        fitting = self.trainer.state.fn == "fit"
+        if not fitting:  # what else a run trained (a fake score, a discriminator) judges nothing
+            checkpoint["state_dict"] = {
+                name: tensor
+                for name, tensor in checkpoint["state_dict"].items()
+                if name.startswith(("denoiser.", "denoiser_ema."))
+            }
+        is_student = theirs.student_times is not None
+        distils = self.student_times is not None
+        if fitting and is_student != distils:
+            raise ValueError(
+                "ckpt_path: this checkpoint is of a distillation, add the DMD2 callback to resume it."
+                if is_student
+                else "ckpt_path: this checkpoint is not of a distillation; give it to DMD2 as teacher."
+            )
+        self.student_times = theirs.student_times
+        averaged = any(name.startswith("denoiser_ema.") for name in checkpoint["state_dict"])
+        if averaged == (self.denoiser_ema is not None):
+            return
+        if fitting:
+            raise ValueError(
+                "ckpt_path: this run averaged its weights, add the EMA callback to resume it."
+                if averaged
+                else "ckpt_path: this run did not average its weights, remove the EMA callback."
+            )
+        self.denoiser_ema = None
+        if averaged:  # judged without the callback: the average is all that counts
+            self.denoiser_ema = self.info.build().requires_grad_(False).to(self.device)
+
+    # Learning.
+
+    @property
+    def automatic_optimization(self) -> bool:
+        """As the objective says."""
+        return self.objective.automatic_optimization
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, captions: list[str]) -> tuple[Tensor, Tensor | None]:
+        """Clean normalised latents and caption features of pictures as the encoder sees them."""
+        # Cloned out of inference mode: the adapter's backward pass keeps them.
+        with torch.inference_mode():
+            latents = self.encoder.encode(images)
+            text = self.text_encoder.encode(captions)
+        return latents.clone(), None if text is None else text.clone()
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
+        """One step of the objective."""
+        return self.objective.training_step(self, draw_sample(self, batch, "train"))
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """The flow-matching loss of the average, on the same draws every time."""
+        sample = draw_sample(self, batch, "validate")
+        _, parts = FlowMatching().losses(self, self.averaged_denoiser, sample, "validate")
+        parts = {f"validate/{name}": value for name, value in parts.items()}
+        self.log_dict(parts, batch_size=len(sample.x0), sync_dist=True, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        """As the objective says."""
+        return self.objective.configure_optimizers(self)
+
+    @property
+    def num_denoiser_updates(self) -> int:
+        """Optimiser steps the denoiser has taken in this run."""
+        return self.objective.num_denoiser_updates(self)
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW on everything of the denoiser that learns."""
+        settings = self.training_settings
+        learning = [p for p in self.denoiser.parameters() if p.requires_grad]
+        return torch.optim.AdamW(
+            learning, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        )
+
+    def make_schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+        """Linear warm-up, then constant or a cosine to 0 (see `Training`)."""
+        settings = self.training_settings
+
+        def factor(step: int) -> float:
+            if step < settings.warmup_steps:
+                return (step + 1) / settings.warmup_steps
+            if settings.decay_steps is None:
+                return 1.0
+            span = settings.decay_steps - settings.warmup_steps
+            return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - settings.warmup_steps) / span))
+
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+    # Sampling: test and prediction.
+
+    def decode(
+        self,
+        latents: Tensor,
+        latent_sigma: Tensor,
+        text: Tensor | None,
+        generators: list[torch.Generator],
+        steps: int | None = None,
+    ) -> Tensor:
+        """Pictures from latents by the averaged network and its own sampler."""
+        guided = self.evaluation.guidance_scale != 1.0
+        null_text = self.text_encoder.encode([""] * len(latents)) if guided else None
+        return decode_latents(
+            self.averaged_denoiser,
+            latents,
+            latent_sigma,
+            student_times=self.student_times,
+            steps=steps or self.evaluation.steps,
+            text=text,
+            null_text=null_text,
+            guidance_scale=self.evaluation.guidance_scale,
+            generator=generators,
+        )
+
+    def on_test_start(self) -> None:
+        """Begin the report."""
+        self.report = Report(self)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Decode the batch at every noise level, by PiD and by the native decoder."""
+        self.report.add(batch)
+
+    def on_test_end(self) -> None:
+        """Print the table and write it beside the run."""
+        self.report.finish()
+
+    def on_predict_start(self) -> None:
+        """Open the folder of the outputs."""
+        self.writer = PredictionWriter(self)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Path]:
+        """Decode pictures or latents; returns the files written."""
+        return self.writer.write(batch)
+
+
+def _forgive_frozen(module: PiDModule, incompatible: Any) -> None:
+    """Frozen networks are not in checkpoints, so their absence is no error."""
+    kept = [name for name in incompatible.missing_keys if not name.startswith(FROZEN)]
+    incompatible.missing_keys[:] = kept

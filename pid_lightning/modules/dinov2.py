@@ -1,0 +1,56 @@
+"""PiD behind DINOv2's features, as RAE uses them (arXiv 2510.11690)."""
+
+from __future__ import annotations
+
+from pid_lightning.encoders.dinov2 import DINOv2Encoder
+from pid_lightning.modules.base import PiDModule
+from pid_lightning.modules.settings import Evaluation, Training
+from pid_lightning.nn import PiDConfig
+from pid_lightning.text import TextEncoder
+
+
+class DINOv2PiD(PiDModule):
+    """PiD on the patch features of a DINOv2 vision transformer.
+
+    Args:
+        model: timm's name of a DINOv2.
+        pretrained: False runs with random weights, on purpose, and warns.
+        checkpoint: local file of the model's weights; null asks the hub.
+        statistics: local file of the latents' mean and variance; null leaves them as they are.
+        scale: side of the output over the side of the picture that the encoder sees.
+        denoiser: sizes of the network.
+        text: caption features; null conditions on a learned null.
+        training: how it learns.
+        evaluation: how it is sampled and judged.
+        init_from: a run's checkpoint or a model file to start from.
+    """
+
+    def __init__(
+        self,
+        model: str = "vit_base_patch14_reg4_dinov2.lvd142m",
+        pretrained: bool = True,
+        checkpoint: str | None = None,
+        statistics: str | None = None,
+        scale: int = 4,
+        denoiser: PiDConfig = PiDConfig(),
+        text: TextEncoder | None = None,
+        training: Training = Training(),
+        evaluation: Evaluation = Evaluation(),
+        init_from: str | None = None,
+    ) -> None:
+        arguments = {
+            "model": model,
+            "pretrained": pretrained,
+            "checkpoint": checkpoint,
+            "statistics": statistics,
+        }
+        super().__init__(
+            DINOv2Encoder(**arguments),
+            arguments,
+            scale,
+            denoiser,
+            text,
+            training,
+            evaluation,
+            init_from,
+        )

@@ -1,0 +1,206 @@
+"""What `pid test` and `pid predict` do with a batch: reports against the native decoder, files."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pid_lightning.metrics import (
+    PeakMemory,
+    PictureMetrics,
+    format_table,
+    lpips_network,
+    write_csv,
+)
+from pid_lightning.noising import add_latent_noise
+from pid_lightning.pictures import enlarge_picture, picture_grid, reduce_picture, write_picture
+from pid_lightning.randomness import sample_generators
+from pid_lightning.sampling import draw_noise
+from pid_lightning.version import __version__
+
+if TYPE_CHECKING:
+    from pid_lightning.modules.base import PiDModule
+
+log = logging.getLogger(__name__)
+
+NUM_GRID_ROWS = 4  # pictures shown in the grid of a test
+
+
+def test_generators(module: PiDModule, purpose: str, numbers: list[int]) -> list[torch.Generator]:
+    """One generator a picture; `numbers` tells the pictures apart."""
+    seed = module.training_settings.seed
+    return sample_generators(seed, f"test {purpose}", numbers, module.device)
+
+
+def add_test_noise(
+    module: PiDModule, clean: Tensor, sigma: float, numbers: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Latents (B, C, h, w) at one noise level, and that level for each (B,).
+
+    A picture gets the same noise at every level.
+    """
+    latent_sigma = torch.full((len(clean),), sigma, device=clean.device)
+    eps = draw_noise(clean.shape, test_generators(module, "latents", numbers), clean.device)
+    frame = module.training_settings.noise_frame
+    return add_latent_noise(clean, eps, latent_sigma, frame), latent_sigma
+
+
+class Report:
+    """Measures of PiD and of the native decoder enlarged, at every noise level.
+
+    Args:
+        module: what is tested; its evaluation settings say how.
+    """
+
+    def __init__(self, module: PiDModule) -> None:
+        self.module = module
+        lpips, missing = lpips_network(module.evaluation.lpips)
+        self.metrics = PictureMetrics(lpips, missing).to(module.device)
+        self.grid_rows: list[list[Tensor]] = []
+
+    @property
+    def folder(self) -> Path:
+        """Where the report goes: the run's own folder."""
+        trainer = self.module.trainer
+        return Path(trainer.log_dir or trainer.default_root_dir)
+
+    def add(self, batch: dict[str, Any]) -> None:
+        """Decode a batch at every noise level, by PiD and by the native decoder."""
+        module, x0 = self.module, batch["image"]
+        numbers = batch["number"].tolist()
+        low_resolution = reduce_picture(x0, module.scale)
+        clean, text = module.encode(low_resolution, batch["caption"])
+        decoded = []
+        for sigma in module.evaluation.latent_sigmas:
+            latents, latent_sigma = add_test_noise(module, clean, sigma, numbers)
+            pictures = {}
+            with PeakMemory(x0.device) as measured:
+                pictures["PiD"] = module.decode(
+                    latents, latent_sigma, text, test_generators(module, "pixels", numbers)
+                )
+            costs = {"PiD": measured}
+            if module.encoder.has_decoder:
+                with PeakMemory(x0.device) as measured:
+                    native = module.encoder.decode(latents)
+                    pictures["native + bicubic"] = enlarge_picture(native, module.scale)
+                costs["native + bicubic"] = measured
+            for method, prediction in pictures.items():
+                cost = costs[method]
+                self.metrics.update(
+                    (method, sigma),
+                    prediction,
+                    x0,
+                    low_resolution,
+                    module.scale,
+                    cost.seconds,
+                    cost.peak_bytes,
+                )
+            decoded.append(pictures)
+        self._remember(x0, low_resolution, decoded)
+
+    def _remember(self, x0: Tensor, low: Tensor, decoded: list[dict[str, Tensor]]) -> None:
+        seen = enlarge_picture(low, self.module.scale)
+        for i in range(min(len(x0), NUM_GRID_ROWS - len(self.grid_rows))):
+            row = [seen[i]]
+            row += [pictures[method][i] for method in decoded[0] for pictures in decoded]
+            self.grid_rows.append([*row, x0[i]])
+
+    def labels(self) -> list[str]:
+        """Column names of the grid."""
+        methods = ["PiD"] + ["native"] * self.module.encoder.has_decoder
+        sigmas = self.module.evaluation.latent_sigmas
+        return ["input", *(f"{m} {s:g}" for m in methods for s in sigmas), "original"]
+
+    def finish(self) -> None:
+        """Print the table; write it, the grid and the scalars beside the run."""
+        rows = self.metrics.compute()
+        trainer = self.module.trainer
+        if not trainer.is_global_zero:
+            return
+        folder = self.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        write_csv(rows, folder / "metrics.csv")
+        grid = picture_grid(self.grid_rows, self.labels()) * 2 - 1
+        write_picture(grid, folder / "test_grid.png", {"columns": self.labels()})
+        if trainer.logger is not None:
+            self._log_scalars(rows)
+        steps = self.module.evaluation.steps or "all trained"
+        print(f"\n{format_table(rows)}\n")
+        print(f"sampling steps: {steps}; columns of the grid: {', '.join(self.labels())}")
+        print(f"table    {folder / 'metrics.csv'}")
+        print(f"pictures {folder / 'test_grid.png'}")
+
+    def _log_scalars(self, rows: list[dict[str, Any]]) -> None:
+        scalars = {
+            f"test/{row['method']}/{name}/sigma_{row['latent_sigma']:g}": row[name]
+            for row in rows
+            for name in ("psnr", "ssim", "lpips", "consistency", "seconds")
+            if not isinstance(row[name], str)
+        }
+        module = self.module
+        module.logger.log_metrics(scalars, step=module.trainer.global_step)
+
+
+class PredictionWriter:
+    """Outputs of `pid predict`: PNGs named after their inputs, a JSON beside each.
+
+    Args:
+        module: what decodes; outputs go to `predictions/` in the run's folder.
+    """
+
+    def __init__(self, module: PiDModule) -> None:
+        self.module = module
+        trainer = module.trainer
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "predictions"
+        if trainer.is_global_zero:
+            print(f"writing pictures to {self.folder}")
+
+    def write(self, batch: dict[str, Any]) -> list[Path]:
+        """Decode one batch of `PredictionData`, pictures of one size or latents."""
+        module, settings = self.module, self.module.evaluation
+        if "latents" in batch:
+            latents = batch["latents"].float()
+            text = module.text_encoder.encode(batch["caption"])
+        else:
+            latents, text = module.encode(batch["image"], batch["caption"])
+        numbers, sigma = batch["number"].tolist(), settings.predict_sigma
+        if "image" in batch:
+            latents, latent_sigma = add_test_noise(module, latents, sigma, numbers)
+        else:  # latents bring their own noise, the sigma only tells its level
+            latent_sigma = torch.full((len(latents),), sigma, device=latents.device)
+        generators = test_generators(module, "pixels", numbers)
+        pictures = module.decode(latents, latent_sigma, text, generators)
+
+        written = []
+        for i, name in enumerate(batch["name"]):
+            path = self.folder / f"{name}.png"
+            write_picture(pictures[i], path, self._metadata(batch, i, pictures[i]))
+            written.append(path)
+        return written
+
+    def _metadata(self, batch: dict[str, Any], i: int, picture: Tensor) -> dict[str, Any]:
+        module = self.module
+        return {
+            "input": batch["path"][i],
+            "caption": batch["caption"][i],
+            "number": int(batch["number"][i]),
+            "seed": module.training_settings.seed,
+            "latent_sigma": module.evaluation.predict_sigma,
+            "steps": module.evaluation.steps,
+            "student_times": module.student_times,
+            "guidance_scale": module.evaluation.guidance_scale,
+            "size": list(picture.shape[-2:]),
+            "weights": str(module.trainer.ckpt_path),
+            "family": type(module).__name__,
+            "scale": module.scale,
+            "versions": {
+                "pid_lightning": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }

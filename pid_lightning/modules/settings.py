@@ -1,0 +1,97 @@
+"""The knobs of a run, in groups: how it learns and how it is judged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pid_lightning.noising import FRAMES
+
+TRAINED_PARTS = ("all", "adapter")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the denoiser learns. The defaults are the published teacher's.
+
+    Attributes:
+        train: ``"all"``, or ``"adapter"`` to freeze the backbone and train adapter and gates.
+        learning_rate: of AdamW.
+        weight_decay: of AdamW.
+        warmup_steps: optimiser steps over which the learning rate rises linearly from 0.
+        decay_steps: optimiser steps at which a cosine from the end of warm-up reaches 0; null
+            keeps the learning rate constant. Set it to the length of the whole run.
+        time_shift: shift of the training times; null derives it from the output's size
+            (`flow.resolution_shift`).
+        latent_sigma_max: highest noise level of the latents.
+        latent_sigma_probability: share of samples with noisy latents.
+        noise_frame: frame of that noise, ``"flow"`` or ``"variance_preserving"`` (SDXL).
+        caption_dropout: share of samples whose text is replaced by the null.
+        latent_dropout: share of samples without latents; 1 trains an unconditional backbone.
+        rgb_loss_weight: weight of the RGB head's loss where the adapter has one.
+        activation_checkpointing: recompute blocks in the backward pass: slower, far less memory.
+        seed: of every random number drawn in training and evaluation.
+    """
+
+    train: str = "all"
+    learning_rate: float = 5e-5
+    weight_decay: float = 1e-3
+    warmup_steps: int = 2000
+    decay_steps: int | None = None
+    time_shift: float | None = None
+    latent_sigma_max: float = 0.8
+    latent_sigma_probability: float = 0.75
+    noise_frame: str = "flow"
+    caption_dropout: float = 0.1
+    latent_dropout: float = 0.0
+    rgb_loss_weight: float = 0.8
+    activation_checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.train not in TRAINED_PARTS:
+            accepted = ", ".join(TRAINED_PARTS)
+            raise ValueError(f"training.train: {self.train!r} is not one of {accepted}.")
+        if self.noise_frame not in FRAMES:
+            accepted = ", ".join(FRAMES)
+            raise ValueError(f"training.noise_frame: {self.noise_frame!r} is not one of {accepted}.")
+        for name in (
+            "latent_sigma_max",
+            "latent_sigma_probability",
+            "caption_dropout",
+            "latent_dropout",
+        ):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"training.{name}: {getattr(self, name)} must lie between 0 and 1."
+                )
+        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"training.decay_steps: {self.decay_steps} must be above warmup_steps "
+                f"({self.warmup_steps}), or null for a constant learning rate."
+            )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How `validate`, `test` and `predict` sample, and what `test` measures.
+
+    Attributes:
+        latent_sigmas: noise levels of the latents that `test` reports.
+        steps: sampling steps; null is a student's own number or 25 for a teacher.
+        guidance_scale: of the teacher's text guidance; 1 is none.
+        lpips: local file of LPIPS weights (.safetensors); null looks in torch's hub cache.
+        predict_sigma: noise level told for `predict`'s latents; 0 is clean.
+    """
+
+    latent_sigmas: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6, 0.8])
+    steps: int | None = None
+    guidance_scale: float = 1.0
+    lpips: str | None = None
+    predict_sigma: float = 0.0
+
+    def __post_init__(self) -> None:
+        for sigma in (*self.latent_sigmas, self.predict_sigma):
+            if not 0 <= sigma <= 1:
+                raise ValueError(f"latent sigma: {sigma} must lie between 0 (clean) and 1 (noise).")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"evaluation.steps: {self.steps} must be at least 1.")
