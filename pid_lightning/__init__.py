@@ -1,26 +1,39 @@
-"""Pixel diffusion decoders with PyTorch Lightning: train, distil, decode."""
+"""Pixel diffusion decoders with PyTorch Lightning: train, distil, decode.
 
-from pid_lightning.callbacks import EMA, PictureGrids
-from pid_lightning.data import ImageData
-from pid_lightning.modules import DINOv2PiD, Evaluation, SigLIPPiD, Training, VAEPiD
-from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
-from pid_lightning.text import CachedText, LanguageModelText, NoText
+Public names are imported when first used, so that decoding needs no Lightning.
+"""
+
+from importlib import import_module
+from typing import Any
+
 from pid_lightning.version import __version__
 
-__all__ = [
-    "EMA",
-    "AdapterConfig",
-    "CachedText",
-    "DINOv2PiD",
-    "Evaluation",
-    "ImageData",
-    "LanguageModelText",
-    "NoText",
-    "PiD",
-    "PiDConfig",
-    "PictureGrids",
-    "SigLIPPiD",
-    "Training",
-    "VAEPiD",
-    "__version__",
-]
+_HOMES = {
+    "AdapterConfig": "nn",
+    "CachedText": "text",
+    "DINOv2PiD": "modules",
+    "DMD2": "callbacks",
+    "EMA": "callbacks",
+    "Evaluation": "modules",
+    "ImageData": "data",
+    "LanguageModelText": "text",
+    "NoText": "text",
+    "PiD": "nn",
+    "PiDConfig": "nn",
+    "PictureGrids": "callbacks",
+    "SigLIPPiD": "modules",
+    "Training": "modules",
+    "VAEPiD": "modules",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pid_lightning' has no attribute {name!r}")
+    return getattr(import_module(f"pid_lightning.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -12,7 +12,6 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-import pid_lightning  # noqa: F401  its import makes short class names known
 from pid_lightning.callbacks.graceful_stop import GracefulStop
 from pid_lightning.checkpointing import AtomicCheckpointIO, find_last_checkpoint
 
@@ -53,12 +52,14 @@ class PiDCLI(LightningCLI):
                     "fit first, or name a checkpoint."
                 )
             config.ckpt_path = str(found)
-        if config.ckpt_path is None and self.subcommand != "fit" and not config.model.init_args.get(
-            "init_from"
+        if (
+            config.ckpt_path is None
+            and self.subcommand != "fit"
+            and not config.model.init_args.get("init_from")
         ):
             raise ValueError(
-                f"pid {self.subcommand} needs a trained network: give --ckpt_path FILE, --ckpt_path "
-                "last for this config's newest run, or --model.init_from FILE."
+                f"pid {self.subcommand} needs a trained network: give --ckpt_path FILE, "
+                "--ckpt_path last for this config's newest run, or --model.init_from FILE."
             )
         if config.ckpt_path is None:
             return

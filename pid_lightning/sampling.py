@@ -55,6 +55,15 @@ def few_step_times(student_times: Sequence[float], steps: int) -> tuple[float, .
     return tuple(student_times[i * trained // steps] for i in range(steps))
 
 
+def renoise(
+    x_t: Tensor, velocity: Tensor, now: float, after: float, generator: Generators
+) -> Tensor:
+    """`x0 = x - a v`, then `(1-b) x0 + b eps` with fresh noise: a stochastic step from a to b."""
+    x0 = flow.x0_from_velocity(x_t, velocity, x_t.new_full((len(x_t),), now))
+    eps = draw_noise(x_t.shape, generator, x_t.device)
+    return flow.add_noise(x0, eps, x_t.new_full((len(x_t),), after))
+
+
 def sample_few_steps(
     velocity: Velocity,
     noise: Tensor,
@@ -88,9 +97,7 @@ def sample_few_steps(
         t = x.new_full((len(x),), now)
         v = velocity(x, t)
         if after > 0 and stochastic:
-            x0 = flow.x0_from_velocity(x, v, t)
-            eps = draw_noise(x.shape, generator, x.device)
-            x = flow.add_noise(x0, eps, x.new_full((len(x),), after))
+            x = renoise(x, v, now, after, generator)
         else:
             x = x + (after - now) * v
         if on_step is not None:

@@ -4,6 +4,7 @@ of itself. Loaded strictly, written to a temporary name and moved."""
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import pickle
 import zipfile
@@ -182,6 +183,16 @@ def denoiser_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     averaged = any(name.startswith("denoiser_ema.") for name in state)
     prefix = "denoiser_ema." if averaged else "denoiser."
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def fingerprint(denoiser: PiD) -> str:
+    """A short name of a network's weights, the same in every type they can be stored in exactly."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(denoiser.state_dict().items()):
+        values = tensor.detach().flatten()
+        some = values[:: max(1, len(values) // 64)].float().cpu()
+        digest.update(name.encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _check_exists(path: Path) -> None:

@@ -58,7 +58,7 @@ class EMA(Callback):
 
     @torch.no_grad()
     def _blend(self, module: PiDModule, weight: float) -> None:
-        averages = [p for p in module.denoiser_ema.parameters()]
+        averages = list(module.denoiser_ema.parameters())
         currents = [p.detach().float() for p in module.denoiser.parameters()]
         torch._foreach_lerp_(averages, currents, weight)
 

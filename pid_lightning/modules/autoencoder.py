@@ -143,7 +143,8 @@ def reconstruction_loss(output: Tensor, images: Tensor) -> Tensor:
     Between the mean square, ruled by the hardest pictures, and the mean PSNR, ruled by the
     easiest.
     """
-    return F.mse_loss(output.float(), images, reduction="none").mean((1, 2, 3)).sqrt().mean()
+    error = F.mse_loss(output.float(), images, reduction="none").mean((1, 2, 3))
+    return error.clamp_min(1e-10).sqrt().mean()
 
 
 def psnr(output: Tensor, images: Tensor) -> Tensor:

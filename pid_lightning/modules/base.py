@@ -118,7 +118,7 @@ class PiDModule(LightningModule):
             self.image_size = data.image_size
         self.encoder.load()
         self.text_encoder.load()
-        if stage == "fit" and self.init_from is not None:
+        if self.init_from is not None and self.trainer.ckpt_path is None:
             self._initialise_from(self.init_from)
 
     def _initialise_from(self, path: str) -> None:
@@ -161,7 +161,9 @@ class PiDModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model's checkpoint; take over whether it is a student, and its average."""
         if weights.METADATA_KEY not in checkpoint:
-            raise ValueError("ckpt_path: not a checkpoint of a PiD run (it does not say what it is).")
+            raise ValueError(
+                "ckpt_path: not a checkpoint of a PiD run (it does not say what it is)."
+            )
         theirs = weights.ModelInfo.from_plain(checkpoint[weights.METADATA_KEY])
         differences = self.info.differences(theirs)
         if differences:
@@ -171,10 +173,11 @@ class PiDModule(LightningModule):
             )
         fitting = self.trainer.state.fn == "fit"
         if not fitting:  # what else a run trained (a fake score, a discriminator) judges nothing
+            kept = self.state_dict().keys()
             checkpoint["state_dict"] = {
                 name: tensor
                 for name, tensor in checkpoint["state_dict"].items()
-                if name.startswith(("denoiser.", "denoiser_ema."))
+                if name in kept or name.startswith("denoiser_ema.")
             }
         is_student = theirs.student_times is not None
         distils = self.student_times is not None

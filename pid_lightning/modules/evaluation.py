@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pid_lightning.lpips import lpips_network
 from pid_lightning.metrics import (
     PeakMemory,
     PictureMetrics,
     format_table,
-    lpips_network,
     write_csv,
 )
 from pid_lightning.noising import add_latent_noise

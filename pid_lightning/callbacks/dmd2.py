@@ -1,0 +1,303 @@
+"""DMD2: turns `fit` of any family into the distillation of its teacher to a few steps."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+
+from pid_lightning import flow, losses, sampling, weights
+from pid_lightning.callbacks.turns import Turns
+from pid_lightning.modules.base import PiDModule
+from pid_lightning.modules.objective import Sample
+from pid_lightning.nn import Condition, Discriminator, PiD
+from pid_lightning.randomness import sample_generators
+
+STUDENT_INPUTS = ("rollout", "noised_data")
+SMALLEST_TIME, LARGEST_TIME = 0.02, 0.99
+R1_NOISE = 0.1
+
+
+class DMD2(Callback):
+    """Distribution matching distillation (DMD2, arXiv 2405.14867) as the module's objective.
+
+    The student is `module.denoiser`. It, a frozen teacher and a fake score that follows the
+    student's outputs start from the same weights. Of `student_every` batches one trains the
+    student, the others the fake score and a discriminator on the teacher's features. One batch
+    is one `global_step`; `training.learning_rate`, its schedule and `EMA` are the student's and
+    count the student's steps.
+
+    Args:
+        teacher: checkpoint of a run of the same config, or a model file.
+        student_times: pixel times of the student's steps, from noise to clean.
+        student_every: batches from one student step to the next.
+        student_input: ``"rollout"``, the student's own steps from noise without gradient, or
+            ``"noised_data"``, real images noised.
+        guidance_scale: of the teacher on text; without text both branches are the same.
+        generator_weight: of the adversarial loss in the student's.
+        generator_warmup: student steps over which that weight rises linearly.
+        r1_weight: of the approximate R1 penalty.
+        taps: teacher blocks (0-based) whose features the discriminator sees.
+        learning_rate: of fake score and discriminator.
+        fake_score_weight_decay: of the fake score.
+        teacher_dtype: type of the frozen teacher's weights.
+
+    Raises:
+        ValueError: settings out of range; a teacher of another model, or itself distilled.
+    """
+
+    automatic_optimization = False
+
+    def __init__(
+        self,
+        teacher: str,
+        student_times: tuple[float, ...] = sampling.STUDENT_TIMES,
+        student_every: int = 6,
+        student_input: str = "rollout",
+        guidance_scale: float = 3.0,
+        generator_weight: float = 0.05,
+        generator_warmup: int = 100,
+        r1_weight: float = 200.0,
+        taps: tuple[int, ...] = (7,),
+        learning_rate: float = 1e-5,
+        fake_score_weight_decay: float = 1e-3,
+        teacher_dtype: str = "bfloat16",
+    ) -> None:
+        if student_input not in STUDENT_INPUTS:
+            accepted = ", ".join(STUDENT_INPUTS)
+            raise ValueError(f"DMD2 student_input: {student_input!r} is not one of {accepted}.")
+        if student_every < 2:
+            raise ValueError(
+                f"DMD2 student_every: {student_every} must be at least 2: the others train critics."
+            )
+        if not student_times or list(student_times) != sorted(student_times, reverse=True):
+            raise ValueError(f"DMD2 student_times: {student_times} must fall from noise to clean.")
+        if not all(0 < t <= 1 for t in student_times):
+            raise ValueError(f"DMD2 student_times: {student_times} must lie in (0, 1].")
+        self.teacher = teacher
+        self.student_times = tuple(student_times)
+        self.student_input = student_input
+        self.guidance_scale = guidance_scale
+        self.generator_weight = generator_weight
+        self.generator_warmup = generator_warmup
+        self.r1_weight = r1_weight
+        self.taps = taps
+        self.learning_rate = learning_rate
+        self.fake_score_weight_decay = fake_score_weight_decay
+        self.teacher_dtype = getattr(torch, teacher_dtype)
+        self.turns = Turns(student_every)
+        self.num_student_updates = 0
+        self._fingerprint = ""
+
+    # Wiring.
+
+    def setup(self, trainer: Trainer, pl_module: PiDModule, stage: str) -> None:
+        """Attach the networks, early enough to be wrapped, moved, saved and restored."""
+        if stage != "fit" or pl_module.objective is self:
+            return
+        teacher, info = weights.load_model(self.teacher)
+        self._check_teacher(info, pl_module)
+        self._fingerprint = weights.fingerprint(teacher)
+        pl_module.denoiser.load_state_dict(teacher.state_dict())
+        pl_module.fake_score = copy.deepcopy(pl_module.denoiser).requires_grad_(True)
+        pl_module.discriminator = Discriminator(info.config.width, len(self.taps))
+        pl_module.teacher = teacher.to(self.teacher_dtype).requires_grad_(False).eval()
+        for network in (pl_module.denoiser, pl_module.fake_score):
+            freeze_unused(network)
+        pl_module.student_times = self.student_times
+        pl_module.objective = self
+        self.turns.take_over(trainer)
+
+    def _check_teacher(self, info: weights.ModelInfo, module: PiDModule) -> None:
+        differences = module.info.differences(info)
+        if differences:
+            raise ValueError(
+                f"DMD2 teacher: {self.teacher} is of another model ({'; '.join(differences)})."
+            )
+        if info.student_times is not None:
+            raise ValueError(f"DMD2 teacher: {self.teacher} is itself a distilled student.")
+        num_blocks = info.config.num_blocks
+        if not self.taps or not all(0 <= tap < num_blocks for tap in self.taps):
+            raise ValueError(
+                f"DMD2 taps: {self.taps} must name blocks of the teacher, 0 to {num_blocks - 1}."
+            )
+
+    def configure_optimizers(self, module: PiDModule) -> tuple[list[Any], list[Any]]:
+        """The student's optimiser with its schedule, and one for both critics."""
+        student = module.make_optimizer()
+        critics = torch.optim.AdamW(
+            [
+                {
+                    "params": [p for p in module.fake_score.parameters() if p.requires_grad],
+                    "weight_decay": self.fake_score_weight_decay,
+                },
+                {"params": module.discriminator.parameters(), "weight_decay": 0.0},
+            ],
+            lr=self.learning_rate,
+            fused=True,
+        )
+        return [student, critics], [module.make_schedule(student)]
+
+    def num_denoiser_updates(self, module: PiDModule) -> int:
+        """The student's steps."""
+        return self.num_student_updates
+
+    def state_dict(self) -> dict[str, Any]:
+        """The student's step count, and which teacher it learns from."""
+        return {"num_student_updates": self.num_student_updates, "teacher": self._fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting, with the same teacher only."""
+        if state_dict["teacher"] != self._fingerprint:
+            raise ValueError(
+                f"DMD2 teacher: {self.teacher} is not the teacher that this checkpoint was "
+                "distilled from; name the same one to resume."
+            )
+        self.num_student_updates = state_dict["num_student_updates"]
+
+    # One batch.
+
+    def training_step(self, module: PiDModule, sample: Sample) -> None:
+        """The student's turn or the critics'; one optimiser steps, the other rests."""
+        is_student = self.turns.is_student(module.trainer.global_step)
+        critics = (module.fake_score, module.discriminator)
+        networks, resting = ((module.denoiser,), critics)
+        if not is_student:
+            networks, resting = resting, networks
+        with self.turns.only(networks, resting):
+            loss, parts = (self._student_loss if is_student else self._critic_loss)(module, sample)
+            stepped = self.turns.step(module, loss, optimizer=0 if is_student else 1)
+        if is_student and stepped:
+            module.lr_schedulers().step()
+            self.num_student_updates += 1
+        parts |= self.turns.shares_of_time(module)
+        module.log_dict({f"train/{k}": v for k, v in parts.items()}, batch_size=len(sample.x0))
+
+    def _student_loss(self, module: PiDModule, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
+        """Distribution matching plus the adversarial loss (method: DMD2, sections 4.1 to 4.3)."""
+        with self.turns.timed("student"):
+            student_x0 = self._student_x0(module, sample)
+        x_t, t = self._perturb(module, sample, student_x0, "student")
+        with self.turns.timed("teacher"), torch.no_grad():
+            condition = sample.condition(module.teacher)
+            teacher_x0 = self._teacher_x0(module.teacher, x_t, t, condition, sample)
+        with self.turns.timed("fake_score"), torch.no_grad():
+            fake = module.fake_score(x_t, t, sample.condition(module.fake_score))
+            fake_x0 = flow.x0_from_velocity(x_t, fake, t)
+        dmd = losses.dmd_loss(student_x0, teacher_x0, fake_x0)
+        with self.turns.timed("discriminator"):
+            logits = module.discriminator(module.teacher.features(x_t, t, condition, self.taps))
+        generator = losses.generator_loss(logits)
+        warm = min(1.0, (self.num_student_updates + 1) / max(1, self.generator_warmup))
+        gradient = losses.dmd_gradient(student_x0.detach(), teacher_x0, fake_x0)
+        parts = {
+            "dmd_loss": dmd.detach(),
+            "generator_loss": generator.detach(),
+            "dmd_gradient_norm": gradient.flatten(1).norm(dim=1).mean(),
+        }
+        return dmd + self.generator_weight * warm * generator, parts
+
+    def _critic_loss(self, module: PiDModule, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
+        """The fake score follows the student; the discriminator tells its pictures from real."""
+        with self.turns.timed("student"), torch.no_grad():
+            student_x0 = self._student_x0(module, sample)
+        eps = self._noise(module, sample, "fake score")
+        t = self._times(module, sample, "fake score")
+        with self.turns.timed("fake_score"):
+            velocity = module.fake_score(
+                flow.add_noise(student_x0, eps, t), t, sample.condition(module.fake_score)
+            )
+        fake_score = losses.fake_score_loss(velocity, student_x0, eps)
+
+        fake_x_t, t = self._perturb(module, sample, student_x0, "discriminator")
+        real_x_t, _ = self._perturb(module, sample, sample.x0, "discriminator")
+        moved_x_t = real_x_t + R1_NOISE * self._noise(module, sample, "r1")
+        with self.turns.timed("teacher"), torch.no_grad():
+            condition = sample.condition(module.teacher)
+            fake, real, moved = (
+                module.teacher.features(x_t, t, condition, self.taps)
+                for x_t in (fake_x_t, real_x_t, moved_x_t)
+            )
+        with self.turns.timed("discriminator"):
+            fake, real, moved = map(module.discriminator, (fake, real, moved))
+        discriminator = losses.discriminator_loss(real, fake)
+        r1 = losses.approximate_r1_loss(real, moved)
+        parts = {
+            "fake_score_loss": fake_score.detach(),
+            "discriminator_loss": discriminator.detach(),
+            "r1_loss": r1.detach(),
+            "real_logit": real.detach().mean(),
+            "fake_logit": fake.detach().mean(),
+        }
+        return fake_score + discriminator + self.r1_weight * r1, parts
+
+    def _student_x0(self, module: PiDModule, sample: Sample) -> Tensor:
+        """The student's picture from a random one of its times.
+
+        That time is one for the batch, the same on every process; gradient flows through the
+        last evaluation only.
+        """
+        seed, turn = module.training_settings.seed, module.trainer.global_step
+        (generator,) = sample_generators(seed, "student time", [turn])
+        step = int(torch.randint(len(self.student_times), (), generator=generator))
+        condition = sample.condition(module.denoiser)
+        now = self.student_times[step]
+        t = sample.x0.new_full((len(sample.x0),), now)
+        noise = self._noise(module, sample, "student input")
+        if self.student_input == "noised_data":
+            x_t = flow.add_noise(sample.x0, noise, t)
+        else:
+            x_t = self._roll_out(module, sample, condition, noise, step)
+        return flow.x0_from_velocity(x_t, module.denoiser(x_t, t, condition), t)
+
+    @torch.no_grad()
+    def _roll_out(
+        self, module: PiDModule, sample: Sample, condition: Condition, noise: Tensor, steps: int
+    ) -> Tensor:
+        """The student's own x after `steps` stochastic steps from noise."""
+        x, seed = noise, module.training_settings.seed
+        for i in range(steps):
+            now, after = self.student_times[i : i + 2]
+            velocity = module.denoiser(x, x.new_full((len(x),), now), condition)
+            generators = sample_generators(seed, f"rollout {i}", sample.numbers, x.device)
+            x = sampling.renoise(x, velocity, now, after, generators)
+        return x
+
+    def _teacher_x0(
+        self, teacher: PiD, x_t: Tensor, t: Tensor, condition: Condition, sample: Sample
+    ) -> Tensor:
+        velocity = teacher(x_t, t, condition)
+        if self.guidance_scale != 1.0 and sample.text is not None:
+            null = teacher(x_t, t, teacher.without_text(condition))
+            velocity = null + self.guidance_scale * (velocity - null)
+        return flow.x0_from_velocity(x_t, velocity, t)
+
+    def _perturb(
+        self, module: PiDModule, sample: Sample, x0: Tensor, purpose: str
+    ) -> tuple[Tensor, Tensor]:
+        """(x_t, t): pictures noised at random times, the same ones for the same purpose."""
+        t = self._times(module, sample, purpose)
+        return flow.add_noise(x0, self._noise(module, sample, purpose), t), t
+
+    def _times(self, module: PiDModule, sample: Sample, purpose: str) -> Tensor:
+        """Logit-normal without shift, clamped to [0.02, 0.99]."""
+        seed = module.training_settings.seed
+        generators = sample_generators(seed, f"{purpose} times", sample.numbers)
+        t = torch.cat([flow.sample_times(1, generator=generator) for generator in generators])
+        return t.clamp(SMALLEST_TIME, LARGEST_TIME).to(sample.x0.device)
+
+    def _noise(self, module: PiDModule, sample: Sample, purpose: str) -> Tensor:
+        seed, device = module.training_settings.seed, sample.x0.device
+        generators = sample_generators(seed, f"{purpose} noise", sample.numbers, device)
+        return sampling.draw_noise(sample.x0.shape, generators, device)
+
+
+def freeze_unused(network: nn.Module) -> None:
+    """The RGB head has no part in distillation, and the last block's text tail in nothing."""
+    if network.adapter.rgb_head is not None:
+        network.adapter.rgb_head.requires_grad_(False)
+    for block in network.patch_blocks:
+        block.freeze_unread()

@@ -1,0 +1,105 @@
+"""Alternating networks under manual optimisation: whose turn it is, one step a batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+
+
+class Turns:
+    """Gives every batch to one group of networks and steps that group's optimiser.
+
+    One batch steps one optimiser, so that `global_step` counts batches (or, accumulating, groups
+    of batches) and `max_steps`, checkpoints and logging keep their meaning.
+
+    Args:
+        student_every: batches from one student turn to the next; the others are the critics'.
+    """
+
+    def __init__(self, student_every: int) -> None:
+        self.student_every = student_every
+        self._clip: float | None = None
+        self._clip_algorithm: str | None = None
+        self._accumulate = 1
+        self._seconds: dict[str, float] = {}
+        self._is_timing = False
+
+    def take_over(self, trainer: Trainer) -> None:
+        """Do by hand what Lightning refuses to do under manual optimisation.
+
+        Raises:
+            ValueError: a strategy that would wait for gradients of the networks at rest.
+        """
+        self._clip = trainer.gradient_clip_val
+        self._clip_algorithm = trainer.gradient_clip_algorithm
+        self._accumulate = trainer.accumulate_grad_batches
+        trainer.gradient_clip_val = None
+        trainer.accumulate_grad_batches = 1
+        strategy = trainer.strategy
+        if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get(
+            "find_unused_parameters"
+        ):
+            raise ValueError(
+                "DMD2 alternates networks: with several processes set "
+                "trainer.strategy to ddp_find_unused_parameters_true."
+            )
+
+    def is_student(self, turn: int) -> bool:
+        """The critics begin: a student's step is worth what its fake score knows."""
+        return turn % self.student_every == self.student_every - 1
+
+    @contextmanager
+    def only(self, networks: Sequence[nn.Module], resting: Sequence[nn.Module]) -> Iterator[None]:
+        """`networks` learn and `resting` pass gradients on without collecting any."""
+        rested = [p for network in resting for p in network.parameters() if p.requires_grad]
+        for parameter in rested:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in rested:
+                parameter.requires_grad_(True)
+
+    def step(self, module: LightningModule, loss: Tensor, optimizer: int) -> bool:
+        """Backward, and where a group of batches is complete clip and step.
+
+        Returns:
+            Whether the optimiser stepped.
+        """
+        chosen = module.optimizers()[optimizer]
+        module.manual_backward(loss / self._accumulate)
+        if (module.trainer.fit_loop.epoch_loop.batch_idx + 1) % self._accumulate:
+            return False
+        if self._clip:
+            module.clip_gradients(chosen, self._clip, self._clip_algorithm)
+        chosen.step()
+        chosen.zero_grad(set_to_none=True)
+        return True
+
+    @contextmanager
+    def timed(self, network: str) -> Iterator[None]:
+        """Count the block's time for a network (its forward passes; a GPU is waited for only on
+        the batches that are logged)."""
+        start = time.perf_counter()
+        yield
+        if self._is_timing and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._seconds[network] = self._seconds.get(network, 0.0) + time.perf_counter() - start
+
+    def shares_of_time(self, module: LightningModule) -> dict[str, float]:
+        """Share of each network in the forward time since the last call that was logged."""
+        trainer = module.trainer
+        due = trainer.global_step % trainer.log_every_n_steps
+        self._is_timing = due == trainer.log_every_n_steps - 1
+        if due or not self._seconds:
+            return {}
+        total = sum(self._seconds.values())
+        shares = {f"time_share/{name}": s / total for name, s in self._seconds.items()}
+        self._seconds.clear()
+        return shares
