@@ -183,9 +183,9 @@ class PiDModule(LightningModule):
         distils = self.student_times is not None
         if fitting and is_student != distils:
             raise ValueError(
-                "ckpt_path: this checkpoint is of a distillation, add the DMD2 callback to resume it."
+                "ckpt_path: this checkpoint is of a distillation, add the DMD2 callback to resume."
                 if is_student
-                else "ckpt_path: this checkpoint is not of a distillation; give it to DMD2 as teacher."
+                else "ckpt_path: this run is no distillation; give its checkpoint to DMD2 as teacher."
             )
         self.student_times = theirs.student_times
         averaged = any(name.startswith("denoiser_ema.") for name in checkpoint["state_dict"])

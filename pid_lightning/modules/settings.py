@@ -53,9 +53,7 @@ class Training:
             raise ValueError(f"training.train: {self.train!r} is not one of {accepted}.")
         if self.noise_frame not in FRAMES:
             accepted = ", ".join(FRAMES)
-            raise ValueError(
-                f"training.noise_frame: {self.noise_frame!r} is not one of {accepted}."
-            )
+            raise ValueError(f"training.noise_frame: {self.noise_frame!r} is none of {accepted}.")
         for name in (
             "latent_sigma_max",
             "latent_sigma_probability",
