@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,24 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from pid_lightning.callbacks.graceful_stop import GracefulStop
+from pid_lightning.callbacks.last_checkpoint import LastCheckpoint
 from pid_lightning.checkpointing import AtomicCheckpointIO, find_last_checkpoint
 
 PACKAGE = Path(__file__).parent
 
+# Classes that have been imported are known to configs by their short names.
+for _module in ("callbacks", "data", "modules", "modules.autoencoder"):
+    import_module(f"pid_lightning.{_module}")
+
 
 class SaveConfig(SaveConfigCallback):
-    """Keeps the configuration beside the run, and as text in TensorBoard."""
+    """Keeps a fit's first configuration beside the run, and as text in TensorBoard."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save once: resuming, testing and predicting leave what stands there."""
+        folder = trainer.log_dir
+        if stage == "fit" and folder and not (Path(folder) / self.config_filename).exists():
+            super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Log the configuration; Lightning itself writes it to `config.yaml`."""
@@ -39,6 +50,8 @@ class PiDCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint to go on from, and go on in its folder."""
+        if self.subcommand is None:  # built from Python, nothing is run
+            return
         config = self.config[self.subcommand]
         logger = config.trainer.logger
         folder = None
@@ -71,9 +84,9 @@ class PiDCLI(LightningCLI):
             logger.init_args.version = version.name
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add a graceful Ctrl-C, and checkpoints that are written whole."""
+        """Add a last checkpoint, Ctrl-C included, and checkpoints that are written whole."""
         extra = kwargs.pop("callbacks", None) or []
-        trainer = super().instantiate_trainer(**kwargs, callbacks=[*extra, GracefulStop()])
+        trainer = super().instantiate_trainer(**kwargs, callbacks=[*extra, LastCheckpoint()])
         if type(trainer.strategy.checkpoint_io).__name__ == "TorchCheckpointIO":
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
@@ -81,7 +94,7 @@ class PiDCLI(LightningCLI):
     def after_fit(self) -> None:
         """Test what was trained, where asked."""
         if self.config.fit.test_after_fit:
-            self.trainer.test(self.model, self.datamodule)
+            self.trainer.test(self.model, self.datamodule, verbose=False)
             print(f"run      {self.trainer.log_dir}")
             print(f"curves   tensorboard --logdir {Path(self.trainer.log_dir).parent}")
 
@@ -95,7 +108,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             args=arguments,
         )

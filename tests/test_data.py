@@ -13,7 +13,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
-from pid_lightning.data import BUNDLED_PHOTOS, ImageData, Pictures, ShuffledDraws, random_crop
+from pid_lightning.data import ImageData
+from pid_lightning.draws import Pictures, ShuffledDraws, random_crop
+from pid_lightning.sources import BUNDLED_PHOTOS
 
 
 def picture(number: int, width: int = 24, height: int = 20, mode: str = "RGB") -> Image.Image:

@@ -20,7 +20,9 @@ import pid_lightning.encoders
 from pid_lightning.encoders.base import NoNativeDecoder
 from pid_lightning.encoders.dinov2 import DINOv2Encoder
 from pid_lightning.encoders.siglip import SigLIPEncoder
-from pid_lightning.encoders.vae import KNOWN_VAES, BundledVAE, VAEEncoder, build_vae_encoder
+from pid_lightning.encoders.vae import BundledVAE, VAEEncoder, build_vae_encoder
+from pid_lightning.encoders.vae_sources import KNOWN_VAES
+from pid_lightning.nn.autoencoder import load_bundled_autoencoder
 
 PATCH, GRID = 14, 5  # tiny towers: 70-pixel pretraining, so 80-pixel pictures are native
 WIDTH, DEPTH, HEADS = 32, 2, 2
@@ -563,30 +565,34 @@ def test_known_autoencoders_need_no_network_to_be_built(name, monkeypatch):
     assert millions == pytest.approx(published[name], abs=0.1)
 
 
-def test_bundled_autoencoder(monkeypatch):
-    class Small(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = torch.nn.Conv2d(3, 16, 8, stride=8)
-            self.back = torch.nn.ConvTranspose2d(16, 3, 8, stride=8)
-
-        def encode(self, images):
-            return self.conv(images)
-
-        def decode(self, latents):
-            return self.back(latents)
-
-    small = Small()
-    module = types.SimpleNamespace(load_bundled_autoencoder=lambda: small)
-    monkeypatch.setitem(sys.modules, "pid_lightning.nn.autoencoder", module)
+def test_bundled_autoencoder():
+    random_state = torch.get_rng_state()
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        described = build_vae_encoder("bundled")
     encoder = build_vae_encoder("bundled")
-    encoder.load()
-    assert isinstance(encoder, BundledVAE)
-    assert (encoder.latent_space, encoder.has_decoder) == ("pid-small", True)
     images = pictures(16, 24)
-    assert torch.equal(encoder.encode(images), small.conv(images))
-    assert encoder.decode(encoder.encode(images)).shape == images.shape
-    assert not any(p.requires_grad for p in encoder.parameters())
+    for each in (described, encoder):
+        assert isinstance(each, BundledVAE)
+        assert (each.latent_channels, each.latent_stride) == (16, 8)
+        assert (each.latent_space, each.has_decoder) == ("pid-small", True)
+        with pytest.raises(RuntimeError, match="load"):
+            each.encode(images)
+        with torch.device("meta"):
+            each.load()
+        each.load()
+    assert torch.equal(random_state, torch.get_rng_state())
+    network = load_bundled_autoencoder()
+    assert torch.equal(encoder.encode(images), network.encode(images))
+    latents = described.encode(images)
+    assert torch.equal(described.decode(latents), network.decode(latents))
+    assert not any(p.requires_grad or p.is_meta for p in encoder.parameters())
+    assert {t.dtype for t in encoder.state_dict().values()} == {torch.float32}
+    with pytest.raises(ValueError, match="12 x 24"):
+        encoder.encode(pictures(12, 24))
+
+
+def test_the_bundled_autoencoder_is_never_random():
     with pytest.raises(ValueError, match="always comes with its weights"):
         build_vae_encoder("bundled", pretrained=False)
     assert isinstance(build_vae_encoder("sdxl"), VAEEncoder)

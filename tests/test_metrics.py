@@ -11,12 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from pid_lightning import metrics
+from pid_lightning.lpips import LPIPS, lpips_network
 from pid_lightning.metrics import (
-    LPIPS,
     PeakMemory,
     PictureMetrics,
     format_table,
-    lpips_network,
     write_csv,
 )
 from pid_lightning.pictures import reduce_picture

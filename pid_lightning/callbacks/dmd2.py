@@ -137,7 +137,7 @@ class DMD2(Callback):
                 {"params": module.discriminator.parameters(), "weight_decay": 0.0},
             ],
             lr=self.learning_rate,
-            fused=True,
+            fused=module.trainer.precision != "16-mixed",
         )
         return [student, critics], [module.make_schedule(student)]
 

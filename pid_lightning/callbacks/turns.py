@@ -76,8 +76,7 @@ class Turns:
         module.manual_backward(loss / self._accumulate)
         if (module.trainer.fit_loop.epoch_loop.batch_idx + 1) % self._accumulate:
             return False
-        if self._clip:
-            module.clip_gradients(chosen, self._clip, self._clip_algorithm)
+        module.configure_gradient_clipping(chosen, self._clip, self._clip_algorithm)
         chosen.step()
         chosen.zero_grad(set_to_none=True)
         return True

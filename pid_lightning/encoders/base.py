@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -38,7 +39,10 @@ class Encoder(nn.Module, ABC):
         """Images (B, 3, H, W) in [-1, 1] to normalised latents (B, C, H/stride, W/stride)."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents (B, C, h, w) to images (B, 3, h*stride, w*stride) in [-1, 1].
+        """Normalised latents (B, C, h, w) to images (B, 3, h*stride, w*stride), not clamped.
+
+        Exactly what the autoencoder gives: nominally in [-1, 1], beyond it where the autoencoder
+        overshoots.
 
         Raises:
             NoNativeDecoder: the family has no decoder of its own.
@@ -52,6 +56,12 @@ class Encoder(nn.Module, ABC):
     def has_decoder(self) -> bool:
         """Whether `decode` works: true exactly where a subclass defines it."""
         return type(self).decode is not Encoder.decode
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Encoder:
+        """Before `load` there is nothing to move: the weights are on the meta device."""
+        if any(parameter.is_meta for parameter in self.parameters()):
+            return self
+        return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> Encoder:
         """Stay in evaluation mode: a frozen encoder has no training behaviour."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from pid_lightning.encoders.dinov2 import ViTEncoder, build_vit, read_tensors
+from pid_lightning.encoders.pretrained import read_tensors
+from pid_lightning.encoders.vit import ViTEncoder, build_vit
 
 # SigLIP was trained with the tanh approximation of GELU, and transformers keeps it; many of timm's
 # towers, and so open_clip's, say exact GELU, so it is set here for all.
 ACTIVATION = "gelu_tanh"
-OPEN_CLIP_PREFIX = "visual.trunk."  # where open_clip keeps the timm tower
 
 
 class SigLIPEncoder(ViTEncoder):
@@ -38,6 +39,7 @@ class SigLIPEncoder(ViTEncoder):
     image_mean = (0.5, 0.5, 0.5)
     image_std = (0.5, 0.5, 0.5)
     antialias_images = True
+    weights_prefix = "visual.trunk."  # where open_clip keeps the timm tower
 
     def __init__(
         self,
@@ -60,11 +62,7 @@ class SigLIPEncoder(ViTEncoder):
         """open_clip's repository for its names, timm's for timm's."""
         if self.tower == self.model:
             return super().hub_id()
-        import open_clip
-
-        tags = open_clip.list_pretrained_tags_by_model(self.model)
-        config = open_clip.get_pretrained_cfg(self.model, tags[0]) if tags else {}
-        return config.get("hf_hub", "").rstrip("/") or None
+        return self._open_clip_config().get("hf_hub", "").rstrip("/") or None
 
     def fetch(self) -> Mapping[str, Tensor]:
         """Tensors of the image tower alone, out of the library's file."""
@@ -72,9 +70,15 @@ class SigLIPEncoder(ViTEncoder):
             return super().fetch()
         import open_clip
 
-        tag = open_clip.list_pretrained_tags_by_model(self.model)[0]
-        path = open_clip.download_pretrained(open_clip.get_pretrained_cfg(self.model, tag))
-        return read_tensors(Path(path), OPEN_CLIP_PREFIX)
+        path = open_clip.download_pretrained(self._open_clip_config())
+        return read_tensors(Path(path), self.weights_prefix)
+
+    def _open_clip_config(self) -> dict[str, Any]:
+        """Where open_clip's first published weights of the model are; empty where it has none."""
+        import open_clip
+
+        tags = open_clip.list_pretrained_tags_by_model(self.model)
+        return open_clip.get_pretrained_cfg(self.model, tags[0]) if tags else {}
 
 
 def find_tower(model: str) -> tuple[str, int | None]:

@@ -1,4 +1,4 @@
-"""PiDModule: one denoiser under one encoder, as Lightning sees it. Families only add the encoder."""
+"""PiDModule: one denoiser behind one encoder, as Lightning sees it; families add the encoder."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
 from pid_lightning import weights
 from pid_lightning.decoding import decode_latents
 from pid_lightning.encoders.base import Encoder
-from pid_lightning.modules.evaluation import PredictionWriter, Report
+from pid_lightning.modules.evaluation import Report
 from pid_lightning.modules.objective import FlowMatching, Objective, draw_sample
+from pid_lightning.modules.prediction import PredictionWriter
 from pid_lightning.modules.settings import Evaluation, Training
 from pid_lightning.nn import PiD, PiDConfig
 from pid_lightning.text import NoText, TextEncoder
@@ -185,7 +187,7 @@ class PiDModule(LightningModule):
             raise ValueError(
                 "ckpt_path: this checkpoint is of a distillation, add the DMD2 callback to resume."
                 if is_student
-                else "ckpt_path: this run is no distillation; give its checkpoint to DMD2 as teacher."
+                else "ckpt_path: this run is no distillation; give its checkpoint to DMD2 as a teacher"
             )
         self.student_times = theirs.student_times
         averaged = any(name.startswith("denoiser_ema.") for name in checkpoint["state_dict"])
@@ -237,12 +239,35 @@ class PiDModule(LightningModule):
         """Optimiser steps the denoiser has taken in this run."""
         return self.objective.num_denoiser_updates(self)
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Log the norm of the gradients, then clip as the trainer was told.
+
+        Lightning refuses to clip for a fused optimiser, since one unscales fp16 gradients itself;
+        here a fused one is only used where nothing is scaled.
+        """
+        if isinstance(self.trainer.strategy, FSDPStrategy) or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        learning = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None])
+        self.log("train/gradient_norm", norm)
+        if gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(learning, gradient_clip_val, norm)
+
     def make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW on everything of the denoiser that learns."""
         settings = self.training_settings
         learning = [p for p in self.denoiser.parameters() if p.requires_grad]
         return torch.optim.AdamW(
-            learning, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+            learning,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=self.trainer.precision != "16-mixed",
         )
 
     def make_schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:

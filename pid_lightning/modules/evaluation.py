@@ -1,9 +1,8 @@
-"""What `pid test` and `pid predict` do with a batch: reports against the native decoder, files."""
+"""What `pid test` measures: PiD and the native decoder at every noise level of the latents."""
 
 from __future__ import annotations
 
 import logging
-import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,6 @@ from pid_lightning.noising import add_latent_noise
 from pid_lightning.pictures import enlarge_picture, picture_grid, reduce_picture, write_picture
 from pid_lightning.randomness import sample_generators
 from pid_lightning.sampling import draw_noise
-from pid_lightning.version import __version__
 
 if TYPE_CHECKING:
     from pid_lightning.modules.base import PiDModule
@@ -119,10 +117,9 @@ class Report:
     def finish(self) -> None:
         """Print the table; write it, the grid and the scalars beside the run."""
         rows = self.metrics.compute()
-        trainer = self.module.trainer
+        trainer, folder = self.module.trainer, self.folder  # asking for it is a broadcast
         if not trainer.is_global_zero:
             return
-        folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
         write_csv(rows, folder / "metrics.csv")
         grid = picture_grid(self.grid_rows, self.labels()) * 2 - 1
@@ -144,63 +141,3 @@ class Report:
         }
         module = self.module
         module.logger.log_metrics(scalars, step=module.trainer.global_step)
-
-
-class PredictionWriter:
-    """Outputs of `pid predict`: PNGs named after their inputs, a JSON beside each.
-
-    Args:
-        module: what decodes; outputs go to `predictions/` in the run's folder.
-    """
-
-    def __init__(self, module: PiDModule) -> None:
-        self.module = module
-        trainer = module.trainer
-        self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "predictions"
-        if trainer.is_global_zero:
-            print(f"writing pictures to {self.folder}")
-
-    def write(self, batch: dict[str, Any]) -> list[Path]:
-        """Decode one batch of `PredictionData`, pictures of one size or latents."""
-        module, settings = self.module, self.module.evaluation
-        if "latents" in batch:
-            latents = batch["latents"].float()
-            text = module.text_encoder.encode(batch["caption"])
-        else:
-            latents, text = module.encode(batch["image"], batch["caption"])
-        numbers, sigma = batch["number"].tolist(), settings.predict_sigma
-        if "image" in batch:
-            latents, latent_sigma = add_test_noise(module, latents, sigma, numbers)
-        else:  # latents bring their own noise, the sigma only tells its level
-            latent_sigma = torch.full((len(latents),), sigma, device=latents.device)
-        generators = test_generators(module, "pixels", numbers)
-        pictures = module.decode(latents, latent_sigma, text, generators)
-
-        written = []
-        for i, name in enumerate(batch["name"]):
-            path = self.folder / f"{name}.png"
-            write_picture(pictures[i], path, self._metadata(batch, i, pictures[i]))
-            written.append(path)
-        return written
-
-    def _metadata(self, batch: dict[str, Any], i: int, picture: Tensor) -> dict[str, Any]:
-        module = self.module
-        return {
-            "input": batch["path"][i],
-            "caption": batch["caption"][i],
-            "number": int(batch["number"][i]),
-            "seed": module.training_settings.seed,
-            "latent_sigma": module.evaluation.predict_sigma,
-            "steps": module.evaluation.steps,
-            "student_times": module.student_times,
-            "guidance_scale": module.evaluation.guidance_scale,
-            "size": list(picture.shape[-2:]),
-            "weights": str(module.trainer.ckpt_path),
-            "family": type(module).__name__,
-            "scale": module.scale,
-            "versions": {
-                "pid_lightning": __version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-        }

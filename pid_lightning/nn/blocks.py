@@ -58,7 +58,11 @@ class PatchBlock(nn.Module):
         self.image = Stream(width, num_heads)
         self.text = Stream(width, num_heads) if with_text else None
         self.last = last
-        if last and self.text is not None:
+        self.freeze_unread()
+
+    def freeze_unread(self) -> None:
+        """Weights that are never computed take no gradient."""
+        if self.last and self.text is not None:
             for unread in (self.text.attention_out, self.text.mlp_norm, self.text.mlp):
                 unread.requires_grad_(False)
 

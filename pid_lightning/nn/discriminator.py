@@ -33,7 +33,7 @@ class Discriminator(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Features (B, D, H/P, W/P), one a tap, to logits (B, taps)."""
         logits = [
-            head(feature).mean(dim=(1, 2, 3))
+            head(feature.to(head[0].weight.dtype)).mean(dim=(1, 2, 3))
             for head, feature in zip(self.heads, features, strict=True)
         ]
         return torch.stack(logits, dim=1)

@@ -1,0 +1,131 @@
+"""Where a diffusers autoencoder's weights are and what it is: known names, folders, hub ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pid_lightning.encoders.pretrained import unreachable_weights
+from pid_lightning.latent_spaces import QWEN_MEAN, QWEN_STD
+
+# What SD3, FLUX.1 and SDXL share: the architecture of Stable Diffusion's autoencoder.
+_KL: Mapping[str, Any] = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "sample_size": 1024,
+}
+_KL16 = {**_KL, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+
+
+class VAESource(NamedTuple):
+    """Where an autoencoder's weights are and what it is."""
+
+    location: str  # hub id or local folder
+    subfolder: str | None
+    config: Mapping[str, Any]
+
+
+# Known names: their geometry is known here, so that nothing is fetched to build a network.
+KNOWN_VAES: Mapping[str, VAESource] = {
+    "sd3": VAESource(
+        "stabilityai/stable-diffusion-3-medium-diffusers",
+        "vae",
+        {**_KL16, "scaling_factor": 1.5305, "shift_factor": 0.0609},
+    ),
+    "flux": VAESource(
+        "black-forest-labs/FLUX.1-schnell",
+        "vae",
+        {**_KL16, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+    ),
+    "sdxl": VAESource(
+        "stabilityai/sdxl-vae", None, {**_KL, "latent_channels": 4, "scaling_factor": 0.13025}
+    ),
+    "flux2": VAESource(
+        "black-forest-labs/FLUX.2-klein-4B",
+        "vae",
+        {
+            "_class_name": "AutoencoderKLFlux2",
+            "block_out_channels": [128, 256, 512, 512],
+            "latent_channels": 32,
+            "batch_norm_eps": 1e-4,
+            "patch_size": [2, 2],
+        },
+    ),
+    "qwen": VAESource(
+        "Qwen/Qwen-Image",
+        "vae",
+        {
+            "_class_name": "AutoencoderKLQwenImage",
+            "z_dim": 16,
+            "temperal_downsample": [False, True, True],  # diffusers' spelling
+            "latents_mean": list(QWEN_MEAN),
+            "latents_std": list(QWEN_STD),
+        },
+    ),
+}
+SUPPORTED_CLASSES = ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLQwenImage")
+
+
+def find_vae(vae: str) -> VAESource:
+    """What `vae` means; only an unknown hub id may touch the network, for its configuration."""
+    if vae in KNOWN_VAES:
+        return KNOWN_VAES[vae]
+    folder = Path(vae).expanduser()
+    if folder.is_dir():
+        return _read_folder(folder)
+    if folder.exists() or vae.startswith((".", "~")) or folder.is_absolute() or vae.count("/") != 1:
+        raise FileNotFoundError(
+            f"vae: {vae!r} is no folder, no hub id (owner/name) and no known name "
+            f"(bundled, {', '.join(KNOWN_VAES)})."
+        )
+    return _read_hub(vae)
+
+
+def _read_folder(folder: Path) -> VAESource:
+    for subfolder in (None, "vae"):
+        path = folder / (subfolder or "") / "config.json"
+        if not path.is_file():
+            continue
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON ({error}): copy it again.") from error
+        return _supported(VAESource(str(folder), subfolder, config))
+    raise FileNotFoundError(
+        f"{folder} holds neither config.json nor vae/config.json: give the folder of a diffusers "
+        "autoencoder or of a pipeline."
+    )
+
+
+def _read_hub(hub_id: str) -> VAESource:
+    from diffusers import AutoencoderKL
+
+    failure: OSError | None = None
+    for subfolder in ("vae", None):  # a pipeline's repository, or the autoencoder's own
+        try:
+            config = AutoencoderKL.load_config(hub_id, subfolder=subfolder)
+        except OSError as error:
+            failure = failure or error
+            continue
+        return _supported(VAESource(hub_id, subfolder, config))
+    raise unreachable_weights(
+        f"autoencoder {hub_id!r}",
+        f"vae: a local diffusers folder, or a known name ({', '.join(KNOWN_VAES)}), whose geometry "
+        "needs no network",
+        failure,
+    ) from failure
+
+
+def _supported(source: VAESource) -> VAESource:
+    name = source.config.get("_class_name")
+    if name not in SUPPORTED_CLASSES:
+        raise ValueError(
+            f"{source.location} holds a {name}, which is not supported: give one of "
+            f"{', '.join(SUPPORTED_CLASSES)}."
+        )
+    return source

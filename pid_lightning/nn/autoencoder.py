@@ -1,0 +1,237 @@
+"""A small photograph autoencoder: principal components of 8 x 8 blocks, and what convolutions add.
+
+The linear path alone is the best linear code of its size. Two convolutional branches start at
+zero beside it, so that training starts at the linear code's error and only goes down from there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pid_lightning.pictures import replaced_file
+
+BUNDLED = Path(__file__).parent.parent / "assets" / "autoencoder.safetensors"
+
+
+class SmallAutoencoder(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] to latents (B, C, H/stride, W/stride), and back.
+
+    Latents have mean 0 and standard deviation 1 per channel on photographs: `encode` normalises
+    by the stored `latent_mean` and `latent_std`, `decode` undoes it. A new network is random:
+    give it `init_principal_components`, or weights.
+
+    Args:
+        latent_channels: channels C of the latents.
+        latent_stride: side of a block in pixels, a multiple of 4.
+        width: channels of the branches on the latent grid.
+        num_encoder_blocks: residual blocks of the encoder's branch.
+        num_decoder_blocks: residual blocks of the decoder's branch.
+        refine_width: channels of the decoder's last blocks, at a quarter of the pixels.
+    """
+
+    def __init__(
+        self,
+        latent_channels: int = 16,
+        latent_stride: int = 8,
+        width: int = 160,
+        num_encoder_blocks: int = 3,
+        num_decoder_blocks: int = 4,
+        refine_width: int = 32,
+    ) -> None:
+        super().__init__()
+        if latent_stride % 4:
+            raise ValueError(f"latent_stride must be a multiple of 4, got {latent_stride}.")
+        self.config = {
+            "latent_channels": latent_channels,
+            "latent_stride": latent_stride,
+            "width": width,
+            "num_encoder_blocks": num_encoder_blocks,
+            "num_decoder_blocks": num_decoder_blocks,
+            "refine_width": refine_width,
+        }
+        self.latent_channels = latent_channels
+        self.latent_stride = latent_stride
+        stride = latent_stride
+
+        self.linear_encoder = nn.Conv2d(3, latent_channels, stride, stride=stride)
+        self.linear_decoder = nn.ConvTranspose2d(latent_channels, 3, stride, stride=stride)
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(stride),
+            nn.Conv2d(3 * stride**2, width, 3, padding=1),
+            *[ResidualBlock(width) for _ in range(num_encoder_blocks)],
+            nn.SiLU(),
+            zero_init(nn.Conv2d(width, latent_channels, 1)),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(latent_channels, width, 3, padding=1),
+            *[ResidualBlock(width) for _ in range(num_decoder_blocks)],
+            nn.SiLU(),
+            nn.Conv2d(width, refine_width * (stride // 2) ** 2, 1),
+            nn.PixelShuffle(stride // 2),
+            ResidualBlock(refine_width),
+            nn.SiLU(),
+            zero_init(nn.Conv2d(refine_width, 3 * 2**2, 3, padding=1)),
+            nn.PixelShuffle(2),
+        )
+        self.register_buffer("latent_mean", torch.zeros(latent_channels, 1, 1))
+        self.register_buffer("latent_std", torch.ones(latent_channels, 1, 1))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] to normalised latents (B, C, H/stride, W/stride).
+
+        Raises:
+            ValueError: a side is not a multiple of the stride.
+        """
+        return (self.encode_raw(images) - self.latent_mean) / self.latent_std
+
+    def encode_raw(self, images: Tensor) -> Tensor:
+        """`encode` before the normalisation, for those who measure it."""
+        check_sides(images, self.latent_stride)
+        return self.linear_encoder(images) + self.encoder(images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents (B, C, h, w) to images (B, 3, h*stride, w*stride), about [-1, 1]."""
+        raw = latents * self.latent_std + self.latent_mean
+        return self.linear_decoder(raw) + self.decoder(raw)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1], encoded and decoded."""
+        return self.decode(self.encode(images))
+
+    @torch.no_grad()
+    def init_principal_components(self, components: PrincipalComponents) -> None:
+        """Make the linear path the projection on `components`, with latents of unit variance."""
+        mean = components.mean_colour.float()  # (3,)
+        scale = components.std.float().view(-1, 1, 1, 1)  # (C, 1, 1, 1)
+        basis = components.basis.float()  # (C, 3, P, P)
+        self.linear_encoder.weight.copy_(basis / scale)
+        self.linear_encoder.bias.copy_(-torch.einsum("k,ckpq->c", mean, basis / scale))
+        self.linear_decoder.weight.copy_(basis * scale)
+        self.linear_decoder.bias.copy_(mean)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv1x1(silu(conv3x3(silu(x)))) on (B, width, h, w)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.spatial = nn.Conv2d(width, width, 3, padding=1)
+        self.mix = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mix(F.silu(self.spatial(F.silu(x))))
+
+
+class PrincipalComponents:
+    """The first principal components of the P x P colour blocks of some pictures.
+
+    Moments are taken about the mean colour, not about the mean block: a photograph's blocks have
+    no preferred position, and the linear path has one bias per colour.
+
+    Attributes:
+        mean_colour: (3,).
+        basis: (num_components, 3, P, P), orthonormal, by falling variance.
+        std: (num_components,), standard deviation of the pictures along each component.
+    """
+
+    def __init__(self, moments: Tensor, num_components: int, block_size: int) -> None:
+        """Take the components from the summed `block_moments` of the pictures."""
+        dim = 3 * block_size**2
+        count, total, outer = moments[-1], moments[:dim], moments[dim:-1].view(dim, dim)
+        self.mean_colour = total.view(3, -1).mean(1) / count
+        mean = total / count
+        centre = self.mean_colour.repeat_interleave(block_size**2)
+        shift = mean - centre
+        covariance = outer / count - mean.outer(mean) + shift.outer(shift)
+        variance, vectors = torch.linalg.eigh(covariance)  # rising
+        variance, vectors = variance.flip(0)[:num_components], vectors.flip(1)[:, :num_components]
+        self.basis = vectors.T.reshape(num_components, 3, block_size, block_size)
+        self.std = variance.clamp_min(1e-12).sqrt()
+
+
+def block_moments(batches: Iterable[Tensor], block_size: int) -> Tensor:
+    """Sums over all blocks of images (B, 3, H, W): the blocks, their outer products, their count.
+
+    Returns:
+        One float64 vector (D + D*D + 1,), D = 3 * block_size**2: additive over batches, and over
+        the processes of a distributed run.
+
+    Raises:
+        ValueError: no batch at all, or a side that is not a multiple of `block_size`.
+    """
+    dim = 3 * block_size**2
+    total = torch.zeros(dim, dtype=torch.float64)
+    outer = torch.zeros(dim, dim, dtype=torch.float64)
+    count = 0
+    for images in batches:
+        check_sides(images, block_size)
+        blocks = rearrange(
+            images.double().cpu(), "b k (h p) (w q) -> (b h w) (k p q)", p=block_size, q=block_size
+        )
+        total += blocks.sum(0)
+        outer += blocks.T @ blocks
+        count += len(blocks)
+    if count == 0:
+        raise ValueError("No pictures to take principal components from: the data is empty.")
+    return torch.cat([total, outer.flatten(), torch.tensor([count], dtype=torch.float64)])
+
+
+def check_sides(images: Tensor, stride: int) -> None:
+    """Raise ValueError unless both sides of images (B, 3, H, W) are multiples of `stride`."""
+    height, width = images.shape[-2:]
+    if height % stride or width % stride:
+        raise ValueError(
+            f"The autoencoder takes images whose sides are multiples of {stride}, "
+            f"got {height} x {width}: crop or resize them."
+        )
+
+
+def zero_init(conv: nn.Conv2d) -> nn.Conv2d:
+    """The same layer, with zero weights: a branch that ends in it starts silent."""
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+def save_autoencoder(network: SmallAutoencoder, path: str | Path, description: str) -> None:
+    """Write the weights in half precision, with the config and a `description`, in one file."""
+    state = {name: value.detach().cpu().half() for name, value in network.state_dict().items()}
+    state = {name: value.contiguous() for name, value in state.items()}
+    metadata = {"config": json.dumps(network.config), "description": description}
+    with replaced_file(path) as temporary:
+        save_file(state, temporary, metadata=metadata)
+
+
+def load_autoencoder(path: str | Path) -> SmallAutoencoder:
+    """A `SmallAutoencoder` in fp32 and evaluation mode, from a file with its `config` in it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file was not written by `save_autoencoder`.
+        RuntimeError: the tensors do not fit the config, in name or shape.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no autoencoder file at {path}.")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if "config" not in metadata:
+            raise ValueError(f"{path} is no autoencoder file: its metadata has no config.")
+        config = json.loads(metadata["config"])
+        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    network = SmallAutoencoder(**config)
+    network.load_state_dict(state, strict=True)
+    return network.eval().requires_grad_(False)
+
+
+def load_bundled_autoencoder() -> SmallAutoencoder:
+    """The autoencoder that comes with the package, frozen, in fp32, without any network."""
+    return load_autoencoder(BUNDLED)

@@ -1,0 +1,293 @@
+"""Where pictures and captions come from: a folder, parquet files or the hub; what is unusable."""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import re
+import struct
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from pid_lightning.pictures import PICTURE_SUFFIXES
+
+if TYPE_CHECKING:
+    import datasets
+
+BUNDLED_PHOTOS = Path(__file__).parent / "assets" / "photos"
+SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
+# What PIL raises on damaged files, by format.
+_DAMAGE = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
+
+
+class UnusablePicture(ValueError):
+    """A picture that cannot be read or is smaller than the crop; the text is the reason."""
+
+
+@dataclass
+class Split:
+    """Rows {"image": {"path", "bytes"}, "caption"?, "name"?} and, if they fit, their pixels."""
+
+    rows: datasets.Dataset | datasets.IterableDataset
+    pixels: list[Tensor] | None = None
+
+    def select(self, indices: list[int]) -> Split:
+        pixels = None if self.pixels is None else [self.pixels[i] for i in indices]
+        return Split(self.rows.select(indices), pixels)
+
+
+def _open(image: dict[str, Any]) -> Image.Image:
+    return Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+
+
+def check_header(image: dict[str, Any], image_size: int) -> tuple[int, int]:
+    """Width and height of {"path", "bytes"} from the header alone.
+
+    Raises:
+        UnusablePicture: no picture, more than 8 bits a channel, or smaller than `image_size`.
+    """
+    try:
+        with _open(image) as picture:
+            width, height, mode = *picture.size, picture.mode
+    except _DAMAGE:
+        raise UnusablePicture("not a readable picture") from None
+    if mode[0] in "IF":
+        raise UnusablePicture(f"mode {mode} instead of 8 bits a channel")
+    if min(width, height) < image_size:
+        raise UnusablePicture(f"{width} x {height}, below image_size {image_size}")
+    return width, height
+
+
+def decode(image: dict[str, Any], image_size: int) -> Tensor:
+    """The whole picture {"path", "bytes"}, upright, uint8 RGB (3, H, W).
+
+    Raises:
+        UnusablePicture: as `check_header`, or the pixels are damaged.
+    """
+    from torchvision.transforms.v2 import functional
+
+    check_header(image, image_size)
+    try:
+        with _open(image) as picture:
+            return functional.pil_to_tensor(ImageOps.exif_transpose(picture).convert("RGB"))
+    except _DAMAGE:
+        raise UnusablePicture("damaged pixels") from None
+
+
+def none_left(num_skipped: int, image_size: int) -> str:
+    """The sentence for a source without a usable picture."""
+    return (
+        f"data.path: none of {num_skipped} pictures is usable at image_size {image_size}: "
+        "give readable pictures with both sides at least that long, or lower image_size."
+    )
+
+
+def open_source(
+    path: str,
+    image_size: int,
+    cache_bytes: int,
+    streaming: bool,
+    image_column: str,
+    caption_column: str | None,
+) -> dict[str, Callable[[], Split]]:
+    """What reads each split ("train", "val", "test") that a source has; arguments as `ImageData`'s.
+
+    Raises:
+        FileNotFoundError: `path` leads nowhere.
+        ValueError: a folder shall be streamed, or no split has a known name.
+    """
+    root = BUNDLED_PHOTOS if path == "bundled" else Path(path)
+    if root.is_dir() and not any(root.glob("*.parquet")):
+        if streaming:
+            raise ValueError(
+                f"data.streaming: {path} is a folder of pictures, which is never read at once: "
+                "streaming is for parquet files and hub data."
+            )
+        folders = {SPLIT_NAMES[d.name]: d for d in root.iterdir() if d.name in SPLIT_NAMES}
+        return {
+            name: partial(read_folder, root, folder, image_size, cache_bytes)
+            for name, folder in (folders or {"train": root}).items()
+        }
+    tables = load_tables(path, streaming)
+    known = {SPLIT_NAMES[name]: t for name, t in tables.items() if name in SPLIT_NAMES}
+    if not known and len(tables) > 1:
+        raise ValueError(f"data.path: {path} has splits {list(tables)}, none is named train.")
+    known = known or {"train": next(iter(tables.values()))}
+    return {
+        name: partial(as_rows, table, path, image_column, caption_column)
+        for name, table in known.items()
+    }
+
+
+def caption_beside(file: Path) -> str | None:
+    """The caption in NAME.txt beside a file NAME.*, None where there is no such text.
+
+    Raises:
+        ValueError: the text is not UTF-8.
+    """
+    text = file.with_suffix(".txt")
+    try:
+        return text.read_text("utf-8").strip() if text.is_file() else None
+    except UnicodeDecodeError:
+        raise ValueError(f"caption {text} is not UTF-8 text: save it as UTF-8.") from None
+
+
+def read_captions(folder: Path) -> dict[Path, str]:
+    """Captions of every metadata.jsonl under `folder`, by the picture's path.
+
+    Raises:
+        ValueError: a line is not an object with "file_name".
+    """
+    captions = {}
+    for file in sorted(folder.rglob("metadata.jsonl")):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                entry = json.loads(line) if line.strip() else {"file_name": "", "text": ""}
+                captions[file.parent / entry["file_name"]] = entry.get("text") or ""
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(
+                    f"{file}, line {number}: each line must be a JSON object with "
+                    '"file_name" and, for the caption, "text".'
+                ) from None
+    return captions
+
+
+def read_folder(root: Path, folder: Path, image_size: int, cache_bytes: int) -> Split:
+    """All usable pictures under `folder`, sorted by path; captions of metadata.jsonl under `root`.
+
+    Headers of all files are read; all pixels too, where they fit into `cache_bytes`.
+
+    Raises:
+        ValueError: there are no pictures, none is usable, or a metadata.jsonl is malformed.
+    """
+    import datasets
+
+    files = [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in PICTURE_SUFFIXES]
+    files = [f for f in files if not f.name.startswith(".")]
+    if not files:
+        suffixes = ", ".join(PICTURE_SUFFIXES)
+        raise ValueError(f"data.path: there are no pictures ({suffixes}) in {folder} or below it.")
+    images = [{"path": str(f), "bytes": None} for f in files]
+    found = _each(check_header, images, image_size)
+    num_bytes = [0 if isinstance(f, UnusablePicture) else 3 * f[0] * f[1] for f in found]
+    cached = sum(num_bytes) <= cache_bytes
+    if cached:  # one buffer, which worker processes share
+        places = torch.empty(sum(num_bytes), dtype=torch.uint8).split(num_bytes)
+        found = _each(_decode_into, list(zip(images, places, strict=True)), image_size)
+    kept = [i for i, f in enumerate(found) if not isinstance(f, UnusablePicture)]
+    skipped = [
+        f"{file.relative_to(folder)} ({reason})"
+        for file, reason in zip(files, found, strict=True)
+        if isinstance(reason, UnusablePicture)
+    ]
+    if not kept:
+        raise ValueError(none_left(len(files), image_size))
+    if skipped:
+        more = f", and {len(skipped) - 10} more" if len(skipped) > 10 else ""
+        listed = ", ".join(skipped[:10]) + more
+        rank_zero_warn(f"{len(skipped)} of {len(files)} pictures in {folder} skipped: {listed}.")
+    captions, rows = read_captions(root), []
+    stems = Counter(f.stem for f in files)
+    for i in kept:
+        file, caption = files[i], caption_beside(files[i])
+        if caption is None:
+            caption = captions.get(file, "")
+        inner = file.relative_to(folder).with_suffix("")
+        name = file.stem if stems[file.stem] == 1 else "__".join(inner.parts)
+        rows.append({"image": images[i], "caption": caption, "name": name})
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(decode=False))
+    return Split(table, [found[i] for i in kept] if cached else None)
+
+
+def _decode_into(image_and_place: tuple[dict[str, Any], Tensor], image_size: int) -> Tensor:
+    image, place = image_and_place
+    picture = decode(image, image_size)
+    return place.copy_(picture.flatten()).view(picture.shape)
+
+
+def _each(read: Callable[..., Any], arguments: list[Any], image_size: int) -> list[Any]:
+    """`read` of every argument, by threads; the error itself where the picture is unusable."""
+
+    def attempt(argument: Any) -> Any:
+        try:
+            return read(argument, image_size)
+        except UnusablePicture as reason:
+            return reason
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(attempt, arguments))
+
+
+def load_tables(path: str, streaming: bool) -> dict[str, Any]:
+    """Splits of parquet files or of a hub data set, by their own names.
+
+    Raises:
+        FileNotFoundError: there is no such thing, or no network.
+    """
+    import datasets
+
+    missing = (
+        f"data.path: {path!r} is no folder of pictures, no parquet file and no data set of the "
+        "Hugging Face hub that can be had: correct the path, or look at the network for "
+        "owner/name ids."
+    )
+    files = sorted(glob.glob(path, recursive=True)) if path.endswith(".parquet") else []
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).parent.exists()
+    try:
+        if files:
+            return datasets.load_dataset("parquet", data_files=files, streaming=streaming)
+        if Path(path).is_dir() or is_hub_id:
+            return datasets.load_dataset(path, streaming=streaming)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise FileNotFoundError(f"{missing} ({error})") from error
+    raise FileNotFoundError(missing)
+
+
+def as_rows(table: Any, path: str, image_column: str, caption_column: str | None) -> Split:
+    """A table with its columns named "image" and, where wanted, "caption"; pictures undecoded.
+
+    Raises:
+        ValueError: there is no such column.
+    """
+    import datasets
+
+    wanted = {image_column: "image"} | ({caption_column: "caption"} if caption_column else {})
+    columns = table.column_names or list(next(iter(table)))
+    for column, name in wanted.items():
+        if column not in columns:
+            raise ValueError(
+                f"data.{name}_column: {path} has no column {column!r}, choose among {columns}."
+            )
+    table = table.select_columns(list(wanted))
+    table = table.rename_columns({old: new for old, new in wanted.items() if old != new})
+    return Split(table.cast_column("image", datasets.Image(decode=False)))
+
+
+def hold_out(split: Split, num_held: int) -> tuple[Split, Split]:
+    """The split without `num_held` pictures spread evenly over it (a stream: its first), and them.
+
+    Raises:
+        ValueError: nothing would be left.
+    """
+    if not hasattr(split.rows, "select"):
+        return Split(split.rows.skip(num_held)), Split(split.rows.take(num_held))
+    total = len(split.rows)
+    if num_held >= total:
+        raise ValueError(
+            f"data.num_val: {num_held} held-out pictures leave none of {total} to train on, "
+            "lower it or give pictures in train/, val/ and test/ sub-folders."
+        )
+    held = [(2 * i + 1) * total // (2 * num_held) for i in range(num_held)]
+    trained = sorted(set(range(total)) - set(held))
+    return split.select(trained), split.select(held)

@@ -1,0 +1,253 @@
+"""The latent adapter and the sigma gate: geometry, starting values, mistakes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from pid_lightning.nn import AdapterConfig, LatentAdapter, PiD, PiDConfig, SigmaGate
+
+V1 = AdapterConfig(width=8, num_res_blocks=2)
+V15 = AdapterConfig(
+    width=8,
+    num_res_blocks=2,
+    gate="token",
+    padding="replicate",
+    inject_pixels=True,
+    rgb_head=True,
+)
+
+
+def random_adapter(
+    config: AdapterConfig, channels: int, stride: int, scale: int, seed: int = 0
+) -> LatentAdapter:
+    """An adapter of patch size 16 and 3 injections, in fp64, nothing in it zero."""
+    torch.manual_seed(seed)
+    adapter = LatentAdapter(config, 12, 3, 16, channels, stride, scale).double()
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return adapter
+
+
+def same_weights(adapter: LatentAdapter, other: LatentAdapter) -> LatentAdapter:
+    other.load_state_dict(adapter.state_dict())
+    return other
+
+
+# --------------------------------------------------------------------- geometry
+
+
+@pytest.mark.parametrize(
+    ("channels", "stride", "scale", "grid", "patches"),
+    [
+        (4, 8, 1, (6, 4), (3, 2)),  # folded 2 x 2
+        (4, 4, 1, (8, 4), (2, 1)),  # folded 4 x 4
+        (4, 8, 2, (3, 5), (3, 5)),
+        (4, 8, 4, (3, 5), (6, 10)),
+        (4, 8, 8, (3, 1), (12, 4)),
+        (4, 16, 4, (1, 2), (4, 8)),
+        (4, 16, 3, (1, 2), (3, 6)),
+    ],
+)
+def test_features_lie_on_the_patch_grid(
+    channels: int, stride: int, scale: int, grid: tuple[int, int], patches: tuple[int, int]
+) -> None:
+    adapter = random_adapter(V1, channels, stride, scale)
+    features, rgb = adapter(torch.randn(2, channels, *grid, dtype=torch.float64))
+    assert rgb is None
+    assert [tuple(f.shape) for f in features] == [(2, math.prod(patches), 12)] * 3
+
+
+def test_upsampling_repeats_cells() -> None:
+    latents = torch.randn(1, 4, 2, 3, dtype=torch.float64)
+    twice = random_adapter(V1, 4, 8, 4)
+    once = same_weights(twice, random_adapter(V1, 4, 8, 2))
+    repeated = latents.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    for a, b in zip(twice(latents)[0], once(repeated)[0], strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_folding_orders_channel_row_column() -> None:
+    latents = torch.randn(1, 4, 6, 4, dtype=torch.float64)
+    folded = random_adapter(V1, 4, 8, 1)
+    equal = same_weights(folded, random_adapter(V1, 16, 8, 2))
+    cells = latents.view(1, 4, 3, 2, 2, 2).permute(0, 1, 3, 5, 2, 4)  # (1, c, p, q, h, w)
+    for a, b in zip(folded(latents)[0], equal(cells.reshape(1, 16, 3, 2))[0], strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_unpacking_is_the_inverse_of_flux2s_packing() -> None:
+    latents = torch.randn(1, 4, 4, 6, dtype=torch.float64)
+    packed = torch.nn.functional.pixel_unshuffle(latents, 2)  # channels c*4 + row*2 + col
+    plain = random_adapter(V1, 4, 8, 4)
+    unpacking = dataclasses.replace(V1, unpack=2)
+    unpacking = same_weights(plain, random_adapter(unpacking, 16, 16, 4))
+    for a, b in zip(unpacking(packed)[0], plain(latents)[0], strict=True):
+        assert torch.equal(a, b)
+
+
+@torch.no_grad()
+def test_replicate_padding_sees_no_edge() -> None:
+    """A constant latent stays constant under replicate padding; under zeros its rim shows."""
+    latents = torch.full((1, 4, 5, 5), 0.7, dtype=torch.float64)
+    spread = {}
+    for padding in ("zeros", "replicate"):
+        config = dataclasses.replace(V1, padding=padding)
+        feature = random_adapter(config, 4, 8, 2)(latents)[0][0]
+        spread[padding] = float((feature - feature[:, 12:13]).abs().max())  # the middle of 25
+    assert spread["replicate"] < 1e-10
+    assert spread["zeros"] > 1e-3
+
+
+def test_rgb_head_reads_the_named_block() -> None:
+    latents = torch.randn(2, 4, 2, 3, dtype=torch.float64)
+    end = random_adapter(V15, 4, 8, 4)
+    expected = end(latents, with_rgb=True)[1]
+    assert expected.shape == (2, 3, 16, 24)  # the encoder's input: latents x stride
+    for block, same in ((2, True), (1, False)):
+        config = dataclasses.replace(V15, rgb_head_block=block)
+        rgb = same_weights(end, random_adapter(config, 4, 8, 4))(latents, with_rgb=True)[1]
+        assert torch.equal(rgb, expected) == same
+    assert end(latents)[1] is None
+
+
+# ------------------------------------------------------------------ the sigma gate
+
+
+@pytest.mark.parametrize("gate", ["channel", "token"])
+def test_gate_is_its_formula_on_the_concatenation(gate: str) -> None:
+    module = SigmaGate(6, gate).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    tokens, feature = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    sigma = torch.tensor([0.1, 0.7, 1.0], dtype=torch.float64)
+    weight = torch.cat((module.tokens.weight, module.feature.weight), dim=1)
+    inside = torch.cat((tokens, feature), dim=-1) @ weight.T + module.feature.bias
+    inside = inside - module.log_alpha.exp() * sigma.view(3, 1, 1)
+    expected = tokens + inside.sigmoid() * feature
+    assert inside.shape[-1] == (6 if gate == "channel" else 1)
+    assert torch.allclose(module(tokens, feature, module.openness(feature, sigma)), expected)
+
+
+@pytest.mark.parametrize("gate", ["channel", "token"])
+def test_gate_opening_at_the_start(gate: str) -> None:
+    torch.manual_seed(0)
+    module = SigmaGate(64, gate)
+    module.reset_parameters()
+    tokens, feature = torch.randn(2, 3, 200, 64)
+    sigma = torch.tensor([0.0, 0.4, 1.0])
+    opening = module.opening(tokens, module.openness(feature, sigma)).mean(dim=(1, 2))
+    assert torch.allclose(opening, torch.tensor([0.88, 0.5, 0.05]), atol=0.01)
+    assert float(module.tokens.weight.detach().std()) == pytest.approx(0.01, rel=0.2)
+
+
+def test_a_noisier_latent_never_opens_the_gate() -> None:
+    torch.manual_seed(0)
+    module = SigmaGate(8, "channel")
+    tokens, feature = torch.randn(2, 1, 4, 8).expand(2, 11, 4, 8)
+    opening = module.opening(tokens, module.openness(feature, torch.linspace(0, 1, 11)))
+    assert (opening.diff(dim=0) < 0).all()
+
+
+def test_alpha_is_exact_under_autocast_and_in_bf16() -> None:
+    """log_alpha is a bare parameter: only the sum is rounded, not alpha or sigma before it."""
+    torch.manual_seed(0)
+    module = SigmaGate(8, "token")
+    torch.nn.init.zeros_(module.feature.weight)
+    torch.nn.init.zeros_(module.feature.bias)
+    feature, sigma = torch.zeros(3, 2, 8), torch.tensor([0.137, 0.4242, 0.871])
+    exact = -(module.log_alpha.exp() * sigma).view(3, 1, 1).expand(3, 2, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module.openness(feature, sigma).bfloat16(), exact.bfloat16())
+    module.to(torch.bfloat16)
+    exact = -(module.log_alpha.float().exp() * sigma).view(3, 1, 1).expand(3, 2, 1)
+    openness = module.openness(feature.bfloat16(), sigma)
+    assert torch.equal(openness.bfloat16(), exact.bfloat16())
+
+
+# --------------------------------------------------------------- published sizes
+
+
+@pytest.mark.parametrize(
+    ("config", "channels", "stride", "millions"),
+    [
+        (AdapterConfig(), 16, 8, 59.9),
+        (
+            AdapterConfig(
+                width=1024, gate="token", padding="replicate", inject_pixels=True, rgb_head=True
+            ),
+            16,
+            8,
+            98.8,
+        ),
+    ],
+    ids=["v1", "v1.5"],
+)
+def test_published_parameter_counts(
+    config: AdapterConfig, channels: int, stride: int, millions: float
+) -> None:
+    with torch.device("meta"):
+        network = PiD(PiDConfig(adapter=config), channels, stride, scale=4)
+    parts = (network.adapter, network.gates)
+    count = sum(p.numel() for part in parts for p in part.parameters())
+    assert count / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+def test_a_fresh_adapter_injects_nothing() -> None:
+    network = PiD(
+        PiDConfig(
+            width=16,
+            num_heads=1,
+            num_blocks=3,
+            pixel_width=4,
+            pixel_attention_width=16,
+            pixel_num_heads=1,
+            text_length=0,
+            adapter=V15,
+        ),
+        latent_channels=4,
+        latent_stride=8,
+        scale=4,
+    )
+    features, rgb = network.adapter(torch.randn(1, 4, 2, 2), with_rgb=True)
+    assert len(features) == len(network.gates) == 3  # before blocks 0 and 2, and the pixel blocks
+    assert not any(feature.any() for feature in features)
+    assert rgb.any()
+
+
+# --------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"gate": "sigma"}, r"^gate: 'sigma' is not one of channel, token\.$"),
+        ({"padding": "reflect"}, r"^padding: 'reflect' is not one of zeros, replicate\.$"),
+        ({"width": 10}, r"^adapter width: 10 must be a multiple of 4"),
+        ({"num_res_blocks": 2, "rgb_head_block": 3}, r"^rgb_head_block: 3 must lie between 1 and"),
+        ({"interval": 0}, r"interval: 0"),
+    ],
+)
+def test_impossible_adapters_are_told_in_one_sentence(changes: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        dataclasses.replace(V1, **changes)
+
+
+@pytest.mark.parametrize(
+    ("config", "channels", "stride", "scale", "sentence"),
+    [
+        (V1, 4, 8, 3, r"^scale: 3 does not fit: a latent cell covers 3 x 8 = 24 output pixels"),
+        # (patch_size / scale)^2 pixels a token are whole for divisors of the patch size only.
+        (V15, 4, 16, 3, r"scale: 3 .*"),
+        (dataclasses.replace(V1, unpack=2), 6, 16, 4, r"6 .*unpack"),
+    ],
+    ids=["scale", "rgb_head", "unpack"],
+)
+def test_impossible_geometry_is_told_in_one_sentence(
+    config: AdapterConfig, channels: int, stride: int, scale: int, sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        LatentAdapter(config, 12, 3, 16, channels, stride, scale)

@@ -1,0 +1,209 @@
+"""DMD2: the gradient, the turns, resumption, refusals, and that it matches distributions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from pid_lightning import DMD2, EMA, flow, losses, weights
+from pid_lightning.callbacks.turns import Turns
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint of a short training."""
+    folder = tmp_path_factory.mktemp("teacher")
+    tiny.fit(folder, 3)
+    return folder / "last.ckpt"
+
+
+def distillation(teacher: Path, **changes) -> DMD2:
+    settings = {"student_every": 2, "taps": (0, 1), "learning_rate": 1e-3}
+    return DMD2(str(teacher), **(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def run(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint of 6 uninterrupted steps of distillation."""
+    folder = tmp_path_factory.mktemp("student")
+    tiny.fit(folder, 6, distillation(teacher), EMA())
+    return folder / "last.ckpt"
+
+
+class Watch(tiny.pl.Callback):
+    """Which networks moved in each batch, and what was counted and logged."""
+
+    def __init__(self) -> None:
+        self.moved: list[set[str]] = []
+        self.steps: list[tuple[int, int, int]] = []
+        self.logged: set[str] = set()
+
+    def _state(self, module) -> dict[str, Tensor]:
+        names = ("denoiser", "fake_score", "discriminator", "teacher", "denoiser_ema")
+        return {
+            name: torch.cat([p.detach().flatten().float() for p in network.parameters()])
+            for name in names
+            if (network := getattr(module, name)) is not None
+        }
+
+    def on_train_batch_start(self, trainer, pl_module, *_) -> None:
+        self.before = self._state(pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+        after = self._state(pl_module)
+        self.moved.append({k for k in after if not torch.equal(after[k], self.before[k])})
+        objective = pl_module.objective
+        self.steps.append((trainer.global_step, objective.num_student_updates, _[-1]))
+        self.logged |= trainer.callback_metrics.keys()
+        assert all(p.grad is None for p in pl_module.parameters())  # nothing left over
+
+
+@pytest.mark.parametrize("student_input", ["rollout", "noised_data"])
+def test_one_batch_is_one_step_of_one_side(
+    student_input: str, teacher: Path, tmp_path: Path
+) -> None:
+    watch, dmd2 = Watch(), distillation(teacher, student_every=3, student_input=student_input)
+    fitted = tiny.fit(tmp_path, 6, dmd2, EMA(), watch)
+    critics, student = {"fake_score", "discriminator"}, {"denoiser", "denoiser_ema"}
+    assert watch.moved == [critics, critics, student] * 2
+    assert [(g, s) for g, s, _ in watch.steps] == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 1), (6, 2)]
+    source, _ = weights.load_model(teacher)
+    tiny.assert_equal_states(
+        fitted.teacher.float().state_dict(), source.bfloat16().float().state_dict()
+    )
+    assert fitted.student_times == dmd2.student_times
+    parts = "dmd_loss generator_loss dmd_gradient_norm fake_score_loss discriminator_loss r1_loss"
+    assert {f"train/{part}" for part in parts.split()} <= watch.logged
+    assert {"train/real_logit", "train/fake_logit"} <= watch.logged
+
+
+def test_three_and_three_steps_are_six(run: Path, teacher: Path, tmp_path: Path) -> None:
+    tiny.fit(tmp_path, 3, distillation(teacher), EMA())
+    last = tmp_path / "last.ckpt"
+    tiny.fit(tmp_path, 6, distillation(teacher), EMA(), resume=last)
+    once, twice = (torch.load(path, weights_only=True) for path in (run, last))
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "pid", "global_step"):
+        tiny.assert_equal_states(once[part], twice[part], part)
+    networks = {name.split(".")[0] for name in once["state_dict"]}
+    assert networks == {"denoiser", "denoiser_ema", "fake_score", "discriminator"}
+    assert len(once["optimizer_states"]) == 2
+
+
+def test_student_is_tested_with_its_own_steps(run: Path, tmp_path: Path) -> None:
+    fitted = tiny.module()
+    tiny.trainer(tmp_path, 1).test(fitted, tiny.data(), ckpt_path=run, verbose=False)
+    assert fitted.student_times == (0.999, 0.866, 0.634, 0.342)
+    _, info = weights.load_model(run)
+    assert info.student_times == fitted.student_times
+
+
+def test_resuming_without_the_callback_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="add the DMD2 callback"):
+        tiny.fit(tmp_path, 7, EMA(), resume=run)
+
+
+def test_resuming_a_plain_run_as_distillation_is_refused(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no distillation"):
+        tiny.fit(tmp_path, 7, distillation(teacher), EMA(), resume=teacher)
+
+
+def test_resuming_with_another_teacher_is_refused(run: Path, tmp_path: Path) -> None:
+    tiny.fit(tmp_path / "other", 4)
+    other = distillation(tmp_path / "other" / "last.ckpt")
+    with pytest.raises(ValueError, match="not the teacher"):
+        tiny.fit(tmp_path, 7, other, EMA(), resume=run)
+
+
+def test_a_student_is_no_teacher(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="itself a distilled student"):
+        tiny.fit(tmp_path, 1, distillation(run), EMA())
+
+
+def test_teacher_of_another_size_is_refused(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="width: 32, here 64"):
+        tiny.fit(tmp_path, 1, distillation(teacher), EMA(), fitted=tiny.module(width=64))
+
+
+def test_bad_settings_are_refused(teacher: Path) -> None:
+    for changes, told in (
+        ({"student_input": "data"}, "rollout, noised_data"),
+        ({"student_every": 1}, "at least 2"),
+        ({"student_times": (0.3, 0.9)}, "fall from noise to clean"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            distillation(teacher, **changes)
+
+
+def test_two_accumulated_batches_are_one_of_twice_the_size(teacher: Path, tmp_path: Path) -> None:
+    def grown(batch_size: int, accumulate: int) -> dict[str, Tensor]:
+        # Every loss is a mean over samples, so the gradients of halves add up.
+        fitted = tiny.fit(
+            tmp_path / str(batch_size),
+            3,
+            distillation(teacher),
+            EMA(),
+            batch_size=batch_size,
+            accumulate_grad_batches=accumulate,
+        )
+        assert fitted.trainer.global_step == 3
+        return fitted.state_dict()
+
+    whole, halves = grown(4, 1), grown(2, 2)
+    for name, value in whole.items():
+        torch.testing.assert_close(halves[name], value, rtol=2e-3, atol=2e-4, msg=name)
+
+
+def test_clipping_bounds_the_step(teacher: Path, tmp_path: Path) -> None:
+    norms = []
+
+    class Norms(tiny.pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            grads = [p.grad for g in optimizer.param_groups for p in g["params"]]
+            norms.append(torch.nn.utils.get_total_norm([g for g in grads if g is not None]).item())
+
+    tiny.fit(tmp_path, 4, distillation(teacher), EMA(), Norms(), gradient_clip_val=1e-3)
+    assert len(norms) == 4
+    assert max(norms) <= 1e-3 * 1.01
+
+
+def test_trains_in_mixed_bf16(teacher: Path, tmp_path: Path) -> None:
+    fitted = tiny.fit(tmp_path, 4, distillation(teacher), EMA(), precision="bf16-mixed")
+    assert all(torch.isfinite(p).all() for p in fitted.parameters())
+
+
+def test_resting_networks_take_no_gradient() -> None:
+    turns, active, resting = Turns(2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    resting.bias.requires_grad_(False)
+    with turns.only([active], [resting]):
+        resting(active(torch.ones(1, 2))).sum().backward()
+    assert resting.weight.grad is None
+    assert active.weight.grad is not None
+    assert resting.weight.requires_grad
+    assert not resting.bias.requires_grad  # what was frozen before stays frozen
+
+
+def test_student_mean_moves_to_the_teachers() -> None:
+    """Gaussian student N(m, 1), Gaussian scores known exactly: only the means differ, and the
+    student's mean must end at the teacher's."""
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.nn.Parameter(torch.full((1, 3, 1, 1), -1.0))
+    optimizer = torch.optim.Adam([mean], lr=0.02)
+
+    def denoised(x_t: Tensor, t: Tensor, centre: Tensor) -> Tensor:
+        t = flow.per_sample(t, x_t)  # E[x0 | x_t] for x0 ~ N(centre, 1)
+        return centre + (1 - t) / ((1 - t) ** 2 + t**2) * (x_t - (1 - t) * centre)
+
+    for _ in range(400):
+        student = mean + torch.randn(64, 3, 1, 1, generator=generator)
+        t = flow.sample_times(64, generator=generator).clamp(0.02, 0.99)
+        x_t = flow.add_noise(student, torch.randn(student.shape, generator=generator), t).detach()
+        teacher_x0 = denoised(x_t, t, torch.full_like(mean, 2.0)).detach()
+        fake_x0 = denoised(x_t, t, mean).detach()
+        optimizer.zero_grad()
+        losses.dmd_loss(student, teacher_x0, fake_x0).backward()
+        optimizer.step()
+    assert (mean - 2).abs().max() < 0.1

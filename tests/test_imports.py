@@ -1,0 +1,160 @@
+"""Who may know whom: the plain-torch rooms bring no Lightning, and `import` stays light."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pid_lightning
+
+PACKAGE = Path(pid_lightning.__file__).parent
+HEAVY = (
+    "lightning",
+    "pytorch_lightning",
+    "lightning_fabric",
+    "jsonargparse",
+    "timm",
+    "open_clip",
+    "transformers",
+    "datasets",
+    "diffusers",
+    "torchmetrics",
+    "tensorboard",
+)
+PLAIN_TORCH = (
+    "flow",
+    "noising",
+    "losses",
+    "sampling",
+    "randomness",
+    "nn",
+    "released",
+    "decoding",
+    "weights",
+    "encoders",
+    "latent_spaces",
+)
+LAZY = ("timm", "open_clip", "transformers", "datasets", "diffusers", "torchmetrics")
+# What the method's own files may import at their head; the rest only inside functions.
+METHOD = {"torch", "einops", "pid_lightning"} | set(sys.stdlib_module_names)
+
+# Imports the named modules one by one; says what each brought and fails on any call of CUDA.
+PROBE = """
+import importlib, json, sys
+import torch
+
+def forbidden(*arguments, **options):
+    raise RuntimeError("CUDA was called at import")
+
+for name in ("_lazy_init", "is_available", "device_count", "current_device"):
+    setattr(torch.cuda, name, forbidden)
+modules, heavy = json.loads(sys.argv[1])
+state, brought = torch.get_rng_state(), {}
+for module in modules:
+    importlib.import_module(module)
+    brought[module] = sorted(name for name in heavy if name in sys.modules)
+assert torch.equal(torch.get_rng_state(), state), "a global seed was set"
+print(json.dumps(brought))
+"""
+
+
+def brought_by(modules: list[str]) -> dict[str, list[str]]:
+    arguments = json.dumps([modules, HEAVY])
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_plain_torch_rooms_bring_nothing_heavy() -> None:
+    modules = ["pid_lightning", *(f"pid_lightning.{name}" for name in PLAIN_TORCH)]
+    brought = brought_by(modules)
+    assert {module: names for module, names in brought.items() if names} == {}
+
+
+def test_the_public_names_are_there() -> None:
+    for name in pid_lightning.__all__:
+        assert getattr(pid_lightning, name) is not None
+    assert set(pid_lightning.__all__) <= set(dir(pid_lightning))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = pid_lightning.no_such_name
+
+
+# ------------------------------------------------------------------- read, not run
+
+
+def sources(*rooms: str) -> list[Path]:
+    found = []
+    for room in rooms:
+        folder = PACKAGE / room
+        found += sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
+    return found
+
+
+def imported(node: ast.AST) -> list[str]:
+    """The modules that an import statement names, in full."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "relative import"
+        return [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return []
+
+
+def head(tree: ast.Module) -> list[ast.AST]:
+    """Statements that run at import, those under TYPE_CHECKING left out."""
+    found, waiting = [], list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += node.orelse
+            continue
+        found.append(node)
+        waiting += ast.iter_child_nodes(node)
+    return found
+
+
+@pytest.mark.parametrize("path", sources(*PLAIN_TORCH), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_plain_torch_rooms_never_name_lightning(path: Path) -> None:
+    rooms = ("lightning", "pytorch_lightning", "lightning_fabric")
+    above = tuple(f"pid_lightning.{room}" for room in ("modules", "callbacks", "cli"))
+    for node in ast.walk(ast.parse(path.read_text())):
+        for name in imported(node):
+            assert name.split(".")[0] not in rooms, name
+            assert not name.startswith(above), name
+
+
+@pytest.mark.parametrize(
+    "path",
+    sources("flow", "noising", "losses", "sampling", "randomness", "nn"),
+    ids=lambda p: str(p.relative_to(PACKAGE)),
+)
+def test_the_method_needs_torch_and_einops_only(path: Path) -> None:
+    for node in head(ast.parse(path.read_text())):
+        for name in imported(node):
+            assert name.split(".")[0] in METHOD, name
+
+
+@pytest.mark.parametrize("path", sources("."), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_heavy_libraries_are_imported_where_they_are_used(path: Path) -> None:
+    for node in head(ast.parse(path.read_text())):
+        for name in imported(node):
+            assert name.split(".")[0] not in LAZY, name
+
+
+@pytest.mark.parametrize("path", sources("."), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_source_names_cuda_by_method_or_seeds_the_world(path: Path) -> None:
+    """`.cuda()` fixes the device; `torch.manual_seed` changes what others draw."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert not called.endswith(".cuda"), called
+            assert called not in ("torch.manual_seed", "torch.random.manual_seed"), called

@@ -1,0 +1,206 @@
+"""Training: exact resumption, averages, what checkpoints hold, what is refused."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from pid_lightning import EMA, AdapterConfig, Training, weights
+from pid_lightning.checkpointing import AtomicCheckpointIO
+from pid_lightning.modules.objective import draw_sample
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint of 6 uninterrupted steps."""
+    folder = tmp_path_factory.mktemp("run")
+    tiny.fit(folder, 6)
+    return folder / "last.ckpt"
+
+
+def test_three_and_three_steps_are_six(run: Path, tmp_path: Path) -> None:
+    tiny.fit(tmp_path, 3)
+    tiny.fit(tmp_path, 6, resume=tmp_path / "last.ckpt")
+    once, twice = (torch.load(p, weights_only=True) for p in (run, tmp_path / "last.ckpt"))
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "pid", "global_step"):
+        tiny.assert_equal_states(once[part], twice[part], part)
+    assert any(name.startswith("denoiser_ema.") for name in once["state_dict"])
+
+
+def test_loss_falls_and_checkpoint_holds_no_frozen_network(run: Path) -> None:
+    state = torch.load(run, weights_only=True)["state_dict"]
+    assert {name.split(".")[0] for name in state} == {"denoiser", "denoiser_ema"}
+    assert all(v.dtype == torch.float32 for k, v in state.items() if k.startswith("denoiser_ema"))
+
+
+def test_average_follows_the_power_profile(tmp_path: Path) -> None:
+    class Record(tiny.pl.Callback):
+        def __init__(self) -> None:
+            self.seen = []
+
+        def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+            self.seen.append(pl_module.denoiser.out.weight.detach().clone())
+
+    record, power = Record(), 3.0
+    fitted = tiny.fit(tmp_path, 5, EMA(power), record)
+    expected = tiny.module().denoiser.out.weight.detach()
+    for n, seen in enumerate(record.seen, start=1):
+        keep = (1 - 1 / n) ** (power + 1)
+        expected = keep * expected + (1 - keep) * seen
+    torch.testing.assert_close(fitted.denoiser_ema.out.weight, expected, rtol=1e-6, atol=1e-8)
+    assert fitted.averaged_denoiser is fitted.denoiser_ema
+
+
+def test_average_stays_in_fp32_where_the_module_is_bf16(tmp_path: Path) -> None:
+    fitted = tiny.fit(tmp_path, 2, EMA(), precision="bf16-true")
+    assert fitted.denoiser.dtype == torch.bfloat16
+    assert fitted.denoiser_ema.dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_trains_and_validates_in_bf16(precision: str, tmp_path: Path) -> None:
+    fitted = tiny.module()
+    trainer = tiny.trainer(
+        tmp_path, 2, EMA(), precision=precision, limit_val_batches=1, val_check_interval=1
+    )
+    trainer.fit(fitted, tiny.data())
+    assert torch.isfinite(trainer.callback_metrics["validate/loss"])
+
+
+def test_only_adapter_and_gates_move(tmp_path: Path) -> None:
+    start = tiny.module().denoiser.state_dict()
+    settings = Training(train="adapter", learning_rate=1e-2, warmup_steps=1)
+    fitted = tiny.fit(tmp_path, 3, fitted=tiny.module(settings))
+    moved = {k for k, v in fitted.denoiser.state_dict().items() if not torch.equal(v, start[k])}
+    # The output is zero at first and frozen here, so no gradient reaches anything.
+    assert moved <= {k for k in start if k.startswith(("adapter.", "gates."))}
+    learning = {k for k, p in fitted.denoiser.named_parameters() if p.requires_grad}
+    assert learning == {k for k in start if k.startswith(("adapter.", "gates."))}
+
+
+def test_init_from_same_family_takes_everything(run: Path, tmp_path: Path) -> None:
+    fitted = tiny.module()
+    fitted.init_from = str(run)
+    trainer = tiny.trainer(tmp_path, 0)
+    trainer.fit(fitted, tiny.data())
+    source, _ = weights.load_model(run)
+    tiny.assert_equal_states(fitted.denoiser.state_dict(), source.state_dict())
+
+
+def test_init_from_another_scale_takes_the_backbone(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fitted = tiny.module()
+    fitted.scale, fitted.init_from = 2, str(run)
+    fitted.denoiser = type(fitted.denoiser)(tiny.config(), 16, 8, 2)
+    fresh = fitted.denoiser.state_dict()
+    fresh = {k: v.clone() for k, v in fresh.items()}
+    with caplog.at_level(logging.INFO):
+        tiny.trainer(tmp_path, 0).fit(fitted, tiny.data())
+    source = weights.load_model(run)[0].state_dict()
+    for name, value in fitted.denoiser.state_dict().items():
+        kept = fresh if name.startswith(("adapter.", "gates.")) else source
+        assert torch.equal(value, kept[name]), name
+    assert "backbone" in caplog.text
+
+
+def test_init_from_another_network_is_refused(run: Path, tmp_path: Path) -> None:
+    fitted = tiny.module(width=64)
+    fitted.init_from = str(run)
+    with pytest.raises(ValueError, match="width: 32, here 64"):
+        tiny.trainer(tmp_path, 0).fit(fitted, tiny.data())
+
+
+def test_checkpoint_of_another_model_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="num_blocks: 2, here 3"):
+        tiny.fit(tmp_path, 7, fitted=tiny.module(num_blocks=3), resume=run)
+
+
+def test_resuming_without_the_average_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="add the EMA callback"):
+        tiny.fit(tmp_path, 7, tiny.pl.Callback(), resume=run)
+
+
+def test_test_uses_the_average_with_or_without_the_callback(run: Path, tmp_path: Path) -> None:
+    def score(*callbacks: tiny.pl.Callback) -> tuple[list[str], str]:
+        fitted = tiny.module()
+        trainer = tiny.trainer(tmp_path, 1, *callbacks)
+        trainer.test(fitted, tiny.data(), ckpt_path=run, verbose=False)
+        source, _ = weights.load_model(run)
+        tiny.assert_equal_states(fitted.averaged_denoiser.state_dict(), source.state_dict())
+        rows = (tmp_path / "metrics.csv").read_text().splitlines()
+        return [",".join(row.split(",")[:4]) for row in rows], rows[0]
+
+    with_callback, header = score(EMA())
+    without, _ = score()
+    assert with_callback == without
+    assert header.startswith("method,latent_sigma,psnr")
+    assert len(with_callback) == 1 + 2 * 2  # header, two methods at two sigmas
+    assert (tmp_path / "test_grid.png").is_file()
+
+
+def test_dropouts_and_noise_have_their_shares() -> None:
+    fitted = tiny.module(Training(latent_dropout=0.25, caption_dropout=0.5))
+    image = torch.zeros(1, 3, 64, 64).expand(2000, -1, -1, -1)
+    batch = {"image": image, "caption": [""] * 2000, "number": torch.arange(2000)}
+    fitted.encode = lambda images, captions: (torch.zeros(2000, 1, 1, 1), None)
+    sample = draw_sample(fitted, batch, "train")
+    share = lambda mask: mask.float().mean().item()  # noqa: E731
+    assert abs(share(sample.keep_latents) - 0.75) < 0.03
+    assert abs(share(sample.keep_text) - 0.5) < 0.03
+    assert abs(share(sample.latent_sigma == 0) - 0.25) < 0.03
+    assert sample.latent_sigma.max() <= 0.8
+    # Latents of zero hold nothing but their noise: as much as the gate is told.
+    noisy = sample.latent_sigma > 0
+    spread = (sample.latents.flatten()[noisy] / sample.latent_sigma[noisy]).std()
+    assert abs(spread - 1) < 0.06
+
+
+def test_a_sample_depends_on_its_number_alone() -> None:
+    fitted = tiny.module()
+    fitted.encoder.load()
+    images = torch.rand(4, 3, 64, 64) * 2 - 1
+    batch = {"image": images, "caption": [""] * 4, "number": torch.tensor([3, 1, 4, 15])}
+    alone = {"image": images[2:3], "caption": [""], "number": torch.tensor([4])}
+    together, single = draw_sample(fitted, batch, "train"), draw_sample(fitted, alone, "train")
+    assert torch.equal(together.latent_sigma[2:3], single.latent_sigma)
+    torch.testing.assert_close(together.latents[2:3], single.latents)
+
+
+def test_rgb_head_learns_the_low_resolution_image(tmp_path: Path) -> None:
+    adapter = AdapterConfig(width=16, num_res_blocks=1, rgb_head=True, inject_pixels=True)
+    fitted = tiny.module(Training(learning_rate=1e-2, warmup_steps=1), adapter=adapter)
+    losses = []
+
+    class Record(tiny.pl.Callback):
+        def on_train_batch_end(self, trainer, *_) -> None:
+            losses.append(trainer.callback_metrics["train/rgb_loss"].item())
+
+    tiny.fit(tmp_path, 30, EMA(), Record(), fitted=fitted)
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch) -> None:
+    path, io = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    io.save_checkpoint({"step": 1}, path)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pid_lightning.checkpointing.torch.save", full)
+    with pytest.raises(OSError, match="the previous checkpoint is intact"):
+        io.save_checkpoint({"step": 2}, path)
+    monkeypatch.undo()
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_output_size_that_is_no_whole_number_of_latents_is_refused(tmp_path: Path) -> None:
+    data = tiny.data()
+    data.image_size = 100
+    with pytest.raises(ValueError, match="100 x 100 is not a multiple of 16"):
+        tiny.trainer(tmp_path, 1).fit(tiny.module(), data)
