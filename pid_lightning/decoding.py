@@ -64,7 +64,7 @@ def decode_latents(
         x0 = sampling.sample_few_steps(
             velocity,
             noise,
-            steps or len(student_times),
+            len(student_times) if steps is None else steps,
             generator,
             student_times=student_times,
             on_step=on_step,
@@ -72,6 +72,11 @@ def decode_latents(
     else:
         shift = flow.resolution_shift(height, width)
         x0 = sampling.sample_solver(
-            velocity, noise, steps or TEACHER_STEPS, generator, shift=shift, on_step=on_step
+            velocity,
+            noise,
+            TEACHER_STEPS if steps is None else steps,
+            generator,
+            shift=shift,
+            on_step=on_step,
         )
     return x0.clamp(-1, 1)

@@ -29,7 +29,9 @@ def dmd_loss(student_x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor) -> Tensor:
     """`0.5 ||x0_student - stopgrad(x0_student - g)||^2`, whose gradient is g over the number of
     elements; a sample whose g is not finite teaches nothing."""
     with torch.no_grad():
-        gradient = torch.nan_to_num(dmd_gradient(student_x0, teacher_x0, fake_x0))
+        gradient = dmd_gradient(student_x0, teacher_x0, fake_x0)
+        finite = gradient.flatten(1).isfinite().all(1)
+        gradient = torch.where(per_sample(finite, gradient).bool(), gradient, 0.0)
         target = student_x0.double() - gradient
     return 0.5 * F.mse_loss(student_x0.double(), target)
 
@@ -74,7 +76,9 @@ def rgb_alignment_loss(rgb: Tensor, low_resolution: Tensor, latent_sigma: Tensor
         latent_sigma: (B,).
     """
     to_ycbcr = torch.tensor(_YCBCR, device=rgb.device)
-    difference = torch.einsum("yc,bchw->byhw", to_ycbcr, (rgb - low_resolution).float())
+    with torch.autocast(rgb.device.type, enabled=False):
+        difference = rgb.float() - low_resolution.float()
+        difference = torch.einsum("yc,bchw->byhw", to_ycbcr, difference)
     charbonnier = (difference.square() + 1e-3**2).sqrt()
     weights = torch.tensor(_YCBCR_WEIGHTS, device=rgb.device).view(1, 3, 1, 1)
     per_picture = (charbonnier * weights).flatten(1).mean(1)

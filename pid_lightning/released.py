@@ -43,6 +43,9 @@ def build_from_arguments(arguments: Mapping[str, Any]) -> PiD:
     rope_mode = get("rope_mode", "ntk_aware")
     if rope_mode not in ROPES:
         raise ValueError(f"rope_mode: {rope_mode!r} is not one of {', '.join(ROPES)}.")
+    gate = get("lq_gate_type", "sigma_aware_per_token_per_dim")
+    if gate not in GATES:
+        raise ValueError(f"lq_gate_type: {gate!r} is not one of {', '.join(GATES)}.")
     rgb_head_block = get("lq_aux_rgb_head_latent_block_idx", -1)
     config = PiDConfig(
         width=width,
@@ -63,7 +66,7 @@ def build_from_arguments(arguments: Mapping[str, Any]) -> PiD:
             width=get("lq_hidden_dim", 512),
             num_res_blocks=get("lq_num_res_blocks", 4),
             interval=get("lq_interval", 1),
-            gate=GATES[get("lq_gate_type", "sigma_aware_per_token_per_dim")],
+            gate=GATES[gate],
             padding=get("lq_conv_padding_mode", "zeros"),
             inject_pixels=get("pit_lq_inject", False),
             rgb_head=get("lq_aux_rgb_head", False),
@@ -109,9 +112,9 @@ def from_released(released: Mapping[str, Tensor], denoiser: PiD) -> dict[str, Te
         except RuntimeError:  # shapes that cannot even be rearranged
             fits = False
         if not fits:
+            shapes = ", ".join(f"{source} {tuple(released[source].shape)}" for source in sources)
             raise ValueError(
-                f"these weights are not of this network: {sources[0]} has shape "
-                f"{tuple(released[sources[0]].shape)}, which does not make {name} of shape "
+                f"these weights are not of this network: {shapes} does not make {name} of shape "
                 f"{tuple(ours[name].shape)}."
             )
         converted[name] = tensor
@@ -127,6 +130,8 @@ def _entries(config: PiDConfig) -> Iterator[Entry]:
     yield from _linear("patch_embedding", "s_embedder.proj")
     yield from _linear("time_embedding.hidden", "t_embedder.mlp.0")
     yield from _linear("time_embedding.out", "t_embedder.mlp.2")
+    if config.text_length == 0:
+        raise ValueError("text_length: 0 has no published layout, every released network has text.")
     yield from _linear("text_embedding.linear", "y_embedder.proj")
     yield _same("text_embedding.norm.weight", "y_embedder.norm.weight")
     yield _same("text_embedding.position", "y_pos_embedding")

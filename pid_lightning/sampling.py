@@ -134,7 +134,10 @@ def sample_solver(
     scheduler = DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
     )
+    if steps < 1:
+        raise ValueError(f"steps: {steps} must be at least 1.")
     scheduler.set_timesteps(steps, device=noise.device)
+    scheduler.set_begin_index(0)  # timesteps are whole numbers and may repeat, so none is looked up
     x = noise.float()
     for step, timestep in enumerate(scheduler.timesteps):
         t = x.new_full((len(x),), float(scheduler.sigmas[step]))

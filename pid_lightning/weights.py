@@ -129,13 +129,17 @@ def load_model(path: str | Path) -> tuple[PiD, ModelInfo]:
     else:
         checkpoint = read_checkpoint(path)
         state, plain = denoiser_state(checkpoint), checkpoint[METADATA_KEY]
-    info = ModelInfo.from_plain(plain)
+    try:
+        info = ModelInfo.from_plain(plain)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} describes itself in a way unknown here: {error}.") from error
     with torch.device("meta"):
         denoiser = info.build()
     try:
         denoiser.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not match its own description: {error}") from error
+        first = str(error).split("\n\t", 1)[-1].split("\n")[0]
+        raise ValueError(f"{path} does not match its own description: {first}") from error
     return denoiser, info
 
 
@@ -154,7 +158,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} does not describe itself (no {METADATA_KEY!r} metadata): it was not written "
             "by pid_lightning."
         )
-    return state, json.loads(metadata[METADATA_KEY])
+    try:
+        return state, json.loads(metadata[METADATA_KEY])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} describes itself in a way unknown here: {error}.") from error
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -172,7 +179,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} cannot be read, it is cut short or not a checkpoint; take an earlier one."
         ) from error
-    if not isinstance(checkpoint, dict) or METADATA_KEY not in checkpoint:
+    if not isinstance(checkpoint, dict) or not {METADATA_KEY, "state_dict"} <= checkpoint.keys():
         raise ValueError(f"{path} is not a checkpoint of a PiD run (it does not describe itself).")
     return checkpoint
 

@@ -12,15 +12,17 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from pid_lightning.modules.autoencoder import AutoencoderModule, psnr, reconstruction_loss
-from pid_lightning.nn.autoencoder import (
+from pid_lightning.encoders.bundled import (
     BUNDLED,
-    PrincipalComponents,
-    SmallAutoencoder,
-    block_moments,
     load_autoencoder,
     load_bundled_autoencoder,
     save_autoencoder,
+)
+from pid_lightning.modules.autoencoder import AutoencoderModule, psnr, reconstruction_loss
+from pid_lightning.nn.autoencoder import (
+    PrincipalComponents,
+    SmallAutoencoder,
+    block_moments,
 )
 
 PHOTOS = BUNDLED.parent / "photos"

@@ -18,11 +18,11 @@ from timm.models import VisionTransformer, build_model_with_cfg, register_model
 
 import pid_lightning.encoders
 from pid_lightning.encoders.base import NoNativeDecoder
+from pid_lightning.encoders.bundled import load_bundled_autoencoder
 from pid_lightning.encoders.dinov2 import DINOv2Encoder
 from pid_lightning.encoders.siglip import SigLIPEncoder
 from pid_lightning.encoders.vae import BundledVAE, VAEEncoder, build_vae_encoder
 from pid_lightning.encoders.vae_sources import KNOWN_VAES
-from pid_lightning.nn.autoencoder import load_bundled_autoencoder
 
 PATCH, GRID = 14, 5  # tiny towers: 70-pixel pretraining, so 80-pixel pictures are native
 WIDTH, DEPTH, HEADS = 32, 2, 2

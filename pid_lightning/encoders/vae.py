@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -11,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from pid_lightning.encoders.base import Encoder
+from pid_lightning.encoders.bundled import BundledVAE
 from pid_lightning.encoders.pretrained import (
     check_images,
     check_loaded,
-    fill,
-    read_tensors,
     unreachable_weights,
     warn_random_weights,
 )
@@ -26,7 +24,6 @@ from pid_lightning.latent_spaces import (
     flux2_space,
     qwen_space,
 )
-from pid_lightning.nn.autoencoder import BUNDLED, SmallAutoencoder
 
 
 def build_vae_encoder(vae: str = "bundled", pretrained: bool = True) -> Encoder:
@@ -162,55 +159,6 @@ class VAEEncoder(Encoder):
         if mean.is_meta:  # geometry only: `space` is not to be had before `load`
             mean, var = [0.0] * len(mean), [1.0] * len(mean)
         return flux2_space(mean, var, config.batch_norm_eps, stride)
-
-
-class BundledVAE(Encoder):
-    """The small autoencoder that ships with the package: no network, no optional library.
-
-    Until `load`, it is on the meta device, with the sizes that the file of its weights states.
-    """
-
-    latent_space = "pid-small"
-
-    def __init__(self) -> None:
-        super().__init__()
-        from safetensors import safe_open
-
-        with safe_open(str(BUNDLED), framework="pt") as file:  # reads its head only
-            sizes = json.loads(file.metadata()["config"])
-        with torch.device("meta"):
-            self.network = SmallAutoencoder(**sizes)
-        self.latent_channels = self.network.latent_channels
-        self.latent_stride = self.network.latent_stride
-        self.loaded = False
-        self.requires_grad_(False).eval()
-
-    def load(self) -> None:
-        """Read the weights, which are part of the package.
-
-        Raises:
-            ValueError: the installed file is damaged, or of another network.
-        """
-        if self.loaded:
-            return
-        tensors = read_tensors(BUNDLED, "")
-        fill(self.network, tensors, str(BUNDLED), "install pid_lightning again")
-        self.loaded = True
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] to normalised latents (B, C, H/stride, W/stride)."""
-        check_images(images, self.latent_stride)
-        check_loaded(self.network, images, "bundled")
-        pixels = images.to(next(self.network.parameters()).dtype)
-        return self.network.encode(pixels).to(images.dtype)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents (B, C, h, w) to images (B, 3, h*stride, w*stride), not clamped."""
-        check_loaded(self.network, latents, "bundled")
-        raw = latents.to(next(self.network.parameters()).dtype)
-        return self.network.decode(raw).to(latents.dtype)
 
 
 def _diffusers_class(source: VAESource) -> Any:

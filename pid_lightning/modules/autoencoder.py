@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pid_lightning.encoders.bundled import save_autoencoder
 from pid_lightning.nn.autoencoder import (
     PrincipalComponents,
     SmallAutoencoder,
     block_moments,
-    save_autoencoder,
 )
 
 

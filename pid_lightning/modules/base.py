@@ -187,7 +187,7 @@ class PiDModule(LightningModule):
             raise ValueError(
                 "ckpt_path: this checkpoint is of a distillation, add the DMD2 callback to resume."
                 if is_student
-                else "ckpt_path: this run is no distillation; give its checkpoint to DMD2 as a teacher"
+                else "ckpt_path: this run is no distillation; give its checkpoint to DMD2 to teach"
             )
         self.student_times = theirs.student_times
         averaged = any(name.startswith("denoiser_ema.") for name in checkpoint["state_dict"])
@@ -302,7 +302,7 @@ class PiDModule(LightningModule):
             latents,
             latent_sigma,
             student_times=self.student_times,
-            steps=steps or self.evaluation.steps,
+            steps=self.evaluation.steps if steps is None else steps,
             text=text,
             null_text=null_text,
             guidance_scale=self.evaluation.guidance_scale,

@@ -46,6 +46,8 @@ class AdapterConfig:
             raise ValueError(f"gate: {self.gate!r} is not one of {', '.join(GATES)}.")
         if self.padding not in PADDINGS:
             raise ValueError(f"padding: {self.padding!r} is not one of {', '.join(PADDINGS)}.")
+        if self.interval < 1:
+            raise ValueError(f"adapter interval: {self.interval} must be at least 1.")
         if self.width % 4:
             raise ValueError(
                 f"adapter width: {self.width} must be a multiple of 4, its GroupNorm's groups."
@@ -85,9 +87,10 @@ class SigmaGate(nn.Module):
     def openness(self, feature: Tensor, latent_sigma: Tensor) -> Tensor:
         """`W_f feature + b - exp(log_alpha) * latent_sigma`, (B, N, D or 1).
 
-        log_alpha is a bare parameter that autocast does not touch: its product is fp32.
+        log_alpha is a bare parameter that autocast does not touch: its product is fp32 at least.
         """
-        closing = self.log_alpha.float().exp() * latent_sigma.float()
+        dtype = torch.promote_types(self.log_alpha.dtype, torch.float32)
+        closing = self.log_alpha.to(dtype).exp() * latent_sigma.to(dtype)
         projected = self.feature(feature)
         return projected - closing.view(-1, 1, 1).to(projected.dtype)
 
@@ -145,6 +148,16 @@ class LatentAdapter(nn.Module):
         scale: int,
     ) -> None:
         super().__init__()
+        if latent_channels % config.unpack**2:
+            raise ValueError(
+                f"latent_channels: {latent_channels} does not fit adapter unpack: {config.unpack}, "
+                f"which takes a multiple of {config.unpack**2}."
+            )
+        if config.rgb_head and patch_size % scale:
+            raise ValueError(
+                f"scale: {scale} does not divide patch_size ({patch_size}), as the adapter's rgb_head "
+                "needs; set rgb_head to false."
+            )
         self.unpack = config.unpack
         self.rgb_head_block = config.rgb_head_block
         channels = latent_channels // config.unpack**2

@@ -6,20 +6,12 @@ zero beside it, so that training starts at the linear code's error and only goes
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from einops import rearrange
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from pid_lightning.pictures import replaced_file
-
-BUNDLED = Path(__file__).parent.parent / "assets" / "autoencoder.safetensors"
 
 
 class SmallAutoencoder(nn.Module):
@@ -200,38 +192,3 @@ def zero_init(conv: nn.Conv2d) -> nn.Conv2d:
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)
     return conv
-
-
-def save_autoencoder(network: SmallAutoencoder, path: str | Path, description: str) -> None:
-    """Write the weights in half precision, with the config and a `description`, in one file."""
-    state = {name: value.detach().cpu().half() for name, value in network.state_dict().items()}
-    state = {name: value.contiguous() for name, value in state.items()}
-    metadata = {"config": json.dumps(network.config), "description": description}
-    with replaced_file(path) as temporary:
-        save_file(state, temporary, metadata=metadata)
-
-
-def load_autoencoder(path: str | Path) -> SmallAutoencoder:
-    """A `SmallAutoencoder` in fp32 and evaluation mode, from a file with its `config` in it.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file was not written by `save_autoencoder`.
-        RuntimeError: the tensors do not fit the config, in name or shape.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no autoencoder file at {path}.")
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if "config" not in metadata:
-            raise ValueError(f"{path} is no autoencoder file: its metadata has no config.")
-        config = json.loads(metadata["config"])
-        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    network = SmallAutoencoder(**config)
-    network.load_state_dict(state, strict=True)
-    return network.eval().requires_grad_(False)
-
-
-def load_bundled_autoencoder() -> SmallAutoencoder:
-    """The autoencoder that comes with the package, frozen, in fp32, without any network."""
-    return load_autoencoder(BUNDLED)

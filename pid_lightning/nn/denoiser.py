@@ -75,6 +75,15 @@ class PiDConfig:
                     f"{width}: {channels} must be a multiple of 4 x {heads} = {4 * num}, so that "
                     "each head turns whole pairs of channels by row and by column."
                 )
+        for width, heads in (
+            (self.width, self.num_heads),
+            (self.pixel_attention_width, self.pixel_num_heads),
+        ):
+            if self.rope_reference is not None and width // heads == 4:
+                raise ValueError(
+                    "rope_reference: NTK scaling is not defined for heads of 4 channels; set it to "
+                    "null or take fewer heads."
+                )
         if self.pixel_width % 4:
             raise ValueError(f"pixel_width: {self.pixel_width} must be a multiple of 4.")
 
@@ -298,7 +307,13 @@ class PiD(nn.Module):
         )
 
     def without_text(self, condition: Condition, null_text: Tensor | None = None) -> Condition:
-        """The same condition with the null text: the second branch of guidance."""
+        """The same condition with the null text: the second branch of guidance.
+
+        Raises:
+            ValueError: the network has no text stream to guide.
+        """
+        if self.text_embedding is None:
+            raise ValueError("guidance: this network was built without a text stream, use 1.0.")
         batch_size = condition.features[0].shape[0]
         text = self.text_embedding(null_text, None, batch_size)
         if text.shape[1] == condition.text.shape[1]:
@@ -339,7 +354,7 @@ class PiD(nn.Module):
             condition: from `condition` for the same size.
 
         Returns:
-            Velocity (B, 3, H, W) in fp32.
+            Velocity (B, 3, H, W) in fp32 at least.
         """
         height, width = condition.rows.shape[0], condition.columns.shape[0]
         if x_t.shape[-2:] != (height, width):
@@ -353,9 +368,10 @@ class PiD(nn.Module):
         num_gated = self._num_patch_gates
         if len(condition.features) > num_gated:
             s = self.gates[num_gated](s, condition.features[-1], condition.openness[-1])
-        prediction = self._run_pixel_blocks(x_t, s, condition).float()
+        prediction = self._run_pixel_blocks(x_t, s, condition)
+        prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
         if self.config.prediction == "x0":
-            return flow.velocity_from_x0(x_t.float(), prediction, t)
+            return flow.velocity_from_x0(x_t.to(prediction.dtype), prediction, t)
         return prediction
 
     def features(

@@ -68,7 +68,8 @@ class SwiGLU(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Pixel time to a vector: 256 features of `1000 t`, then Linear, SiLU, Linear, in fp32.
+    """Pixel time to a vector: 256 features of `1000 t`, then Linear, SiLU, Linear, never in less
+    than fp32.
 
     Frequencies `exp(-ln(10) i/128)`: base 10, as the published weights were trained with.
     """
@@ -81,15 +82,17 @@ class TimeEmbedding(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
-        """(B,) in [0, 1] to (B, 1, D) in fp32, whatever autocast or the weights' dtype say."""
-        steps = torch.arange(self.NUM_FREQUENCIES, dtype=torch.float32, device=t.device)
+        """(B,) in [0, 1] to (B, 1, D) in fp32 at least, whatever autocast says."""
+        dtype = torch.promote_types(self.out.weight.dtype, torch.float32)
+        steps = torch.arange(self.NUM_FREQUENCIES, dtype=dtype, device=t.device)
         frequencies = torch.exp(-math.log(10) / self.NUM_FREQUENCIES * steps)
-        angles = 1000 * t.float()[:, None] * frequencies
+        angles = 1000 * t.to(dtype)[:, None] * frequencies
         with torch.autocast(t.device.type, enabled=False):
             features = torch.cat((angles.cos(), angles.sin()), dim=-1)  # (B, 256)
-            hidden = F.silu(_linear_fp32(self.hidden, features))
-            return _linear_fp32(self.out, hidden)[:, None]
+            hidden = F.silu(_linear(self.hidden, features))
+            return _linear(self.out, hidden)[:, None]
 
 
-def _linear_fp32(linear: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, linear.weight.float(), linear.bias.float())
+def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
+    """In the type of x, whatever the weights are stored in."""
+    return F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
