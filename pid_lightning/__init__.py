@@ -13,6 +13,7 @@ _HOMES = {
     "CachedText": "text",
     "DINOv2PiD": "modules",
     "DMD2": "callbacks",
+    "DistillationGrids": "callbacks",
     "EMA": "callbacks",
     "Evaluation": "modules",
     "ImageData": "data",

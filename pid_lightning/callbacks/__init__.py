@@ -2,7 +2,7 @@
 
 from pid_lightning.callbacks.dmd2 import DMD2
 from pid_lightning.callbacks.ema import EMA
-from pid_lightning.callbacks.images import PictureGrids
+from pid_lightning.callbacks.images import DistillationGrids, PictureGrids
 from pid_lightning.callbacks.last_checkpoint import LastCheckpoint
 
-__all__ = ["DMD2", "EMA", "LastCheckpoint", "PictureGrids"]
+__all__ = ["DMD2", "EMA", "DistillationGrids", "LastCheckpoint", "PictureGrids"]

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from pid_lightning.decoding import TEACHER_STEPS, decode_latents
 from pid_lightning.modules.base import PiDModule
 from pid_lightning.modules.evaluation import add_test_noise, test_generators
 from pid_lightning.nn import SigmaGate
@@ -24,6 +25,8 @@ class PictureGrids(Callback):
         latent_sigmas: noise levels of the grid's columns.
         steps: sampling steps; null is the module's own number.
     """
+
+    title = "pictures"
 
     def __init__(
         self,
@@ -52,39 +55,42 @@ class PictureGrids(Callback):
         """Draw and log."""
         if self._batch is None or trainer.sanity_checking or not trainer.loggers:
             return
+        x0, numbers = self._batch["image"], self._batch["number"].tolist()
         # Callbacks run outside the precision plugin's autocast.
         with trainer.precision_plugin.forward_context(), torch.no_grad():
-            grid, labels = self._grid(pl_module, self._batch)
-            gates = self._gates(pl_module, self._batch)
+            low_resolution = reduce_picture(x0, pl_module.scale)
+            clean, text = pl_module.encode(low_resolution, self._batch["caption"])
+            columns = {"input": enlarge_picture(low_resolution, pl_module.scale)}
+            columns |= self.columns(pl_module, clean, text, numbers) | {"original": x0}
+            scalars = self.scalars(pl_module, x0, clean, text, numbers)
         if not trainer.is_global_zero:
             return
-        step = trainer.global_step
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        grid = picture_grid(rows, list(columns))
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_image"):  # TensorBoard; others take scalars only
-                logger.experiment.add_image("pictures: " + " | ".join(labels), grid, step)
-            logger.log_metrics(gates, step=step)
+                logger.experiment.add_image(self.title, grid, trainer.global_step)
+            logger.log_metrics(scalars, step=trainer.global_step)
 
-    def _grid(self, module: PiDModule, batch: dict[str, Any]) -> tuple[Tensor, list[str]]:
-        x0, numbers = batch["image"], batch["number"].tolist()
-        low_resolution = reduce_picture(x0, module.scale)
-        clean, text = module.encode(low_resolution, batch["caption"])
-        columns = {"input": enlarge_picture(low_resolution, module.scale)}
+    def columns(
+        self, module: PiDModule, clean: Tensor, text: Tensor | None, numbers: list[int]
+    ) -> dict[str, Tensor]:
+        """Labelled columns of pictures (B, 3, H, W) between the input and the original."""
+        found = {}
         if module.encoder.has_decoder:
-            columns["native 0"] = enlarge_picture(module.encoder.decode(clean), module.scale)
+            found["native 0"] = enlarge_picture(module.encoder.decode(clean), module.scale)
         for sigma in self.latent_sigmas:
             latents, latent_sigma = add_test_noise(module, clean, sigma, numbers)
             generators = test_generators(module, "pixels", numbers)
-            columns[f"PiD {sigma:g}"] = module.decode(
+            found[f"PiD {sigma:g}"] = module.decode(
                 latents, latent_sigma, text, generators, self.steps
             )
-        columns["original"] = x0
-        rows = [list(row) for row in zip(*columns.values(), strict=True)]
-        return picture_grid(rows, list(columns)), list(columns)
+        return found
 
-    def _gates(self, module: PiDModule, batch: dict[str, Any]) -> dict[str, float]:
-        """Mean opening of each gate on noisy pictures at t = 0.5, by noise level."""
-        x0, numbers = batch["image"], batch["number"].tolist()
-        clean, text = module.encode(reduce_picture(x0, module.scale), batch["caption"])
+    def scalars(
+        self, module: PiDModule, x0: Tensor, clean: Tensor, text: Tensor | None, numbers: list[int]
+    ) -> dict[str, float]:
+        """Mean opening of each gate at t = 0.5, by injection and noise level."""
         denoiser, found = module.averaged_denoiser, {}
         t = torch.full((len(x0),), 0.5, device=x0.device)
         for sigma in self.latent_sigmas:
@@ -97,6 +103,49 @@ class PictureGrids(Callback):
                 hook.remove()
             found |= {f"gates/injection_{i}/sigma_{sigma:g}": o for i, o in enumerate(openings)}
         return found
+
+
+class DistillationGrids(PictureGrids):
+    """The same for a distillation: the teacher at 25 and at 4 steps, the student at each number of
+    steps it can take, from clean latents.
+
+    Args:
+        num_pictures: rows of the grid, from the first validation batch.
+        student_steps: numbers of steps of the student's columns.
+    """
+
+    title = "distillation"
+
+    def __init__(self, num_pictures: int = 2, student_steps: tuple[int, ...] = (4, 2, 1)) -> None:
+        super().__init__(num_pictures)
+        self.student_steps = student_steps
+
+    def columns(
+        self, module: PiDModule, clean: Tensor, text: Tensor | None, numbers: list[int]
+    ) -> dict[str, Tensor]:
+        """Teacher and student, few steps and many."""
+        latent_sigma = torch.zeros(len(clean), device=clean.device)
+        found = {}
+        for steps in (TEACHER_STEPS, 4):
+            found[f"teacher {steps}"] = decode_latents(
+                module.teacher,
+                clean,
+                latent_sigma,
+                student_times=None,
+                steps=steps,
+                text=text,
+                generator=test_generators(module, "pixels", numbers),
+            )
+        for steps in self.student_steps:
+            generators = test_generators(module, "pixels", numbers)
+            found[f"student {steps}"] = module.decode(clean, latent_sigma, text, generators, steps)
+        return found
+
+    def scalars(
+        self, module: PiDModule, x0: Tensor, clean: Tensor, text: Tensor | None, numbers: list[int]
+    ) -> dict[str, float]:
+        """None of its own."""
+        return {}
 
 
 def _record(openings: list[float]) -> Callable[..., None]:

@@ -7,18 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class LastCheckpoint(Callback):
     """Saves beside the other checkpoints of a run, so that `--ckpt_path last` always finds its end.
 
     On the first Ctrl-C the step in progress is finished, saved and the run stops; the second stops
-    at once. A checkpoint taken between two steps resumes exactly; one from within could not.
+    at once. A checkpoint taken between two steps resumes exactly; one from within could not, so
+    where gradients are accumulated over batches, their last one is waited for.
     """
 
     def __init__(self) -> None:
         self._asked = False
         self._previous: Any = None
+        self._num_steps = 0
+        self._saved_step: int | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over Ctrl-C for the length of the fit."""
@@ -39,21 +43,43 @@ class LastCheckpoint(Callback):
         batch_idx: int,
     ) -> None:
         """Where Ctrl-C was pressed, save and stop between two steps, on every process."""
+        is_between_steps = trainer.global_step != self._num_steps
+        self._num_steps = trainer.global_step
+        if not is_between_steps:
+            return
         if trainer.strategy.reduce_boolean_decision(self._asked, all=False):
             path = self._save(trainer)
             if trainer.is_global_zero and path is not None:
                 print(f"\nsaved {path}; continue with --ckpt_path last", flush=True)
             raise KeyboardInterrupt
+        # Saved here, the last step of an epoch resumes with the next epoch; saved when training
+        # has ended, Lightning would add one more batch to the old one.
+        is_last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+        if trainer.global_step == trainer.max_steps or (is_last_epoch and trainer.is_last_batch):
+            self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last step, which need not be one that the run was told to save."""
-        self._save(trainer)
+        """Save the last step where something else ended the run."""
+        if self._saved_step != trainer.global_step:
+            self._save(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count on from a resumed run's steps."""
+        self._num_steps = trainer.global_step
+        if isinstance(trainer.checkpoint_callback, ModelCheckpoint):
+            # It forgets that it has saved this step, and would save again within the next group of
+            # accumulated batches.
+            trainer.checkpoint_callback._last_global_step_saved = trainer.global_step
 
     def _save(self, trainer: Trainer) -> Path | None:
-        if trainer.checkpoint_callback is None or trainer.checkpoint_callback.dirpath is None:
+        saver = trainer.checkpoint_callback
+        if not isinstance(saver, ModelCheckpoint) or saver.dirpath is None:
             return None
-        path = Path(trainer.checkpoint_callback.dirpath) / "last.ckpt"
-        trainer.save_checkpoint(path)
+        path = Path(saver.dirpath) / "last.ckpt"
+        # It shall know of this one, or it would save last-v1.ckpt beside it, or once more at the end.
+        saver.last_model_path = saver._last_checkpoint_saved = str(path)
+        self._saved_step = trainer.global_step
+        trainer.save_checkpoint(path, weights_only=False)
         return path
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -72,9 +72,12 @@ class Turns:
         Returns:
             Whether the optimiser stepped.
         """
-        chosen = module.optimizers()[optimizer]
+        chosen, trainer = module.optimizers()[optimizer], module.trainer
         module.manual_backward(loss / self._accumulate)
-        if (module.trainer.fit_loop.epoch_loop.batch_idx + 1) % self._accumulate:
+        num_batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        # As under automatic optimisation an epoch ends with a step, or half a group would be left.
+        is_last = trainer.is_last_batch or num_batches == trainer.num_training_batches
+        if num_batches % self._accumulate and not is_last:
             return False
         module.configure_gradient_clipping(chosen, self._clip, self._clip_algorithm)
         chosen.step()

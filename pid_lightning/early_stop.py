@@ -1,0 +1,175 @@
+"""Early stop: end a diffusers pipeline's loop while its latents are noisy and let PiD finish."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pid_lightning.diffusers_vae import PiDAutoencoder
+from pid_lightning.noising import from_exploding
+
+# How a scheduler holds latents between steps, at the noise level `sigma` of its own schedule.
+FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+EXPLODING = (
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+)
+VARIANCE_PRESERVING = (
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+)
+DISCRETE = ("DDIMScheduler", "DDPMScheduler")  # variance-preserving, and keep no sigmas
+KNOWN_SCHEDULERS = (*FLOW, *EXPLODING, *VARIANCE_PRESERVING, *DISCRETE)
+
+
+class EarlyStop:
+    """A `callback_on_step_end` that ends the loop after `at_step` steps; see `stop_early`.
+
+    Attributes:
+        at_step: steps that the loop takes.
+        latent_sigma: noise level of the latents handed over by the last call of the pipeline, in
+            the decoder's frame; None before.
+    """
+
+    def __init__(self, at_step: int) -> None:
+        self.at_step = at_step
+        self.latent_sigma: float | None = None
+
+    def __call__(
+        self, pipe: Any, step: int, timestep: Tensor, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Called by the pipeline after each step; gives back what the loop goes on with."""
+        if step == 0:
+            self._begin(pipe, callback_kwargs)
+        if step + 1 != self.at_step:
+            return callback_kwargs
+        signal, noise = signal_and_noise(pipe.scheduler, timestep)
+        frame = pipe.vae.pid_decoder.info.noise_frame
+        latents, self.latent_sigma = to_frame(callback_kwargs["latents"], signal, noise, frame)
+        pipe.vae.expect_noise(self.latent_sigma, lambda: pipe.interrupt)
+        pipe._interrupt = True  # diffusers' documented way to end a loop from a callback
+        return {**callback_kwargs, "latents": latents}
+
+    def _begin(self, pipe: Any, callback_kwargs: dict[str, Any]) -> None:
+        self.latent_sigma = None
+        _check_pipeline(pipe)
+        if self.at_step > pipe.num_timesteps:
+            raise ValueError(
+                f"at_step: {self.at_step} is beyond the {pipe.num_timesteps} steps of this call: "
+                "give fewer, or raise num_inference_steps."
+            )
+        if "latents" not in callback_kwargs:
+            raise ValueError(
+                "callback_on_step_end_tensor_inputs must name 'latents' for an early stop: leave "
+                "it out, or add 'latents'."
+            )
+
+
+def stop_early(pipe: Any, at_step: int = 24) -> EarlyStop:
+    """End a pipeline's loop after `at_step` steps and decode what is there, noise included.
+
+    ::
+
+        pipe.vae = PiDAutoencoder(pipe.vae, decoder)
+        picture = pipe(prompt, num_inference_steps=28,
+                       callback_on_step_end=stop_early(pipe, 24)).images[0]
+
+    PiD is told the noise level that is left, the sigma of the step that would come next. Latents
+    held in another frame than the decoder was trained in (SDXL's `z + sigma eps`) are converted.
+    With `output_type="latent"` the pipeline returns the converted latents, and `latent_sigma` of
+    the callback is their level.
+
+    Args:
+        pipe: a diffusers pipeline whose `vae` is a `PiDAutoencoder`.
+        at_step: steps of the loop to take, of those that the call asks for.
+
+    Returns:
+        The callback, to be used for any number of calls.
+
+    Raises:
+        ValueError: another autoencoder, a pipeline that cannot be interrupted, a scheduler whose
+            noise levels are not known here, or less than one step.
+    """
+    if at_step < 1:
+        raise ValueError(f"at_step: {at_step} must be at least 1.")
+    _check_pipeline(pipe)
+    return EarlyStop(at_step)
+
+
+def signal_and_noise(scheduler: Any, timestep: Tensor | int) -> tuple[float, float]:
+    """The latents' parts after a step: they are `signal * z + noise * eps`.
+
+    Args:
+        scheduler: of diffusers, its `step` just called.
+        timestep: that `step` was called with.
+
+    Raises:
+        ValueError: a scheduler that is not known here.
+    """
+    kind = _kind(scheduler)
+    if kind in DISCRETE:
+        return _discrete(scheduler, int(timestep), kind)
+    sigma = float(scheduler.sigmas[scheduler.step_index])  # `step` has counted on already
+    if kind in FLOW or scheduler.config.get("use_flow_sigmas", False):
+        return 1 - sigma, sigma
+    if kind in EXPLODING:
+        return 1.0, sigma
+    spread = (sigma**2 + 1) ** 0.5
+    return 1 / spread, sigma / spread
+
+
+def to_frame(latents: Tensor, signal: float, noise: float, frame: str) -> tuple[Tensor, float]:
+    """Latents `signal * z + noise * eps` brought into a frame of `noising`, and their level there.
+
+    Args:
+        latents: of any shape; computed in fp32, returned in their own type.
+        signal: share of the clean latents, above 0.
+        noise: share of the noise.
+        frame: ``"flow"`` or ``"variance_preserving"``.
+    """
+    if frame == "flow":
+        spread = signal + noise
+        return (latents.float() / spread).to(latents.dtype), noise / spread
+    sigma = torch.full((len(latents),), noise / signal, device=latents.device)
+    converted, level = from_exploding(latents.float() / signal, sigma)
+    return converted.to(latents.dtype), float(level[0])
+
+
+def _discrete(scheduler: Any, timestep: int, kind: str) -> tuple[float, float]:
+    """From the cumulative product at the timestep that a step leads to."""
+    if kind == "DDPMScheduler":
+        previous, last = int(scheduler.previous_timestep(timestep)), scheduler.one
+    else:
+        config = scheduler.config
+        previous = timestep - config.num_train_timesteps // scheduler.num_inference_steps
+        last = scheduler.final_alpha_cumprod
+    kept = float(scheduler.alphas_cumprod[previous] if previous >= 0 else last)
+    return kept**0.5, (1 - kept) ** 0.5
+
+
+def _kind(scheduler: Any) -> str:
+    for ancestor in type(scheduler).__mro__:
+        if ancestor.__name__ in KNOWN_SCHEDULERS:
+            return ancestor.__name__
+    raise ValueError(
+        f"scheduler: how a {type(scheduler).__name__} holds its noise is not known here, so no "
+        f"right sigma can be told: use one of {', '.join(KNOWN_SCHEDULERS)}."
+    )
+
+
+def _check_pipeline(pipe: Any) -> None:
+    name = type(pipe).__name__
+    vae = getattr(pipe, "vae", None)
+    if not isinstance(vae, PiDAutoencoder):
+        raise ValueError(
+            f"pipe.vae is of class {type(vae).__name__}, which would decode noise as if it were a "
+            "picture: set pipe.vae = PiDAutoencoder(pipe.vae, decoder) first."
+        )
+    if not hasattr(type(pipe), "interrupt"):
+        raise ValueError(f"pipe: a {name} cannot be interrupted, so it cannot be stopped early.")
+    _kind(pipe.scheduler)

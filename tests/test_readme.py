@@ -1,0 +1,41 @@
+"""The README says what is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_file_tour_matches_the_tree() -> None:
+    tour = re.search(r"```\npid_lightning/\n.*?```", README, re.DOTALL)[0]
+    named = set(re.findall(r"\w+", tour))
+    files = (ROOT / "pid_lightning").rglob("*.py")
+    absent = {f.stem for f in files if not f.stem.startswith("__") and f.stem != "version"} - named
+    assert not absent
+    for name in re.findall(r"^  (\w+)\.py ", tour, re.MULTILINE):
+        assert (ROOT / "pid_lightning" / f"{name}.py").is_file(), name
+
+
+def test_named_configs_exist() -> None:
+    for name in re.findall(r"`((?:vae|siglip|dinov2|quickstart|autoencoder)\w*)`", README):
+        assert (ROOT / "configs" / f"{name}.yaml").is_file(), name
+    for path in re.findall(r"configs/(\w+\.yaml)", README):
+        assert (ROOT / "configs" / path).is_file(), path
+
+
+def test_every_config_is_named() -> None:
+    for path in (ROOT / "configs").glob("*.yaml"):
+        assert f"`{path.stem}`" in README, path.stem
+
+
+def test_python_example_names_what_exists() -> None:
+    from pid_lightning.decoding import decode_latents
+    from pid_lightning.weights import load_model
+
+    example = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    for name in (decode_latents.__name__, load_model.__name__):
+        assert name in example
+    compile(example, "README.md", "exec")
