@@ -21,6 +21,7 @@ _HOMES = {
     "NoText": "text",
     "PiD": "nn",
     "PiDConfig": "nn",
+    "PiDDecoder": "decoder",
     "PictureGrids": "callbacks",
     "SigLIPPiD": "modules",
     "Training": "modules",

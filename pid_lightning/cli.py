@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -9,12 +10,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pid_lightning.callbacks.last_checkpoint import LastCheckpoint
-from pid_lightning.checkpointing import AtomicCheckpointIO, find_last_checkpoint
+from pid_lightning.checkpointing import AtomicCheckpointIO, find_last_checkpoint, read_checkpoint
+from pid_lightning.modules.base import PiDModule
 
 PACKAGE = Path(__file__).parent
 
@@ -29,7 +33,10 @@ class SaveConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save once: resuming, testing and predicting leave what stands there."""
         folder = trainer.log_dir
-        if stage == "fit" and folder and not (Path(folder) / self.config_filename).exists():
+        if stage != "fit" or not folder:
+            return
+        # What the first process finds holds for all: it may write before the others have looked.
+        if not trainer.strategy.broadcast((Path(folder) / self.config_filename).exists()):
             super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -48,6 +55,14 @@ class PiDCLI(LightningCLI):
             "--test_after_fit", type=bool, default=False, help="Test the run when its fit ends."
         )
 
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Parse, then read the checkpoint's start: Lightning opens it next, and tells no cure."""
+        super().parse_arguments(parser, args)
+        subcommand = self.config.get("subcommand")
+        path = self.config[subcommand].ckpt_path if subcommand else None
+        if path is not None and Path(path).is_file():
+            read_checkpoint(path, mapped=True)
+
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint to go on from, and go on in its folder."""
         if self.subcommand is None:  # built from Python, nothing is run
@@ -61,7 +76,7 @@ class PiDCLI(LightningCLI):
             found = find_last_checkpoint(folder) if folder is not None else None
             if found is None:
                 raise FileNotFoundError(
-                    f"ckpt_path: last: no version_*/checkpoints/last.ckpt under {folder}; "
+                    f"ckpt_path: last: no version_*/checkpoints/*.ckpt under {folder}; "
                     "fit first, or name a checkpoint."
                 )
             config.ckpt_path = str(found)
@@ -77,16 +92,29 @@ class PiDCLI(LightningCLI):
         if config.ckpt_path is None:
             return
         path = Path(config.ckpt_path)
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"ckpt_path: {path} does not exist.")
         version = path.parent.parent
         if folder is not None and version.parent.resolve() == folder.resolve():
             logger.init_args.version = version.name
 
+    def instantiate_classes(self) -> None:
+        """Build everything, then check what can be before data is opened."""
+        super().instantiate_classes()
+        if self.subcommand is None or not isinstance(self.model, PiDModule):
+            return
+        path = self.config[self.subcommand].ckpt_path
+        if path is not None and Path(path).is_file():
+            self.model.check_checkpoint(read_checkpoint(path, mapped=True))
+        self.model.prepare(self.datamodule, self.subcommand)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add a last checkpoint, Ctrl-C included, and checkpoints that are written whole."""
-        extra = kwargs.pop("callbacks", None) or []
-        trainer = super().instantiate_trainer(**kwargs, callbacks=[*extra, LastCheckpoint()])
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise ValueError(f"trainer: {error}") from error
+        trainer.callbacks.append(LastCheckpoint())  # last: after the average has followed a step
         if type(trainer.strategy.checkpoint_io).__name__ == "TorchCheckpointIO":
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
@@ -110,15 +138,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
             save_config_callback=SaveConfig,
             seed_everything_default=0,
             args=arguments,
+            parser_kwargs={"exit_on_error": False}
+            | {name: {"exit_on_error": False} for name in PiDCLI.subcommands()},
         )
-    except (ValueError, OSError) as error:
-        if not _raised_by_this_package(error):
-            raise
-        print(f"pid: {error}", file=sys.stderr)
+    except (ArgumentError, MisconfigurationException, ValueError, OSError) as error:
+        told = _told_by_this_package(error)
+        if told is None and not isinstance(error, (ArgumentError, MisconfigurationException)):
+            raise  # a fault, to show in full
+        print(f"pid: {told or parser_sentence(str(error))}", file=sys.stderr)
         sys.exit(2)
 
 
-def _raised_by_this_package(error: BaseException) -> bool:
-    """Whether a raise statement here made the error; any other one is a fault to show in full."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return PACKAGE in Path(frames[-1].filename).parents
+def parser_sentence(message: str) -> str:
+    """One line of what jsonargparse tells in many: without the types that the value is not of.
+
+    Args:
+        message: e.g. of a misspelt key, with an error for each type that the value could have.
+    """
+    noise = (
+        r"(- )?(Does not validate|Subtypes:|Errors:|Subclass types|a class path|a dict|Given value)"
+    )
+    lines = [line.strip() for line in message.splitlines()]
+    lines = [line for line in lines if line and not re.match(noise, line)]
+    told = [line for line in lines if not line.startswith("- Expected a ")]
+    if len(told) < 2:  # nothing else is told than what was expected
+        told = lines
+    return " ".join(told).replace(": - ", ": ").replace(" - ", "; ")
+
+
+def _told_by_this_package(error: BaseException | None) -> BaseException | None:
+    """The error, among this one and its causes, that a raise statement of this package made."""
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        if frames and PACKAGE in Path(frames[-1].filename).parents:
+            return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,33 +1,63 @@
-"""PiDDecoder: latents to pictures for people who never train; no Lightning."""
+"""PiDDecoder: latents to pictures for people who never train; needs no Lightning."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pid_lightning import decoding, hub, memory, tile_choice
 from pid_lightning.encoders.base import Encoder
+from pid_lightning.encoders.families import build_encoder
+from pid_lightning.latent_spaces import warn_if_not_normalised
 from pid_lightning.nn import PiD
-from pid_lightning.text import TextEncoder
-from pid_lightning.weights import ModelInfo
+from pid_lightning.randomness import sample_generators
+from pid_lightning.sampling import Generators, few_step_times
+from pid_lightning.text import CachedText, TextEncoder, cache_captions, cache_file
+from pid_lightning.tile_choice import TileChoice
+from pid_lightning.weights import ModelInfo, load_model
 
 
 class PiDDecoder:
-    """Skeleton; bodies follow.
+    """A trained PiD at the level of ``vae.decode``::
+
+        decoder = PiDDecoder.from_pretrained("model.safetensors").to("cuda")
+        pictures = decoder.decode(latents, seed=0)
+
+    Args:
+        denoiser: the network, its weights in the type to compute in.
+        info: what it is.
+        encoder: pictures to its latents; None builds the one that `info` names at first use.
 
     Attributes:
-        denoiser, info: network and what it is.
-        text_encoder: makes features of prompts; None until one is set.
+        denoiser, info: as given.
+        text_encoder: a `text.TextEncoder` for prompts given as words; None until it is set, since
+            a model's file does not say which language model it was trained with.
+
+    Raises:
+        ValueError: a network of another geometry than `info` tells.
     """
 
     def __init__(self, denoiser: PiD, info: ModelInfo, encoder: Encoder | None = None) -> None:
+        for name in ("scale", "latent_stride", "latent_channels"):
+            built, told = getattr(denoiser, name), getattr(info, name)
+            if built != told:
+                raise ValueError(
+                    f"{name}: this network was built for {built}, but was trained for {told}; a "
+                    "network works at its trained geometry only."
+                )
         self.denoiser = denoiser.eval().requires_grad_(False)
         self.info = info
-        self._encoder = encoder
         self.text_encoder: TextEncoder | None = None
+        self._encoder = encoder
+        self._prompts: dict[str, Tensor] = {}
+
+    # Files and the hub.
 
     @classmethod
     def from_pretrained(
@@ -40,10 +70,32 @@ class PiDDecoder:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> PiDDecoder:
-        raise NotImplementedError
+        """A decoder on the CPU.
+
+        Args:
+            name: a model's ``.safetensors``, a run's ``.ckpt`` (its averaged weights), a folder of
+                `save_pretrained`, a bundled name, or a hub id ``owner/name``.
+            dtype: to compute in; None is the type the weights are stored in.
+            revision, token, cache_dir, local_files_only: of the hub.
+
+        Raises:
+            FileNotFoundError: no such model here.
+            OSError: the hub does not give it.
+            ValueError: the file is damaged or does not match its own description.
+        """
+        path = hub.find_model(
+            name,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        denoiser, info = load_model(path)
+        return cls(denoiser.to(dtype=dtype) if dtype is not None else denoiser, info)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        raise NotImplementedError
+        """Write the model, its description and a model card, for `from_pretrained`."""
+        hub.save_folder(self.denoiser, self.info, folder, self.dtype)
 
     def push_to_hub(
         self,
@@ -53,53 +105,280 @@ class PiDDecoder:
         token: str | bool | None = None,
         commit_message: str = "Upload a PiD decoder",
     ) -> str:
-        raise NotImplementedError
+        """Upload what `save_pretrained` writes; returns the address of the commit."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return hub.push_folder(
+                folder, repo_id, private=private, token=token, commit_message=commit_message
+            )
 
-    scale: int = property(lambda self: self.info.scale)  # type: ignore[assignment]
-    latent_stride: int = property(lambda self: self.info.latent_stride)  # type: ignore
-    latent_channels: int = property(lambda self: self.info.latent_channels)  # type: ignore
-    latent_space: str = property(lambda self: self.info.latent_space)  # type: ignore
-    device = property(lambda self: self.denoiser.out.weight.device)
-    dtype = property(lambda self: self.denoiser.dtype)
+    # What it is, and where.
 
     @property
-    def encoder(self) -> Encoder:
-        """The frozen encoder, built and loaded from `info` at first use."""
-        raise NotImplementedError
+    def scale(self) -> int:
+        """Side of the output over the side of the native decoder's picture."""
+        return self.info.scale
 
-    def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] to normalised latents."""
-        raise NotImplementedError
+    @property
+    def latent_stride(self) -> int:
+        """Pixels of the native picture per latent cell."""
+        return self.info.latent_stride
 
-    def encode_prompt(self, prompt: str | list[str], cache: str | Path | None = None) -> Tensor:
-        """(B, L, D_text)."""
-        raise NotImplementedError
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the normalised latents."""
+        return self.info.latent_channels
 
-    def decode(
-        self,
-        latents: Tensor,  # (B, C, h, w) normalised
-        latent_sigma: float | Sequence[float] | Tensor = 0.0,
-        prompt: str | list[str] | Tensor | None = None,
-        steps: int | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        seed: int | None = None,
-        tile: int | Literal["auto"] | None = None,
-        progress: bool = True,
-        guidance_scale: float = 1.0,
-    ) -> Tensor:
-        """(B, 3, H, W) in [-1, 1], fp32."""
-        raise NotImplementedError
+    @property
+    def latent_space(self) -> str:
+        """Name of the space of the latents, e.g. ``"flux"``."""
+        return self.info.latent_space
 
-    def estimate_memory(self, height: int, width: int, tile: int | str | None = None) -> int:
-        raise NotImplementedError
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.denoiser.out.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the network's weights."""
+        return self.denoiser.dtype
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> PiDDecoder:
-        raise NotImplementedError
+        """Move everything to a device; the type is that of the denoiser alone."""
+        self.denoiser.to(device=device, dtype=dtype)
+        for other in (self._encoder, self.text_encoder):
+            if other is not None:
+                other.to(device=device)
+        return self
 
     def compile(self) -> PiDDecoder:
-        raise NotImplementedError
+        """Compile the network; each new size of output or tile compiles once more."""
+        self.denoiser.compile(dynamic=False)
+        return self
 
     def release(self) -> None:
-        raise NotImplementedError
+        """Give memory back: forget encoders and prompts, and move the network to the CPU.
+
+        `to` brings the network back; the encoder is built again when it is needed.
+        """
+        self._encoder = self.text_encoder = None
+        self._prompts.clear()
+        was = self.device
+        self.denoiser.to("cpu")
+        if was.type == "cuda":
+            with torch.cuda.device(was):
+                torch.cuda.empty_cache()
+
+    # Pictures and prompts in.
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder of its latents, loaded, on the network's device.
+
+        Raises:
+            OSError: its weights cannot be had.
+            ValueError: `info` names a family that is not one of this package.
+        """
+        if self._encoder is None:
+            self._encoder = build_encoder(self.info)
+        self._encoder.load()
+        return self._encoder.to(self.device)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] to clean normalised latents (B, C, h, w)."""
+        return self.encoder.encode(images.to(self.device))
+
+    def encode_prompt(self, prompt: str | list[str], cache: str | Path | None = None) -> Tensor:
+        """Features (B, L, D_text) of prompts.
+
+        Remembered, so that the language model may be dropped (``text_encoder = None``).
+
+        Args:
+            prompt: one or several.
+            cache: a folder of features (`text.cache_captions`); prompts that are in it need no
+                `text_encoder`, others are added to it.
+
+        Raises:
+            ValueError: a network without text, or no `text_encoder` for a prompt not yet known.
+        """
+        if self.denoiser.text_embedding is None:
+            raise ValueError("prompt: this model was trained without text, leave it out.")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        unknown = [p for p in dict.fromkeys(prompts) if p not in self._prompts]
+        if unknown:
+            self._prompts.update(zip(unknown, self._encode_new(unknown, cache), strict=True))
+        return torch.stack([self._prompts[p] for p in prompts]).to(self.device)
+
+    def _encode_new(self, prompts: list[str], cache: str | Path | None) -> Tensor:
+        width = self.info.config.text_width
+        if cache is not None and all(cache_file(cache, p).exists() for p in prompts):
+            return CachedText(str(cache), width).encode(prompts)
+        if self.text_encoder is None:
+            raise ValueError(
+                f"prompt: {prompts[0]!r} needs a language model: set decoder.text_encoder, e.g. to "
+                "pid_lightning.LanguageModelText, or give text features or a cache that has it."
+            )
+        self.text_encoder.load()
+        if cache is not None:
+            cache_captions(self.text_encoder, prompts, cache)
+            return CachedText(str(cache), width).encode(prompts)
+        features = self.text_encoder.encode(prompts)
+        if features is None or features.shape[-1] != width:
+            made = "no features" if features is None else f"features {features.shape[-1]} wide"
+            raise ValueError(f"prompt: text_encoder makes {made}, this model reads {width}.")
+        return features
+
+    # Decoding.
+
+    @torch.no_grad()
+    def decode(
+        self,
+        latents: Tensor,
+        latent_sigma: float | Sequence[float] | Tensor = 0.0,
+        prompt: str | list[str] | Tensor | None = None,
+        steps: int | None = None,
+        generator: Generators = None,
+        seed: int | None = None,
+        tile: TileChoice = None,
+        progress: bool = True,
+        guidance_scale: float = 1.0,
+    ) -> Tensor:
+        """Pictures from normalised latents.
+
+        Args:
+            latents: (B, C, h, w); see `latent_spaces` for what normalised means.
+            latent_sigma: noise level of the latents in [0, 1], one or one a sample; 0 is clean.
+            prompt: words, one or one a sample; or text features (L, D_text) or (B, L, D_text);
+                None is the learned null.
+            steps: network evaluations; None is as many as trained (a teacher: 25).
+            generator: the source of noise, one or one a sample.
+            seed: instead of a generator: sample i draws its noise, on the CPU, from (seed, i), so
+                that neither the rest of the batch nor the device changes its picture. Without
+                either torch's own generator is used.
+            tile: side of tiles in output pixels; ``"auto"`` takes tiles of the trained size for a
+                larger picture, and smaller ones where memory is short; None decodes the whole.
+            progress: whether to show a bar.
+            guidance_scale: of a teacher's text guidance; 1 is none.
+
+        Returns:
+            (B, 3, H, W) in [-1, 1], fp32, on the network's device.
+
+        Raises:
+            ValueError: an argument that does not fit, in one sentence.
+        """
+        sigma = self._check(latents, latent_sigma, steps, generator, seed)
+        height, width = self.output_size(latents)
+        side = self.choose_tile(height, width, tile, len(latents))
+        text = self._text(prompt, len(latents))
+        null_text = None
+        if guidance_scale != 1.0 and not self.info.config.learned_null:
+            null_text = self.encode_prompt([""] * len(latents))
+        if seed is not None:
+            generator = sample_generators(seed, "decode", range(len(latents)))
+        tiles = decoding.tiles_for(self.denoiser, height, width, side)
+        num_steps = steps or len(self.info.student_times or ()) or decoding.TEACHER_STEPS
+        told = f"{width} x {height}"
+        if tiles:
+            told += f" in {len(tiles)} tiles of {side}"
+        total = num_steps * len(tiles or "1") * (1 if guidance_scale == 1.0 else 2)
+        with _bar(total, told, progress) as on_forward:
+            return decoding.decode_latents(
+                self.denoiser,
+                latents.to(self.device),
+                sigma,
+                student_times=self.info.student_times,
+                steps=steps,
+                text=text,
+                null_text=null_text,
+                guidance_scale=guidance_scale,
+                generator=generator,
+                tile=side,
+                on_forward=on_forward,
+            )
+
+    def output_size(self, latents: Tensor) -> tuple[int, int]:
+        """(height, width) in pixels of what latents (B, C, h, w) decode to."""
+        cell = self.latent_stride * self.scale
+        return latents.shape[-2] * cell, latents.shape[-1] * cell
+
+    def choose_tile(
+        self, height: int, width: int, tile: TileChoice, batch_size: int = 1
+    ) -> int | None:
+        """The side that `decode` takes for its tiles; None is the whole picture.
+
+        Warns where a size is outside what the model was trained for.
+        """
+        return tile_choice.choose_tile(self.denoiser, self.info, height, width, tile, batch_size)
+
+    def estimate_memory(
+        self, height: int, width: int, tile: int | None = None, batch_size: int = 1
+    ) -> int:
+        """Peak bytes of decoding to height x width pixels, weights included; see `memory`."""
+        return memory.estimate_memory(self.info, height, width, tile, self.dtype, batch_size)
+
+    def _check(
+        self,
+        latents: Tensor,
+        latent_sigma: float | Sequence[float] | Tensor,
+        steps: int | None,
+        generator: Generators,
+        seed: int | None,
+    ) -> Tensor:
+        """Every argument's mistakes before the work; the noise levels as (B,)."""
+        info = self.info
+        if latents.ndim != 4 or latents.shape[1] != info.latent_channels or not latents.numel():
+            raise ValueError(
+                f"latents: shape {tuple(latents.shape)} is not (B, {info.latent_channels}, h, w) "
+                f"of normalised {info.latent_space} latents."
+            )
+        if not latents.isfinite().all():
+            raise ValueError("latents: they are not all finite, look at what made them.")
+        self.denoiser.check_size(*self.output_size(latents))
+        if steps is not None and info.student_times is not None:
+            few_step_times(info.student_times, steps)
+        elif steps is not None and steps < 1:
+            raise ValueError(f"steps: {steps} must be at least 1.")
+        if generator is not None and seed is not None:
+            raise ValueError("seed and generator were both given: give one of them.")
+        sigma = torch.as_tensor(latent_sigma, dtype=torch.float32).to(self.device).flatten()
+        if sigma.numel() not in (1, len(latents)) or not ((sigma >= 0) & (sigma <= 1)).all():
+            raise ValueError(
+                f"latent_sigma: {latent_sigma} must be one number between 0 (clean) and 1 (noise), "
+                f"or {len(latents)} of them, one a sample."
+            )
+        highest = sigma.max().item()
+        if highest > info.latent_sigma_max + 1e-6:
+            warnings.warn(
+                f"latent_sigma {highest:g} is beyond {info.latent_sigma_max:g}, the highest this "
+                "model was trained for: expect a picture of its own invention.",
+                stacklevel=4,
+            )
+        warn_if_not_normalised(latents, info.latent_space)
+        return sigma.expand(len(latents))
+
+    def _text(self, prompt: str | list[str] | Tensor | None, batch_size: int) -> Tensor | None:
+        if prompt is None:
+            return None
+        if isinstance(prompt, str):
+            prompt = [prompt] * batch_size
+        text = prompt if isinstance(prompt, Tensor) else self.encode_prompt(prompt)
+        text = text[None] if text.ndim == 2 else text
+        width = self.info.config.text_width
+        if text.ndim != 3 or text.shape[-1] != width or text.shape[0] not in (1, batch_size):
+            raise ValueError(
+                f"prompt: {tuple(text.shape)} does not fit, give one prompt or one a sample; "
+                f"features are (L, {width}) or ({batch_size}, L, {width})."
+            )
+        return text.expand(batch_size, -1, -1).to(self.device)
+
+
+@contextmanager
+def _bar(total: int, told: str, shown: bool) -> Iterator[Callable[[], None]]:
+    """A bar over evaluations of the network; yields what advances it."""
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc=told, disable=not shown, leave=False) as bar:
+        yield lambda: bar.update() and None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from pid_lightning import flow, sampling
-from pid_lightning.nn import PiD
+from pid_lightning.nn import Condition, PiD
+from pid_lightning.tiling import Tile, Tiles, blended_velocity
 
 TEACHER_STEPS = 25
 
@@ -25,7 +27,9 @@ def decode_latents(
     null_text: Tensor | None = None,
     guidance_scale: float = 1.0,
     generator: sampling.Generators = None,
+    tile: int | None = None,
     on_step: sampling.OnStep | None = None,
+    on_forward: Callable[[], None] | None = None,
 ) -> Tensor:
     """Pictures from latents.
 
@@ -40,26 +44,34 @@ def decode_latents(
         null_text: features of the empty or negative prompt for guidance; None likewise.
         guidance_scale: of text over no text; 1 is none.
         generator: one, or one a sample; the only source of randomness.
+        tile: side of the tiles in output pixels, see `tiling.Tiles`; None decodes the whole. The
+            latents of each tile pass the adapter at every step anew: features of a large picture
+            would not fit into memory.
         on_step: called with (number of steps done, x) after each.
+        on_forward: called after each evaluation of the network: once a step, tile and branch.
 
     Returns:
         (B, 3, h*latent_stride*scale, w*latent_stride*scale) in [-1, 1], fp32.
+
+    Raises:
+        ValueError: latents, text, steps or tile that do not fit the network.
     """
-    condition = denoiser.condition(latents, latent_sigma, text)
+    cell = denoiser.latent_stride * denoiser.scale
+    height, width = (side * cell for side in latents.shape[-2:])
 
-    def with_text(x_t: Tensor, t: Tensor) -> Tensor:
-        return denoiser(x_t, t, condition)
+    tiles = tiles_for(denoiser, height, width, tile)
 
-    velocity = with_text
-    if guidance_scale != 1.0:
-        null_condition = denoiser.without_text(condition, null_text)
-        velocity = sampling.guided(
-            with_text, lambda x_t, t: denoiser(x_t, t, null_condition), guidance_scale
-        )
+    def velocity_of(condition: Condition) -> sampling.Velocity:
+        return conditioned_velocity(denoiser, condition, null_text, guidance_scale, on_forward)
 
-    height, width = condition.rows.shape[0], condition.columns.shape[0]
-    shape = (latents.shape[0], 3, height, width)
-    noise = sampling.draw_noise(shape, generator, latents.device)
+    def velocity_of_tile(place: Tile) -> sampling.Velocity:
+        return velocity_of(condition_tile(denoiser, latents, latent_sigma, text, tiles, place))
+
+    if tiles is None:
+        velocity = velocity_of(denoiser.condition(latents, latent_sigma, text))
+    else:
+        velocity = blended_velocity(velocity_of_tile, tiles)
+    noise = sampling.draw_noise((latents.shape[0], 3, height, width), generator, latents.device)
     if student_times is not None:
         x0 = sampling.sample_few_steps(
             velocity,
@@ -70,7 +82,9 @@ def decode_latents(
             on_step=on_step,
         )
     else:
-        shift = flow.resolution_shift(height, width)
+        # The schedule of the size that the network sees, which was that of its training.
+        seen = (height, width) if tiles is None else tiles.shape
+        shift = flow.resolution_shift(*seen)
         x0 = sampling.sample_solver(
             velocity,
             noise,
@@ -79,4 +93,78 @@ def decode_latents(
             shift=shift,
             on_step=on_step,
         )
-    return x0.clamp(-1, 1)
+    return x0.clamp_(-1, 1)
+
+
+def condition_tile(
+    denoiser: PiD,
+    latents: Tensor,
+    latent_sigma: Tensor,
+    text: Tensor | None,
+    tiles: Tiles,
+    place: Tile,
+) -> Condition:
+    """What the network is told of one tile; its latents and those of a margin pass the adapter."""
+    seen = place.widened(tiles.step, tiles.height, tiles.width)
+    cell, side = denoiser.latent_stride * denoiser.scale, denoiser.config.patch_size
+    cells = (slice(span.start // cell, span.stop // cell) for span in seen)
+    condition = denoiser.condition(latents[(..., *cells)], latent_sigma, text)
+    patches = (
+        slice((span.start - wide.start) // side, (span.stop - wide.start) // side)
+        for span, wide in zip((place.rows, place.columns), seen, strict=True)
+    )
+    return denoiser.crop(condition, *patches)
+
+
+def conditioned_velocity(
+    denoiser: PiD,
+    condition: Condition,
+    null_text: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    on_forward: Callable[[], None] | None = None,
+) -> sampling.Velocity:
+    """The velocity under a condition, guided where asked; see `decode_latents`."""
+    null_condition = None
+    if guidance_scale != 1.0:
+        null_condition = denoiser.without_text(condition, null_text)
+
+    def velocity_under(condition: Condition) -> sampling.Velocity:
+        def velocity(x_t: Tensor, t: Tensor) -> Tensor:
+            v = denoiser(x_t, t, condition)
+            if on_forward is not None:
+                on_forward()
+            return v
+
+        return velocity
+
+    if null_condition is None:
+        return velocity_under(condition)
+    return sampling.guided(
+        velocity_under(condition), velocity_under(null_condition), guidance_scale
+    )
+
+
+def alignment(denoiser: PiD) -> int:
+    """Output pixels that tiles are aligned to: whole patches and whole latent cells."""
+    return math.lcm(denoiser.config.patch_size, denoiser.latent_stride * denoiser.scale)
+
+
+def tiles_for(denoiser: PiD, height: int, width: int, tile: int | None) -> Tiles | None:
+    """The tiles of a picture of height x width output pixels; None where one covers it.
+
+    Raises:
+        ValueError: a size or a tile that is not aligned.
+    """
+    denoiser.check_size(height, width)
+    if tile is None:
+        return None
+    tiles = Tiles(height, width, tile, alignment(denoiser))
+    return tiles if len(tiles) > 1 else None
+
+
+def trained_tile(denoiser: PiD, height: int, width: int, image_size: int | None) -> int | None:
+    """The trained size as a tile where a picture is larger than that, else None."""
+    if image_size is None or max(height, width) <= image_size:
+        return None
+    step = alignment(denoiser)
+    return max(image_size // step, 2) * step

@@ -3,7 +3,9 @@
 There is one sampling loop and one noise for the whole picture; only the network's forward pass sees
 tiles, at every step anew (the idea of MultiDiffusion, arXiv 2302.08113). Neighbours are averaged
 before each step is taken, so that they never drift apart and no seam can form. To the network a
-tile is a picture of its own: positions begin anew in each.
+tile is a picture of its own, positions begin anew in each; but its latents pass the adapter
+together with a margin of their surroundings (`decoding`), or it would take the tile's border for
+the picture's.
 """
 
 from __future__ import annotations
@@ -32,9 +34,12 @@ class Tile:
     row_weights: Tensor
     column_weights: Tensor
 
-    def cells(self, step: int) -> tuple[slice, slice]:
-        """The same rectangle in latent cells of `step` output pixels."""
-        return tuple(slice(s.start // step, s.stop // step) for s in (self.rows, self.columns))
+    def widened(self, margin: int, height: int, width: int) -> tuple[slice, slice]:
+        """Rows and columns with `margin` pixels more on each side that lies inside the picture."""
+        return tuple(
+            slice(max(span.start - margin, 0), min(span.stop + margin, length))
+            for span, length in ((self.rows, height), (self.columns, width))
+        )
 
 
 class Tiles:
@@ -70,7 +75,8 @@ class Tiles:
                 f"overlap: {overlap} must be a multiple of {step} from 0 to below the tile's "
                 f"{tile} pixels."
             )
-        self.height, self.width, self.tile, self.overlap = height, width, tile, overlap
+        self.height, self.width, self.overlap, self.step = height, width, overlap, step
+        self.shape = (min(height, tile), min(width, tile))  # of every tile
         self._rows = _windows(height, tile, overlap, step)
         self._columns = _windows(width, tile, overlap, step)
 

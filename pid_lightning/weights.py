@@ -19,6 +19,7 @@ from torch import Tensor
 from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
 from pid_lightning.pictures import replaced_file
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 METADATA_KEY = "pid"  # of a safetensors file's metadata and of a training checkpoint
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import pid_lightning.callbacks.dmd2 as dmd2_module
 from pid_lightning import DMD2, Training, flow, losses, sampling
 from pid_lightning.modules.objective import Sample
 from pid_lightning.nn import Discriminator
@@ -73,8 +74,20 @@ def train_teacher(generator: torch.Generator) -> ToyDenoiser:
     return teacher
 
 
-@pytest.mark.parametrize("student_input", ["rollout", "noised_data"])
-def test_students_match_the_distribution(student_input: str) -> None:
+@pytest.mark.parametrize(
+    ("student_input", "num_batches", "judged_steps"),
+    [
+        ("rollout", 1000, (1,)),
+        pytest.param("rollout", 4000, (1, 4), marks=pytest.mark.slow),
+        pytest.param("noised_data", 4000, (1, 4), marks=pytest.mark.slow),
+    ],
+)
+def test_students_match_the_distribution(
+    student_input: str,
+    num_batches: int,
+    judged_steps: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -94,10 +107,20 @@ def test_students_match_the_distribution(student_input: str) -> None:
     critics = [*fake_score.parameters(), *discriminator.parameters()]
     optimizers = torch.optim.Adam(student.parameters(), 5e-4), torch.optim.Adam(critics, 2e-3)
     batch_size = 128
-    for step in range(2000):
+    # One stream for all draws: a generator a sample, as in a run, would take most of the time.
+    monkeypatch.setattr(dmd2, "_noise", lambda *_: torch.randn(x0.shape, generator=generator))
+    monkeypatch.setattr(
+        dmd2, "_times", lambda *_: flow.sample_times(128, generator=generator).clamp(0.02, 0.99)
+    )
+    monkeypatch.setattr(
+        dmd2_module,
+        "sample_generators",
+        lambda seed, purpose, samples, device="cpu": [generator] * len(samples),
+    )
+    for step in range(num_batches):
         module.trainer.global_step = step
         x0 = draw_points(batch_size, generator)
-        numbers = list(range(step * batch_size, (step + 1) * batch_size))
+        numbers = list(range(batch_size))
         sample = Sample(x0, x0, x0, torch.zeros(batch_size), None, None, None, numbers)
         is_student = dmd2.turns.is_student(step)
         networks, resting = ([student], [fake_score, discriminator])
@@ -112,7 +135,7 @@ def test_students_match_the_distribution(student_input: str) -> None:
         dmd2.num_student_updates += is_student
 
     real, noise = draw_points(2000, generator), torch.randn(2000, 3, 1, 1, generator=generator)
-    for steps in (1, 4):
+    for steps in judged_steps:
         with torch.no_grad():
             before, after = (
                 energy_distance(
@@ -127,4 +150,4 @@ def test_students_match_the_distribution(student_input: str) -> None:
                 for network in (teacher, student)
             )
         print(f"{student_input} {steps} steps: {before:.4f} undistilled, {after:.4f} distilled")
-        assert after < 0.35 * before if steps == 1 else after < 0.02
+        assert after < (0.15 if steps == 1 else 0.9) * before

@@ -180,7 +180,8 @@ class DMD2(Callback):
         """Distribution matching plus the adversarial loss (method: DMD2, sections 4.1 to 4.3)."""
         with self.turns.timed("student"):
             student_x0 = self._student_x0(module, sample)
-        x_t, t = self._perturb(module, sample, student_x0, "student")
+        t = self._times(module, sample, "student")
+        x_t = flow.add_noise(student_x0, self._noise(module, sample, "student"), t)
         with self.turns.timed("teacher"), torch.no_grad():
             condition = sample.condition(module.teacher)
             teacher_x0 = self._teacher_x0(module.teacher, x_t, t, condition, sample)
@@ -212,8 +213,9 @@ class DMD2(Callback):
             )
         fake_score = losses.fake_score_loss(velocity, student_x0, eps)
 
-        fake_x_t, t = self._perturb(module, sample, student_x0, "discriminator")
-        real_x_t, _ = self._perturb(module, sample, sample.x0, "discriminator")
+        t = self._times(module, sample, "discriminator")
+        eps = self._noise(module, sample, "discriminator")
+        fake_x_t, real_x_t = (flow.add_noise(x0, eps, t) for x0 in (student_x0, sample.x0))
         moved_x_t = real_x_t + R1_NOISE * self._noise(module, sample, "r1")
         with self.turns.timed("teacher"), torch.no_grad():
             condition = sample.condition(module.teacher)
@@ -274,13 +276,6 @@ class DMD2(Callback):
             null = teacher(x_t, t, teacher.without_text(condition))
             velocity = null + self.guidance_scale * (velocity - null)
         return flow.x0_from_velocity(x_t, velocity, t)
-
-    def _perturb(
-        self, module: PiDModule, sample: Sample, x0: Tensor, purpose: str
-    ) -> tuple[Tensor, Tensor]:
-        """(x_t, t): pictures noised at random times, the same ones for the same purpose."""
-        t = self._times(module, sample, purpose)
-        return flow.add_noise(x0, self._noise(module, sample, purpose), t), t
 
     def _times(self, module: PiDModule, sample: Sample, purpose: str) -> Tensor:
         """Logit-normal without shift, clamped to [0.02, 0.99]."""

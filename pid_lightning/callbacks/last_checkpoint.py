@@ -34,6 +34,14 @@ class LastCheckpoint(Callback):
         print("\nstopping after this step (Ctrl-C again stops at once)", flush=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count on from a resumed run's steps."""
+        self._num_steps = trainer.global_step
+        if isinstance(trainer.checkpoint_callback, ModelCheckpoint):
+            # It forgets that it has saved this step, and would save again within the next group of
+            # accumulated batches.
+            trainer.checkpoint_callback._last_global_step_saved = trainer.global_step
+
     def on_train_batch_end(
         self,
         trainer: Trainer,
@@ -42,7 +50,7 @@ class LastCheckpoint(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Where Ctrl-C was pressed, save and stop between two steps, on every process."""
+        """Save where this was the last step, or where Ctrl-C was pressed, and then stop."""
         is_between_steps = trainer.global_step != self._num_steps
         self._num_steps = trainer.global_step
         if not is_between_steps:
@@ -63,20 +71,12 @@ class LastCheckpoint(Callback):
         if self._saved_step != trainer.global_step:
             self._save(trainer)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count on from a resumed run's steps."""
-        self._num_steps = trainer.global_step
-        if isinstance(trainer.checkpoint_callback, ModelCheckpoint):
-            # It forgets that it has saved this step, and would save again within the next group of
-            # accumulated batches.
-            trainer.checkpoint_callback._last_global_step_saved = trainer.global_step
-
     def _save(self, trainer: Trainer) -> Path | None:
         saver = trainer.checkpoint_callback
         if not isinstance(saver, ModelCheckpoint) or saver.dirpath is None:
             return None
         path = Path(saver.dirpath) / "last.ckpt"
-        # It shall know of this one, or it would save last-v1.ckpt beside it, or once more at the end.
+        # It shall know of this one, or it would save last-v1.ckpt beside it, or again at the end.
         saver.last_model_path = saver._last_checkpoint_saved = str(path)
         self._saved_step = trainer.global_step
         trainer.save_checkpoint(path, weights_only=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
 from pid_lightning import weights
-from pid_lightning.decoding import decode_latents
+from pid_lightning.decoding import decode_latents, trained_tile
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.modules.evaluation import Report
 from pid_lightning.modules.objective import FlowMatching, Objective, draw_sample
@@ -76,6 +77,7 @@ class PiDModule(LightningModule):
         self.student_times: tuple[float, ...] | None = None
         self.image_size: int | None = None
         self.objective: Objective = FlowMatching()
+        self._batch_end: float | None = None
         needs = denoiser.text_width
         if text is not None and denoiser.text_length and text.text_width != needs:
             raise ValueError(
@@ -114,14 +116,22 @@ class PiDModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check sizes, then bring pretrained weights: everything that can fail, before the work."""
-        data = self.trainer.datamodule
+        self.prepare(self.trainer.datamodule, stage)
+        if self.init_from is not None and self.trainer.ckpt_path is None:
+            self._initialise_from(self.init_from)
+
+    def prepare(self, data: Any, stage: str) -> None:
+        """The part of `setup` that needs no trainer: the command line does it before it opens data.
+
+        Raises:
+            ValueError: crops that are not whole patches and latent cells.
+            OSError: pretrained weights that cannot be had.
+        """
         if data is not None and stage != "predict":
             self.denoiser.check_size(data.image_size, data.image_size)
             self.image_size = data.image_size
         self.encoder.load()
         self.text_encoder.load()
-        if self.init_from is not None and self.trainer.ckpt_path is None:
-            self._initialise_from(self.init_from)
 
     def _initialise_from(self, path: str) -> None:
         source, info = weights.load_model(path)
@@ -137,6 +147,8 @@ class PiDModule(LightningModule):
             told = "; ".join(self.info.differences(info)) or odd[0]
             raise ValueError(f"init_from: {path} is of another network ({told}).")
         self.denoiser.load_state_dict(taken, strict=False)
+        if self.image_size is None:
+            self.image_size = info.image_size
         new = len(self.denoiser.state_dict()) - len(taken)
         log.info(
             "init_from %s: took %d tensors (%s), %d are new (%s)",
@@ -160,8 +172,12 @@ class PiDModule(LightningModule):
         """Say what the checkpoint is."""
         checkpoint[weights.METADATA_KEY] = self.info.to_plain()
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another model's checkpoint; take over whether it is a student, and its average."""
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> weights.ModelInfo:
+        """What a checkpoint says it is.
+
+        Raises:
+            ValueError: it is another model's.
+        """
         if weights.METADATA_KEY not in checkpoint:
             raise ValueError(
                 "ckpt_path: not a checkpoint of a PiD run (it does not say what it is)."
@@ -173,6 +189,11 @@ class PiDModule(LightningModule):
                 f"ckpt_path: this checkpoint is of another model ({'; '.join(differences)}); "
                 "take its own config."
             )
+        return theirs
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another model's checkpoint; take over whether it is a student, and its average."""
+        theirs = self.check_checkpoint(checkpoint)
         fitting = self.trainer.state.fn == "fit"
         if not fitting:  # what else a run trained (a fake score, a discriminator) judges nothing
             kept = self.state_dict().keys()
@@ -190,6 +211,8 @@ class PiDModule(LightningModule):
                 else "ckpt_path: this run is no distillation; give its checkpoint to DMD2 to teach"
             )
         self.student_times = theirs.student_times
+        if self.image_size is None:
+            self.image_size = theirs.image_size
         averaged = any(name.startswith("denoiser_ema.") for name in checkpoint["state_dict"])
         if averaged == (self.denoiser_ema is not None):
             return
@@ -222,6 +245,17 @@ class PiDModule(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         """One step of the objective."""
         return self.objective.training_step(self, draw_sample(self, batch, "train"))
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        """Log the pace: pictures of the global batch over the seconds since the last one ended."""
+        now, num_images = time.perf_counter(), len(batch["image"]) * self.trainer.world_size
+        if self._batch_end is not None:
+            self.log("train/images_per_second", num_images / (now - self._batch_end))
+        self._batch_end = now
+
+    def on_validation_end(self) -> None:
+        """Leave validation out of the pace."""
+        self._batch_end = time.perf_counter()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """The flow-matching loss of the average, on the same draws every time."""
@@ -294,7 +328,12 @@ class PiDModule(LightningModule):
         generators: list[torch.Generator],
         steps: int | None = None,
     ) -> Tensor:
-        """Pictures from latents by the averaged network and its own sampler."""
+        """Pictures from latents by the averaged network and its own sampler.
+
+        In tiles of the trained size where a picture is larger than that.
+        """
+        cell = self.encoder.latent_stride * self.scale
+        height, width = (side * cell for side in latents.shape[-2:])
         guided = self.evaluation.guidance_scale != 1.0
         null_text = self.text_encoder.encode([""] * len(latents)) if guided else None
         return decode_latents(
@@ -307,6 +346,7 @@ class PiDModule(LightningModule):
             null_text=null_text,
             guidance_scale=self.evaluation.guidance_scale,
             generator=generators,
+            tile=trained_tile(self.denoiser, height, width, self.image_size),
         )
 
     def on_test_start(self) -> None:
@@ -314,8 +354,19 @@ class PiDModule(LightningModule):
         self.report = Report(self)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Decode the batch at every noise level, by PiD and by the native decoder."""
-        self.report.add(batch)
+        """Decode the batch at every noise level, by PiD and by the native decoder.
+
+        Of several processes some get pictures of others once more, to have as many: left out.
+        """
+        rank, num_ranks = self.trainer.global_rank, self.trainer.world_size
+        own = [i for i, n in enumerate(batch["number"].tolist()) if n % num_ranks == rank]
+        if own:
+            self.report.add(
+                {
+                    key: values[own] if isinstance(values, Tensor) else [values[i] for i in own]
+                    for key, values in batch.items()
+                }
+            )
 
     def on_test_end(self) -> None:
         """Print the table and write it beside the run."""

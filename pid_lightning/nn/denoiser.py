@@ -323,6 +323,29 @@ class PiD(nn.Module):
             text, condition.features, condition.openness, *self._tables(height, width, text)
         )
 
+    def crop(self, condition: Condition, rows: slice, columns: slice) -> Condition:
+        """The condition of a part as a picture of its own: its features have seen what lies
+        around it, its positions begin anew.
+
+        Args:
+            condition: of the larger picture.
+            rows, columns: the part, in patches.
+        """
+        side = self.config.patch_size
+        num_rows = condition.rows.shape[0] // side
+
+        def cut(values: Tensor) -> Tensor:
+            grid = rearrange(values, "b (h w) d -> b h w d", h=num_rows)[:, rows, columns]
+            return rearrange(grid, "b h w d -> b (h w) d")
+
+        height, width = ((span.stop - span.start) * side for span in (rows, columns))
+        return Condition(
+            condition.text,
+            tuple(map(cut, condition.features)),
+            tuple(map(cut, condition.openness)),
+            *self._tables(height, width, condition.text),
+        )
+
     def _tables(self, height: int, width: int, text: Tensor | None) -> tuple:
         """Rotations and positions of an output size; see `Condition`."""
         config, device, dtype = self.config, self.out.weight.device, self.dtype

@@ -1,0 +1,73 @@
+"""Colour check: a decode's low frequencies against the native decode's, and their match."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CELL = 16  # pixels of the native picture: coarser than this is colour, finer is detail
+
+
+@dataclass(frozen=True)
+class ColourShift:
+    """What the low frequencies of a decode are above the native ones, in levels of 8-bit pixels.
+
+    Attributes:
+        mean: of red, green and blue over the picture.
+        largest: of any channel and place.
+    """
+
+    mean: tuple[float, float, float]
+    largest: float
+
+    def __str__(self) -> str:
+        red, green, blue = self.mean
+        return (
+            f"colour shift: red {red:+.1f}, green {green:+.1f}, blue {blue:+.1f} of 255 on the "
+            f"mean, {self.largest:.1f} at most"
+        )
+
+
+def colour_shift(picture: Tensor, native: Tensor) -> ColourShift:
+    """The shift of one picture from its native decode.
+
+    Args:
+        picture: (3, H, W) in [-1, 1].
+        native: (3, H/scale, W/scale) of the same latents.
+
+    Raises:
+        ValueError: pictures of another shape.
+    """
+    levels = 127.5 * _difference(picture, native)
+    red, green, blue = levels.mean(dim=(-2, -1)).tolist()
+    return ColourShift((red, green, blue), levels.abs().max().item())
+
+
+def match_colour(picture: Tensor, native: Tensor) -> Tensor:
+    """The picture with the native decode's low frequencies; its own detail stays.
+
+    Args and errors as for `colour_shift`.
+
+    Returns:
+        (3, H, W) clamped to [-1, 1].
+    """
+    shift = _difference(picture, native)
+    smooth = F.interpolate(shift[None], size=picture.shape[-2:], mode="bilinear")[0]
+    return (picture - smooth).clamp_(-1, 1)
+
+
+def _difference(picture: Tensor, native: Tensor) -> Tensor:
+    """Low frequencies of picture minus native, (3, rows, columns) of cells of about CELL pixels."""
+    fits = picture.ndim == native.ndim == 3 and picture.shape[0] == native.shape[0] == 3
+    scale = picture.shape[-1] // native.shape[-1] if fits else 0
+    if not fits or tuple(picture.shape[1:]) != tuple(scale * side for side in native.shape[1:]):
+        raise ValueError(
+            f"colours of a picture {tuple(picture.shape)} cannot be matched to a native decode "
+            f"{tuple(native.shape)}: it must be (3, H/scale, W/scale) of the same latents."
+        )
+    cells = [max(1, round(side / CELL)) for side in native.shape[1:]]
+    means = [F.adaptive_avg_pool2d(x.float().clamp(-1, 1), cells) for x in (picture, native)]
+    return torch.sub(means[0], means[1].to(picture.device))

@@ -1,0 +1,172 @@
+"""`pid decode`, `pid export` and `pid import`: commands that need no Lightning."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pid_lightning.mistakes import told_in_one_sentence
+
+# Libraries are imported by the command that uses them: help and mistakes shall be quick.
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How files are decoded.
+
+    Args:
+        sigma: noise level of the latents: added to those of a picture, told for latents given.
+        steps: sampling steps; null is as many as trained.
+        seed: of all noise; a file's picture does not depend on the other files.
+        prompt: caption of every picture; null is none.
+        text_model: language model of the prompt, the one the decoder was trained with.
+        text_prefix: text in front of the prompt, as in training.
+        text_cache: folder that keeps the prompt's features.
+        guidance_scale: of a teacher's text guidance; 1 is none.
+        tile: side of tiles in output pixels, auto (tiles of the trained size for larger
+            pictures), or null for the whole.
+        device: null is the GPU where there is one.
+        dtype: of the weights; null is as stored.
+        format: of the pictures; WebP is lossless.
+        compare: also write NAME_compare with the native decode beside PiD's.
+        match_colour: give the output the native decode's low frequencies.
+        overwrite: replace results that are there.
+    """
+
+    sigma: float = 0.0
+    steps: int | None = None
+    seed: int = 0
+    prompt: str | None = None
+    text_model: str | None = None
+    text_prefix: str = ""
+    text_cache: str | None = None
+    guidance_scale: float = 1.0
+    tile: int | Literal["auto"] | None = "auto"
+    device: str | None = None
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    format: Literal["png", "webp"] = "png"
+    compare: bool = False
+    match_colour: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sigma <= 1:
+            raise ValueError(f"sigma: {self.sigma} must lie between 0 (clean) and 1 (noise).")
+
+
+def run(name: str, arguments: Sequence[str]) -> None:
+    """Run one of `COMMANDS`; a user's mistake is one sentence and exit status 2."""
+    with told_in_one_sentence():
+        COMMANDS[name](arguments)
+
+
+def decode(arguments: Sequence[str]) -> None:
+    """Pictures or latents to larger pictures."""
+    parser = _parser("decode", "Pictures (upscaled) or latents to pictures, a JSON beside each.")
+    parser.add_argument("inputs", nargs="+", help="Pictures, .safetensors of latents, folders.")
+    parser.add_argument(
+        "--model",
+        type=str | None,
+        help="A .safetensors, a run's .ckpt, a folder, a hub id or a bundled name.",
+    )
+    parser.add_argument("--output", default="decoded", help="Folder of the results.")
+    switches = {
+        "compare": "Also write NAME_compare with the native decode beside PiD's.",
+        "match_colour": "Give the output the native decode's low frequencies.",
+        "overwrite": "Replace results that are there.",
+    }
+    for name, told in switches.items():
+        parser.add_argument(f"--{name}", action="store_true", help=told)
+    parser.add_class_arguments(DecodeSettings, skip=set(switches))
+    given = parser.parse_args(arguments)
+    settings = DecodeSettings(**{field.name: given[field.name] for field in fields(DecodeSettings)})
+    from pid_lightning.decode_files import decode_files
+
+    try:
+        decode_files(given.inputs, given.model, Path(given.output), settings)
+    except KeyboardInterrupt:
+        print("\npid: stopped; the files written so far are whole.", file=sys.stderr)
+        sys.exit(130)
+
+
+def export(arguments: Sequence[str]) -> None:
+    """A run's network, averaged where it was, as one self-describing file."""
+    parser = _parser("export", "A run's network as one self-describing file.")
+    parser.add_argument("run", help="A run's folder (its newest last.ckpt), or a .ckpt.")
+    parser.add_argument("out", help="The .safetensors to write.")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="Of the weights.")
+    given = parser.parse_args(arguments)
+    from pid_lightning.weights import DTYPES, load_model, save_model
+
+    path = find_checkpoint(Path(given.run))
+    denoiser, info = load_model(path)
+    save_model(denoiser, info, given.out, DTYPES[given.dtype])
+    kind = "teacher" if info.student_times is None else "student"
+    print(f"{given.out}: the {kind} of {path}, {info.family} on {info.latent_space} latents")
+
+
+def import_(arguments: Sequence[str]) -> None:
+    """Published weights as one self-describing file."""
+    from pid_lightning import import_released
+
+    parser = _parser("import", "Published weights as one self-describing file.")
+    parser.add_argument("released", help="The published .pth.")
+    parser.add_argument("out", help="The .safetensors to write.")
+    parser.add_argument(
+        "--family", required=True, choices=list(import_released.FAMILIES), help="Of the latents."
+    )
+    parser.add_argument(
+        "--version", required=True, choices=list(import_released.VERSIONS), help="Of the weights."
+    )
+    parser.add_argument("--ema", action="store_true", help="Take net_ema. instead of net.")
+    parser.add_argument("--teacher", action="store_true", help="These weights are not distilled.")
+    parser.add_argument(
+        "--image_size", type=int, default=2048, help="Side of the outputs they were trained on."
+    )
+    given = parser.parse_args(arguments)
+    options = {"student_times": None} if given.teacher else {}
+    info = import_released.import_released(
+        given.released,
+        given.out,
+        given.family,
+        given.version,
+        ema=given.ema,
+        image_size=given.image_size,
+        **options,
+    )
+    print(
+        f"{given.out}: {given.family} {given.version}, {info.latent_channels} channels, "
+        f"{info.scale}x; such weights are licensed for non-commercial use"
+    )
+
+
+def find_checkpoint(run: Path) -> Path:
+    """The checkpoint of a run: itself, or the newest ``last.ckpt`` in a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not run.is_dir():
+        return run
+    found = [*run.glob("last.ckpt"), *run.glob("**/checkpoints/last.ckpt")]
+    if not found:
+        raise FileNotFoundError(f"{run}: no checkpoints/last.ckpt below it; name a .ckpt.")
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def _parser(command: str, description: str) -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(prog=f"pid {command}", description=description)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "decode": decode,
+    "export": export,
+    "import": import_,
+}

@@ -1,0 +1,191 @@
+"""What `pid decode` does: files in, pictures out, each with a JSON that repeats it."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pid_lightning import decoding, weights
+from pid_lightning.colour import colour_shift, match_colour
+from pid_lightning.decoder import PiDDecoder
+from pid_lightning.hub import BUNDLED_MODELS
+from pid_lightning.latent_files import read_latents
+from pid_lightning.noising import add_latent_noise
+from pid_lightning.pictures import (
+    LATENTS_SUFFIX,
+    enlarge_picture,
+    find_inputs,
+    picture_grid,
+    read_picture,
+    write_picture,
+)
+from pid_lightning.randomness import sample_generators
+from pid_lightning.sampling import draw_noise
+from pid_lightning.text import LanguageModelText
+from pid_lightning.version import __version__
+
+if TYPE_CHECKING:
+    from pid_lightning.commands import DecodeSettings
+
+
+def decode_files(
+    inputs: Sequence[str], model: str | None, folder: Path, settings: DecodeSettings
+) -> list[Path]:
+    """Decode pictures and latents one by one.
+
+    Args:
+        inputs: files and folders, see `pictures.find_inputs`.
+        model: see `PiDDecoder.from_pretrained`; None is the bundled one.
+        folder: of the results, made if missing; they are named after their inputs.
+        settings: how.
+
+    Returns:
+        The pictures written, in order; each was whole before the next was begun.
+
+    Raises:
+        FileNotFoundError: no such input or model.
+        FileExistsError: a result is there already.
+        ValueError: an input or a setting that does not fit the model, or that would be replaced.
+    """
+    model = model or next(iter(BUNDLED_MODELS), None)
+    if model is None:
+        raise ValueError("--model: name one; none is bundled in this installation.")
+    files = find_inputs(inputs)
+    paths = [folder / f"{file.stem}.{settings.format}" for file in files]
+    taken = [p for path in paths for p in (path, path.with_suffix(".json")) if p.exists()]
+    if taken and not settings.overwrite:
+        raise FileExistsError(f"{taken[0]} is there already: give another --output or --overwrite.")
+    own = {file.resolve() for file in files}
+    for path in paths:
+        if path.resolve() in own:
+            raise ValueError(f"{path} would replace the input: give another --output.")
+    decoder = open_decoder(model, settings)
+    if (settings.compare or settings.match_colour) and not decoder.encoder.has_decoder:
+        raise ValueError(
+            f"compare and match_colour need a native decoder, {decoder.latent_space} has none."
+        )
+    for file in files:  # a wrong last file shall not be found after hours
+        _read(decoder, file)
+    with tqdm(zip(files, paths, strict=True), total=len(files), unit="picture") as bar:
+        for file, path in bar:
+            bar.set_description(file.name)
+            _decode_file(decoder, model, file, path, settings)
+    print(f"{len(files)} pictures in {folder}")
+    return paths
+
+
+def open_decoder(model: str, settings: DecodeSettings) -> PiDDecoder:
+    """The decoder on its device, with the prompt's features ready and the language model gone."""
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = None if settings.dtype is None else weights.DTYPES[settings.dtype]
+    decoder = PiDDecoder.from_pretrained(model, dtype)
+    if settings.prompt is not None:
+        if settings.text_model is not None:
+            decoder.text_encoder = LanguageModelText(
+                settings.text_model,
+                settings.text_prefix,
+                length=decoder.info.config.text_length,
+                text_width=decoder.info.config.text_width,
+            )
+        decoder.encode_prompt([settings.prompt, ""], settings.text_cache)
+        decoder.text_encoder = None
+    return decoder.to(device)
+
+
+def _decode_file(
+    decoder: PiDDecoder, model: str, file: Path, path: Path, settings: DecodeSettings
+) -> None:
+    """Decode one file and write its picture and JSON, and the comparison where asked."""
+    source, size = _read(decoder, file)
+    is_latents = file.suffix.lower() == LATENTS_SUFFIX
+    if is_latents:
+        latents = source[None].to(decoder.device)
+    else:
+        latents = _add_noise(decoder, decoder.encode(source[None]), settings)
+    tile = decoder.choose_tile(*decoder.output_size(latents), settings.tile)
+    picture = decoder.decode(
+        latents,
+        settings.sigma,
+        settings.prompt,
+        settings.steps,
+        seed=settings.seed,
+        tile=tile,
+        guidance_scale=settings.guidance_scale,
+    )[0]
+    height, width = (side * decoder.scale for side in size)
+    metadata = {"input": str(file), **describe(decoder, model, settings), "tile": tile}
+    metadata["size"] = [height, width]
+    if settings.compare or settings.match_colour:
+        native = decoder.encoder.decode(latents.float())[0]
+        shift = colour_shift(picture, native)
+        tqdm.write(f"{file.name}: {shift}")
+        metadata["colour_shift"] = asdict(shift)
+        if settings.match_colour:
+            picture = match_colour(picture, native)
+        if settings.compare:
+            enlarged = enlarge_picture(native[None], decoder.scale)[0]
+            pair = [side[:, :height, :width].cpu() for side in (enlarged, picture)]
+            grid = picture_grid([pair], ["native", "PiD"]) * 2 - 1
+            write_picture(grid, path.with_stem(f"{path.stem}_compare"), metadata)
+    write_picture(picture[:, :height, :width], path, metadata)
+
+
+def _read(decoder: PiDDecoder, file: Path) -> tuple[Tensor, tuple[int, int]]:
+    """Latents (C, h, w), or a picture grown to whole cells; and its (height, width) at scale 1."""
+    if file.suffix.lower() == LATENTS_SUFFIX:
+        latents = read_latents(file)
+        if latents.shape[0] != decoder.latent_channels:
+            raise ValueError(
+                f"{file}: its latents have {latents.shape[0]} channels, but those of "
+                f"{decoder.latent_space} have {decoder.latent_channels}: give the model's own."
+            )
+        decoder.denoiser.check_size(*decoder.output_size(latents))
+        return latents, tuple(side * decoder.latent_stride for side in latents.shape[-2:])
+    image = read_picture(file)
+    # Whole cells for the encoder, whole patches for the output. The border is repeated and cut
+    # off again, so that a picture keeps its shape.
+    step = math.lcm(decoder.latent_stride, decoding.alignment(decoder.denoiser) // decoder.scale)
+    height, width = image.shape[-2:]
+    grown = F.pad(image[None], (0, -width % step, 0, -height % step), mode="replicate")[0]
+    return grown, (height, width)
+
+
+def _add_noise(decoder: PiDDecoder, latents: Tensor, settings: DecodeSettings) -> Tensor:
+    """Clean latents at the level the network will be told, by a stream of noise of its own."""
+    if settings.sigma == 0:
+        return latents
+    generators = sample_generators(settings.seed, "latents", [0])
+    eps = draw_noise(latents.shape, generators, latents.device)
+    sigma = torch.full((1,), settings.sigma)
+    return add_latent_noise(latents, eps, sigma, decoder.info.noise_frame)
+
+
+def describe(decoder: PiDDecoder, model: str, settings: DecodeSettings) -> dict[str, Any]:
+    """All that a decode depends on besides its input, as plain values."""
+    info = decoder.info
+    return {
+        "model": model,
+        "fingerprint": weights.fingerprint(decoder.denoiser),
+        "family": info.family,
+        "latent_space": info.latent_space,
+        "scale": info.scale,
+        "student_times": info.student_times,
+        "settings": json.loads(json.dumps(asdict(settings))),
+        "computed_in": str(decoder.dtype).removeprefix("torch."),
+        "device": str(decoder.device),
+        "versions": {
+            "pid_lightning": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }

@@ -1,0 +1,133 @@
+"""Where models come from and go to: a file, a folder, a bundled name, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pid_lightning.nn import PiD
+from pid_lightning.pictures import replaced_file
+from pid_lightning.weights import ModelInfo, save_model
+
+MODEL_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
+MODEL_SUFFIXES = (".safetensors", ".ckpt")
+
+# Models that ship with the package, by name.
+BUNDLED_MODELS: dict[str, Path] = {}
+
+
+def find_model(name: str | Path, **hub_options: Any) -> Path:
+    """The file of a model.
+
+    Args:
+        name: a ``.safetensors`` model, a run's ``.ckpt``, a folder that `save_folder` wrote, a
+            bundled name, or a hub id ``owner/name``.
+        hub_options: `revision`, `token`, `cache_dir`, `local_files_only` of `hf_hub_download`.
+
+    Raises:
+        FileNotFoundError: nothing of that name is here.
+        OSError: the hub does not give it.
+    """
+    path = Path(name)
+    if str(name) in BUNDLED_MODELS:
+        return BUNDLED_MODELS[str(name)]
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if not (path / MODEL_FILE).is_file():
+            raise FileNotFoundError(
+                f"folder {path} holds no {MODEL_FILE}: name a model file, or a folder that "
+                "save_pretrained wrote."
+            )
+        return path / MODEL_FILE
+    is_id = str(name).count("/") == 1 and not str(name).startswith(("/", "."))
+    if path.suffix in MODEL_SUFFIXES or not is_id:
+        bundled = ", ".join(BUNDLED_MODELS) or "none in this installation"
+        raise FileNotFoundError(
+            f"model {name} was not found: give a {' or '.join(MODEL_SUFFIXES)} file, a folder, a "
+            f"hub id owner/name, or a bundled name ({bundled})."
+        )
+    return _download(str(name), hub_options)
+
+
+def _download(repo_id: str, options: dict[str, Any]) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(repo_id, MODEL_FILE, library_name="pid_lightning", **options))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise OSError(
+            f"model {repo_id!r} is no file or folder here and the hub does not give its "
+            f"{MODEL_FILE} ({reason}): check the name and the connection."
+        ) from error
+
+
+def save_folder(denoiser: PiD, info: ModelInfo, folder: str | Path, dtype: torch.dtype) -> None:
+    """Write the self-describing file, its description as ``config.json``, and a model card."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(denoiser, info, folder / MODEL_FILE, dtype)
+    with replaced_file(folder / CONFIG_FILE) as temporary:
+        temporary.write_text(json.dumps(info.to_plain(), indent=2) + "\n", encoding="utf-8")
+    with replaced_file(folder / CARD_FILE) as temporary:
+        temporary.write_text(model_card(denoiser, info), encoding="utf-8")
+
+
+def push_folder(folder: str | Path, repo_id: str, **options: Any) -> str:
+    """Upload a folder of `save_folder` to the hub; returns the address of the commit.
+
+    Args:
+        folder: what to upload.
+        repo_id: ``owner/name``, made if missing.
+        options: `private`, `token` and `commit_message`.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=options["token"], library_name="pid_lightning")
+    repo_id = api.create_repo(repo_id, private=options["private"], exist_ok=True).repo_id
+    commit = api.upload_folder(
+        repo_id=repo_id, folder_path=folder, commit_message=options["commit_message"]
+    )
+    return str(commit)
+
+
+def model_card(denoiser: PiD, info: ModelInfo) -> str:
+    """A card in the hub's format, filled with what the file says of itself."""
+    millions = sum(weight.numel() for weight in denoiser.parameters()) / 1e6
+    kind = "a teacher, sampled by a solver"
+    if info.student_times is not None:
+        kind = f"a student of {len(info.student_times)} steps"
+    size = "not recorded" if info.image_size is None else f"{info.image_size} x {info.image_size}"
+    return f"""---
+library_name: pid_lightning
+pipeline_tag: image-to-image
+tags:
+- pixel-diffusion-decoder
+- {info.latent_space}
+---
+# A pixel diffusion decoder for {info.latent_space} latents
+
+Decodes normalised `{info.latent_space}` latents to pictures {info.scale} times as large as the
+native decoder's, by pixel diffusion (PiD, arXiv 2605.23902).
+
+| | |
+|---|---|
+| parameters | {millions:.1f} million |
+| sampling | {kind} |
+| latents | {info.latent_channels} channels, {info.latent_stride} pixels a cell |
+| scale | {info.scale} |
+| trained output size | {size} |
+| noise levels of the latents | 0 to {info.latent_sigma_max:g} ({info.noise_frame}) |
+
+```python
+from pid_lightning.decoder import PiDDecoder
+
+decoder = PiDDecoder.from_pretrained("this/repository")
+pictures = decoder.decode(latents)  # (B, 3, H, W) in [-1, 1]
+```
+"""

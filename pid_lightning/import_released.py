@@ -1,0 +1,243 @@
+"""Published weights to one self-describing file: nothing is guessed, nothing of the file is run."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pid_lightning.released import build_from_arguments, from_released
+from pid_lightning.sampling import STUDENT_TIMES
+from pid_lightning.weights import ModelInfo, save_model
+
+NETWORK, AVERAGED = "net.", "net_ema."
+IGNORED = ("fake_score.", "discriminator.")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Latents that weights were released for; their shapes alone do not tell.
+
+    Attributes:
+        module: the LightningModule of the family.
+        encoder: arguments of its encoder.
+        latent_space, latent_channels, latent_stride, scale, noise_frame: see `ModelInfo`.
+        unpack: packing that v1.5's adapter undoes.
+    """
+
+    module: str
+    encoder: dict[str, Any]
+    latent_space: str
+    latent_channels: int
+    latent_stride: int
+    scale: int = 4
+    noise_frame: str = "flow"
+    unpack: int = 1
+
+
+def _vae(name: str, channels: int, stride: int = 8, **changes: Any) -> Family:
+    return Family("VAEPiD", {"vae": name, "pretrained": True}, name, channels, stride, **changes)
+
+
+FAMILIES: dict[str, Family] = {
+    "flux": _vae("flux", 16),
+    "sd3": _vae("sd3", 16),
+    "flux2": _vae("flux2", 128, 16, unpack=2),
+    "sdxl": _vae("sdxl", 4, noise_frame="variance_preserving"),
+    "qwen": _vae("qwen", 16),
+    "dinov2": Family("DINOv2PiD", {}, "dinov2", 768, 16),
+    "siglip": Family("SigLIPPiD", {}, "siglip2", 1152, 16, scale=8),
+}
+
+# Arguments of the published networks, by the names their constructor gives them.
+BACKBONE = {
+    "hidden_size": 1536,
+    "num_groups": 24,
+    "patch_depth": 14,
+    "patch_size": 16,
+    "pixel_hidden_size": 16,
+    "pixel_attn_hidden_size": 1152,
+    "pixel_num_groups": 16,
+    "pixel_depth": 2,
+    "txt_embed_dim": 2304,
+    "txt_max_length": 300,
+    "rope_mode": "ntk_aware",
+    "lq_num_res_blocks": 4,
+    "lq_interval": 2,
+}
+VERSIONS: dict[str, dict[str, Any]] = {
+    "v1": {
+        "lq_hidden_dim": 512,
+        "lq_gate_type": "sigma_aware_per_token_per_dim",
+        "lq_conv_padding_mode": "zeros",
+        "rope_ref_h": 1024,
+        "rope_ref_w": 1024,
+    },
+    "v1.5": {
+        "lq_hidden_dim": 1024,
+        "lq_gate_type": "sigma_aware_per_token",
+        "lq_conv_padding_mode": "replicate",
+        "pit_lq_inject": True,
+        "rope_ref_h": 2048,
+        "rope_ref_w": 2048,
+    },
+}
+
+
+def import_released(
+    path: str | Path,
+    out: str | Path,
+    family: str,
+    version: str,
+    *,
+    ema: bool = False,
+    image_size: int = 2048,
+    student_times: Sequence[float] | None = STUDENT_TIMES,
+    sizes: Mapping[str, Any] | None = None,
+) -> ModelInfo:
+    """Write a self-describing model file from published weights, in the type they are stored in.
+
+    Args:
+        path: the published ``.pth``: a flat dict of tensors.
+        out: the ``.safetensors`` to write.
+        family: of the latents, one of `FAMILIES`.
+        version: ``"v1"`` or ``"v1.5"``.
+        ema: take the tensors of ``net_ema.`` instead of those of ``net.``.
+        image_size: side of the outputs the weights were trained on.
+        student_times: times of a distilled student; None for a teacher.
+        sizes: arguments of the published constructor in place of the released ones.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is no dict of tensors or would run code (none is run), and tensors
+            that are not exactly those of this family and version.
+    """
+    for name, value, known in (("family", family, FAMILIES), ("version", version, VERSIONS)):
+        if value not in known:
+            raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}.")
+    if Path(out).suffix != ".safetensors":
+        raise ValueError(f"{out}: the file's name must end in .safetensors.")
+    released = _without_prefix(read_released(path), AVERAGED if ema else NETWORK, path)
+    arguments = released_arguments(family, version) | dict(sizes or {})
+    # The head that only training reads is in some files and not in others.
+    arguments["lq_aux_rgb_head"] = any("lq_aux_rgb_head" in name for name in released)
+    _check_kind(released, family, version, arguments, path)
+    with torch.device("meta"):
+        denoiser = build_from_arguments(arguments)
+    try:
+        state = from_released(released, denoiser)
+    except ValueError as error:
+        raise ValueError(f"{path} as {family} {version}: {error}") from error
+    denoiser.load_state_dict(state, assign=True)
+    kind = FAMILIES[family]
+    info = ModelInfo(
+        family=kind.module,
+        encoder=kind.encoder,
+        latent_space=kind.latent_space,
+        latent_channels=denoiser.latent_channels,
+        latent_stride=denoiser.latent_stride,
+        scale=denoiser.scale,
+        image_size=image_size,
+        latent_sigma_max=0.8,
+        noise_frame=kind.noise_frame,
+        student_times=None if student_times is None else tuple(student_times),
+        config=denoiser.config,
+    )
+    save_model(denoiser, info, out, denoiser.dtype)
+    return info
+
+
+def released_arguments(family: str, version: str) -> dict[str, Any]:
+    """The published constructor's arguments for released weights."""
+    kind = FAMILIES[family]
+    return {
+        **BACKBONE,
+        **VERSIONS[version],
+        "lq_latent_channels": kind.latent_channels,
+        "latent_spatial_down_factor": kind.latent_stride,
+        "sr_scale": kind.scale,
+        "lq_latent_unpatchify_factor": kind.unpack if version == "v1.5" else 1,
+    }
+
+
+def read_released(path: str | Path) -> dict[str, Tensor]:
+    """A flat dict of tensors, mapped from the file; whatever else a pickle asks for is not done.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: anything else than a dict of tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; name the released .pth.")
+    try:
+        released = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} asks for code to be run or is damaged; it was refused and nothing of it was "
+            "executed: take the file from its publisher."
+        ) from error
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} is cut short or not a file of torch.save; it was refused and nothing of it "
+            "was executed: download it again."
+        ) from error
+    flat = isinstance(released, dict) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in released.items()
+    )
+    if not flat:
+        raise ValueError(f"{path} is not the flat dict of tensors that was released.")
+    return released
+
+
+def _without_prefix(
+    released: dict[str, Tensor], prefix: str, path: str | Path
+) -> dict[str, Tensor]:
+    taken = {k.removeprefix(prefix): v for k, v in released.items() if k.startswith(prefix)}
+    if not taken:
+        held = sorted({name.split(".")[0] + "." for name in released})
+        raise ValueError(f"{path} holds no tensors under {prefix} but {', '.join(held) or 'none'}.")
+    strange = [k for k in released if not k.startswith((NETWORK, AVERAGED, *IGNORED))]
+    if strange:
+        raise ValueError(
+            f"{path} holds {len(strange)} tensors besides the released ones, the first is "
+            f"{strange[0]}."
+        )
+    return taken
+
+
+def _check_kind(
+    released: Mapping[str, Tensor],
+    family: str,
+    version: str,
+    arguments: Mapping[str, Any],
+    path: str | Path,
+) -> None:
+    """Name the version or the families that the shapes say, where they are not those given."""
+    gate = released.get("lq_proj.gate_modules.0.content_proj.weight")
+    if gate is not None:
+        found = "v1.5" if gate.shape[0] == 1 else "v1"
+        if found != version:
+            raise ValueError(
+                f"{path} holds {found} weights (their gates are one value a "
+                f"{'token' if found == 'v1.5' else 'channel'}), not {version}: give {found}."
+            )
+    stem = released.get("lq_proj.latent_proj.0.weight")
+    wanted = arguments["lq_latent_channels"] // arguments["lq_latent_unpatchify_factor"] ** 2
+    if stem is not None and stem.shape[1] != wanted:
+        fitting = [name for name in FAMILIES if _stem_channels(name, version) == stem.shape[1]]
+        raise ValueError(
+            f"{path} reads latents of {stem.shape[1]} channels, but {family} {version} has "
+            f"{wanted}: it fits {' or '.join(fitting) or 'no known family'}."
+        )
+
+
+def _stem_channels(family: str, version: str) -> int:
+    arguments = released_arguments(family, version)
+    return arguments["lq_latent_channels"] // arguments["lq_latent_unpatchify_factor"] ** 2

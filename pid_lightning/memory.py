@@ -1,0 +1,150 @@
+"""How much memory a decode takes: a run of it without data, counting what lives at once."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pid_lightning import sampling
+from pid_lightning.decoding import condition_tile, tiles_for
+from pid_lightning.tiling import Tile, Tiles
+from pid_lightning.weights import ModelInfo
+
+
+def estimate_memory(
+    info: ModelInfo,
+    height: int,
+    width: int,
+    tile: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    batch_size: int = 1,
+) -> int:
+    """Peak bytes of decoding one batch, weights of the denoiser included.
+
+    Counted for the CPU's operations, whose attention is fused as a GPU's is. An allocator's own
+    waste and a library's workspaces are not counted.
+
+    Args:
+        info: the model.
+        height, width: of the output, in pixels.
+        tile: side of the tiles, None decodes the whole.
+        dtype: of the weights.
+        batch_size: pictures decoded together.
+
+    Raises:
+        ValueError: a size or a tile that does not fit the model.
+    """
+    return _estimate(json.dumps(info.to_plain()), height, width, tile, dtype, batch_size)
+
+
+@lru_cache(maxsize=64)  # a run without data takes a second for a large network
+@torch.no_grad()
+def _estimate(
+    plain: str, height: int, width: int, tile: int | None, dtype: torch.dtype, batch_size: int
+) -> int:
+    info = ModelInfo.from_plain(json.loads(plain))
+    with torch.device("meta"):
+        denoiser = info.build().eval()
+    tiles = tiles_for(denoiser, height, width, tile)
+    seen = (height, width) if tiles is None else tiles.shape
+    place = None if tiles is None else max(tiles, key=lambda tile: _seen_area(tile, tiles))
+    cells = (side // (info.latent_stride * info.scale) for side in (height, width))
+    shapes = {name: weight.shape for name, weight in denoiser.state_dict().items()}
+    with FakeTensorMode():
+        state = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+        denoiser.load_state_dict(state, assign=True)
+        latents = torch.empty(batch_size, info.latent_channels, *cells)
+        t = torch.empty(batch_size)
+        text = None
+        if denoiser.text_embedding is not None:
+            config = info.config
+            text = torch.empty(batch_size, config.text_length, config.text_width, dtype=dtype)
+        x = torch.empty(batch_size, 3, *seen)
+
+        def evaluate() -> Tensor:
+            if tiles is None:
+                condition = denoiser.condition(latents, t, text)
+            else:
+                condition = condition_tile(denoiser, latents, t, text, tiles, place)
+            return denoiser(x, t, condition)
+
+        forward = peak_bytes(evaluate)
+    picture = torch.empty(batch_size, 3, height, width, device="meta")
+
+    def sample() -> Tensor:
+        times = info.student_times or sampling.STUDENT_TIMES
+        noise = torch.randn_like(picture)
+        return sampling.sample_few_steps(
+            lambda x_t, t: torch.empty_like(x_t), noise, len(times), student_times=times
+        )
+
+    weights = sum(w.numel() * w.element_size() for w in denoiser.parameters())
+    # While the network runs, the sampler holds its noise and x, and the tiles' sum where there
+    # are tiles.
+    held = (2 if tiles is None else 3) * picture.numel() * picture.element_size()
+    return weights + max(peak_bytes(sample), held + forward)
+
+
+def _seen_area(tile: Tile, tiles: Tiles) -> int:
+    rows, columns = tile.widened(tiles.step, tiles.height, tiles.width)
+    return (rows.stop - rows.start) * (columns.stop - columns.start)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a decode could still take on a device; None where that cannot be told."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.is_file():
+        return None
+    line = next(s for s in meminfo.read_text().splitlines() if s.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
+
+
+def peak_bytes(compute: Callable[[], object]) -> int:
+    """The most bytes that tensors made by `compute` hold at once."""
+    with _LiveBytes() as live:
+        compute()
+    return live.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the storages that operations make, and how much lives at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        given = {a.untyped_storage()._cdata for a in tree_leaves(arguments) if _is_tensor(a)}
+        result = function(*arguments, **(options or {}))
+        for tensor in filter(_is_tensor, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self.sizes and key not in given:
+                self.sizes[key] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._forget, key)
+        return result
+
+    def _forget(self, key: int) -> None:
+        self.now -= self.sizes.pop(key, 0)
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)

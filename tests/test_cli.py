@@ -1,0 +1,415 @@
+"""The command line: what mistakes say, what runs leave behind, and that they go on exactly."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+import processes
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from pid_lightning import DMD2, EMA, DINOv2PiD, SigLIPPiD
+from pid_lightning.callbacks import LastCheckpoint, turns
+from pid_lightning.checkpointing import find_last_checkpoint
+from pid_lightning.cli import main, parser_sentence
+
+NUM_STEPS = 14
+STATE = ("state_dict", "optimizer_states", "lr_schedulers", "pid", "global_step")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a config and its finished run of 4 steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = processes.write_config(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["pid"])
+        main(["fit", f"--config={config}"])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def as_a_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Away from other runs, without network, and without pytest's own arguments."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "argv", ["pid"])
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one sentence that a wrong command says."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments])
+    assert stopped.value.code in (1, 2)
+    said = capsys.readouterr().err.splitlines()
+    told = [line for line in said if line.startswith("pid: ")]
+    assert len(told) == 1
+    assert told[0] == said[-1]
+    assert not any("Traceback" in line for line in said)
+    return told[0]
+
+
+def forbid_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make opening the data an error: a mistake must be told before."""
+
+    def opened(*_: object) -> None:
+        raise AssertionError("data was opened")
+
+    monkeypatch.setattr("pid_lightning.data.open_source", opened)
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--model.scale=3"], "scale: 3 does not fit"),
+        (["--data.image_size=1000"], "1000 x 1000 is not a multiple of 16"),
+        (["--model.scael=3"], "'scael' is not accepted"),
+        (["--model.denoiser.widht=3"], "denoiser.widht"),
+        (["--trainer.max_stpes=3"], "max_stpes"),
+        (["--model.denoiser.prediction=y0"], "'y0' is not one of velocity, x0"),
+        (["--model.denoiser.adapter.gate=y0"], "'y0' is not one of channel, token"),
+        (["--model.training.train=y0"], "'y0' is not one of all, adapter"),
+        (["--data.resize=y0"], "Literal['none', 'random']"),
+        (["--data.batch_size=0"], "data.batch_size: 0 is too small"),
+        (["--trainer.precision=foo"], "bf16-mixed"),
+        (["--model=Nothing"], "Nothing"),
+        (["--trainer.strategy=fsdp"], "fsdp"),
+        (["--model.vae=flux"], "'flux' (black-forest-labs/FLUX.1-schnell) cannot be had"),
+        (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt does not exist"),
+        (["--config=nowhere.yaml"], "nowhere.yaml"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_wrong_setting_is_one_sentence_before_data_is_opened(
+    arguments: list[str],
+    told: str,
+    runs: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forbid_pictures(monkeypatch)
+    assert told in mistake(capsys, "fit", f"--config={runs / 'tiny.yaml'}", *arguments)
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "small"])
+def test_unusable_data_is_one_sentence(
+    kind: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / kind
+    if kind != "missing":
+        folder.mkdir()
+    if kind == "text":
+        (folder / "a.jpg").write_text("no picture")
+    if kind == "small":
+        Image.new("RGB", (40, 90)).save(folder / "a.png")
+    said = mistake(capsys, "fit", f"--config={runs / 'tiny.yaml'}", f"--data.path={folder}")
+    assert {
+        "missing": "is no folder of pictures",
+        "empty": "there are no pictures (.png",
+        "text": "none of 1 pictures is usable at image_size 64",
+        "small": "none of 1 pictures is usable at image_size 64",
+    }[kind] in said
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_a_cut_checkpoint_is_one_sentence(
+    command: str,
+    runs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forbid_pictures(monkeypatch)
+    whole = (runs / "runs/tiny/version_0/checkpoints/last.ckpt").read_bytes()
+    cut = tmp_path / "cut.ckpt"
+    for size in (0, 1000, len(whole) // 2, len(whole) - 1):
+        cut.write_bytes(whole[:size])
+        said = mistake(capsys, command, f"--config={runs / 'tiny.yaml'}", f"--ckpt_path={cut}")
+        assert "cut.ckpt cannot be read, it is cut short" in said
+
+
+def test_a_checkpoint_of_another_family_is_one_sentence(
+    runs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forbid_pictures(monkeypatch)
+    siglip = SigLIPPiD("vit_base_patch16_siglip_224", pretrained=False, denoiser=tiny.config())
+    checkpoint = {"state_dict": siglip.state_dict(), "pytorch-lightning_version": pl.__version__}
+    siglip.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "siglip.ckpt")
+    text = (runs / "tiny.yaml").read_text()
+    dinov2 = tmp_path / "dinov2.yaml"
+    small = "model: vit_small_patch14_dinov2\n    pretrained: false"
+    dinov2.write_text(text.replace("VAEPiD", "DINOv2PiD").replace("vae: bundled", small))
+    assert DINOv2PiD.__name__ in dinov2.read_text()
+    for command in ("fit", "test"):
+        said = mistake(capsys, command, f"--config={dinov2}", "--ckpt_path=siglip.ckpt")
+        assert "family: SigLIPPiD, here DINOv2PiD" in said
+
+
+def test_testing_nothing_is_one_sentence(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = f"--config={runs / 'tiny.yaml'}"
+    assert "pid test needs a trained network" in mistake(capsys, "test", config)
+    said = mistake(capsys, "test", config, "--ckpt_path=last")
+    assert "no version_*/checkpoints/*.ckpt under runs/tiny" in said
+
+
+def test_a_full_disk_is_one_sentence_and_costs_no_checkpoint(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+
+    def full(checkpoint: dict, file: object) -> None:
+        if checkpoint["global_step"] > 2:
+            file.write(b"some of it")
+            raise OSError(28, "No space left on device")
+        save(checkpoint, file)
+
+    monkeypatch.setattr("pid_lightning.checkpointing.torch.save", full)
+    said = mistake(capsys, "fit", f"--config={runs / 'tiny.yaml'}")
+    assert "No space left on device" in said
+    assert "the previous checkpoint is intact" in said
+    checkpoints = tmp_path / "runs/tiny/version_0/checkpoints"
+    assert torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"] == 2
+    assert not list(checkpoints.glob(".*"))  # nothing half written
+
+
+def test_a_parser_message_keeps_what_tells() -> None:
+    message = (
+        'Parser key "a":\n  Does not validate against any of the Union subtypes\n'
+        "  Subtypes: [x, y]\n  Errors:\n    - Option 'b' is not accepted\n    - Expected a y\n"
+        "  Given value type: z\n  Given value: 3"
+    )
+    assert parser_sentence(message) == "Parser key \"a\": Option 'b' is not accepted"
+
+
+def test_a_fault_of_the_package_is_shown_in_full(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pid_lightning.data.open_source", lambda *_: int("no number"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        main(["fit", f"--config={runs / 'tiny.yaml'}"])
+
+
+# What a run leaves behind.
+
+
+def test_curves_pictures_gates_and_config_are_in_tensorboard(runs: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = (runs / "runs/tiny/version_0").glob("events.*")
+    found = EventAccumulator(str(events)).Reload()
+    tags = found.Tags()
+    wanted = ["train/loss", "train/velocity_loss", "train/gradient_norm", "train/images_per_second"]
+    for tag in wanted:
+        values = [event.value for event in found.Scalars(tag)]
+        assert len(values) >= 3
+        assert min(values) > 0
+    assert [event.step for event in found.Scalars("train/loss")] == [0, 1, 2, 3]
+    rates = [event.value for event in found.Scalars("lr-AdamW")]
+    assert rates == pytest.approx([0.0005, 0.001, 0.001, 0.001])
+    assert "validate/loss" in tags["scalars"]
+    assert "gates/injection_0/sigma_0.8" in tags["scalars"]
+    assert "pictures" in tags["images"]
+    (text,) = (tag for tag in tags["tensors"] if tag.startswith("config"))
+    assert "class_path: pid_lightning.VAEPiD" in str(found.Tensors(text)[0].tensor_proto)
+
+
+def test_images_per_second_are_honest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seconds:
+        now = 0.0
+
+        def perf_counter(self) -> float:
+            self.now += 0.5
+            return self.now
+
+    seen = []
+
+    class Record(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+            seen.append(trainer.callback_metrics.get("train/images_per_second"))
+
+    monkeypatch.setattr("pid_lightning.modules.base.time", Seconds())
+    tiny.fit(tmp_path, 4, EMA(), Record(), batch_size=3)
+    assert seen[-1] == 3 / 0.5  # one reading of the clock a batch
+
+
+def test_last_is_the_newest_run_and_goes_on_in_its_folder(runs: Path, tmp_path: Path) -> None:
+    config = f"--config={runs / 'tiny.yaml'}"
+    family = tmp_path / "runs/tiny"
+
+    def contents(version: int) -> dict[Path, bytes]:
+        files = (family / f"version_{version}").rglob("*")
+        return {file: file.read_bytes() for file in files if file.is_file()}
+
+    main(["fit", config, "--trainer.max_steps=2"])
+    first = contents(0)
+    main(["fit", config, "--trainer.max_steps=2", "--model.training.learning_rate=2.0e-3"])
+    assert contents(0) == first
+    kept = (family / "version_1/config.yaml").read_text()
+    assert "learning_rate: 0.002" in kept
+
+    main(["fit", config, "--ckpt_path=last"])
+    main(["test", config, "--ckpt_path=last"])
+    assert contents(0) == first
+    assert sorted(path.name for path in family.iterdir()) == ["version_0", "version_1"]
+    assert (family / "version_1/config.yaml").read_text() == kept
+    assert (family / "version_1/metrics.csv").is_file()
+    last = torch.load(family / "version_1/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 4
+    assert [p.name for p in (family / "version_1/checkpoints").glob("last*")] == ["last.ckpt"]
+
+
+@pytest.mark.slow
+def test_help_comes_quickly() -> None:
+    def seconds(*command: str) -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - start
+
+    seconds("-c", "import lightning.pytorch.cli")  # fills the disk's cache
+    base = min(seconds("-c", "import lightning.pytorch.cli") for _ in range(3))
+    helped = min(seconds("-m", "pid_lightning", "--help") for _ in range(3))
+    print(f"\npid --help: {helped:.2f} s, lightning.pytorch.cli alone: {base:.2f} s")
+    assert helped < base + 1
+
+
+# Stopped anywhere, a run goes on as if it had not been.
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    runs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, Path]]:
+    """Configs and the ends of runs of `NUM_STEPS`, plain and distilled."""
+    teacher = runs / "runs/tiny/version_0/checkpoints/last.ckpt"
+    found, started = {}, []
+    for kind in ("plain", "distilled"):
+        folder = tmp_path_factory.mktemp(kind)
+        config = processes.write_config(folder, teacher if kind == "distilled" else None)
+        started.append((start_fit(folder, config), folder / "log"))
+        found[kind] = (config, folder / "runs/tiny/version_0/checkpoints/last.ckpt")
+    for process, log in started:
+        processes.finish(process, log)
+    return found
+
+
+def start_fit(folder: Path, config: Path, *arguments: str) -> processes.BaseProcess:
+    arguments = ("fit", f"--config={config}", f"--trainer.max_steps={NUM_STEPS}", *arguments)
+    return processes.start(folder / "log", processes.run_pid, folder, *arguments)
+
+
+def wait_for_step(folder: Path, process: processes.BaseProcess, step: int) -> None:
+    """Until the checkpoint of a step is there."""
+    until = time.monotonic() + 60
+    while not list(folder.glob(f"runs/tiny/version_0/checkpoints/*step={step}.ckpt")):
+        assert process.is_alive(), (folder / "log").read_text()[-2000:]
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def assert_ends_equal(one: Path, other: Path) -> None:
+    states = [torch.load(path, weights_only=True) for path in (one, other)]
+    assert states[0]["global_step"] == NUM_STEPS
+    for part in STATE:
+        tiny.assert_equal_states(*(state[part] for state in states), part)
+
+
+@pytest.mark.parametrize("kind", ["plain", "distilled"])
+def test_ctrl_c_finishes_the_step_and_resumes_exactly(
+    kind: str, uninterrupted: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    config, end = uninterrupted[kind]
+    process = start_fit(tmp_path, config)
+    wait_for_step(tmp_path, process, 4)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    log = tmp_path / "log"
+    assert process.exitcode == 1, log.read_text()[-2000:]
+    assert "continue with --ckpt_path last" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    last = tmp_path / "runs/tiny/version_0/checkpoints/last.ckpt"
+    assert 4 <= torch.load(last, weights_only=True)["global_step"] < NUM_STEPS
+    processes.finish(start_fit(tmp_path, config, "--ckpt_path=last"), log)
+    assert_ends_equal(last, end)
+    assert [p.name for p in (tmp_path / "runs/tiny").iterdir()] == ["version_0"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "distilled"])
+def test_a_kill_at_any_moment_costs_no_more_than_the_steps_since_the_last_save(
+    kind: str, uninterrupted: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    config, end = uninterrupted[kind]
+    family, resume = tmp_path / "runs/tiny", ()
+    for step, more in ((2, 0.0), (6, 0.05)):  # between and inside steps and saves
+        process = start_fit(tmp_path, config, *resume)
+        wait_for_step(tmp_path, process, step)
+        time.sleep(more)
+        process.kill()
+        process.join()
+        found = torch.load(find_last_checkpoint(family), weights_only=True)
+        assert step <= found["global_step"] < NUM_STEPS
+        resume = ("--ckpt_path=last",)
+    processes.finish(start_fit(tmp_path, config, *resume), tmp_path / "log")
+    checkpoints = family / "version_0/checkpoints"
+    assert_ends_equal(checkpoints / "last.ckpt", end)
+    assert not list(checkpoints.glob(".*"))  # nothing half written
+
+
+def test_an_epoch_that_ends_within_accumulated_batches_ends_with_a_step(
+    runs: Path, tmp_path: Path
+) -> None:
+    class Watch(pl.Callback):
+        def __init__(self) -> None:
+            self.seen = []
+
+        def on_train_batch_end(
+            self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_
+        ) -> None:
+            has_gradient = any(p.grad is not None for p in pl_module.parameters())
+            self.seen.append((trainer.global_step, has_gradient))
+
+    teacher = str(runs / "runs/tiny/version_0/checkpoints/last.ckpt")
+    watch = Watch()
+
+    def fit(folder: Path, num_steps: int, resume: Path | None = None) -> Path:
+        dmd2 = DMD2(teacher, student_every=2, taps=(0, 1), learning_rate=1e-3)
+        accumulated = {"accumulate_grad_batches": 2, "limit_train_batches": 3, "resume": resume}
+        callbacks = (dmd2, EMA(), watch, LastCheckpoint())
+        tiny.fit(folder, num_steps, *callbacks, batch_size=2, **accumulated)
+        return folder / "last.ckpt"
+
+    whole = fit(tmp_path / "whole", 4)
+    assert watch.seen == [(0, True), (1, False), (2, False), (2, True), (3, False), (4, False)]
+    for num_steps in (2, 3):  # between two epochs, and within one
+        parts = fit(tmp_path / str(num_steps), num_steps)
+        parts = fit(parts.parent, 4, resume=parts)
+        once, twice = (torch.load(path, weights_only=True) for path in (whole, parts))
+        for part in STATE:
+            tiny.assert_equal_states(once[part], twice[part], part)
+
+
+def test_measuring_time_changes_nothing(
+    uninterrupted: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from contextlib import nullcontext
+
+    config, end = uninterrupted["distilled"]
+    monkeypatch.setattr(turns.Turns, "timed", lambda self, network: nullcontext())
+    main(["fit", f"--config={config}", f"--trainer.max_steps={NUM_STEPS}"])
+    assert_ends_equal(tmp_path / "runs/tiny/version_0/checkpoints/last.ckpt", end)

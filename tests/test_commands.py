@@ -1,0 +1,358 @@
+"""`pid decode`, `pid export` and `pid import`, from the command line to the files."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from plain import plain_velocity, random_released, released_shapes
+from safetensors.torch import save_file
+from test_decoder import make
+from test_released import V1, V15
+from torch import Tensor
+
+from pid_lightning import decode_files
+from pid_lightning.__main__ import main
+from pid_lightning.decoder import PiDDecoder
+from pid_lightning.import_released import (
+    FAMILIES,
+    VERSIONS,
+    import_released,
+    released_arguments,
+)
+from pid_lightning.pictures import read_picture
+from pid_lightning.randomness import sample_generators
+from pid_lightning.released import build_from_arguments, from_released
+from pid_lightning.sampling import STUDENT_TIMES, draw_noise, sample_few_steps
+from pid_lightning.weights import load_model
+
+# ------------------------------------------------------------------- pid decode
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model of random weights on the bundled autoencoder's latents."""
+    folder = tmp_path / "model"
+    make(latent_channels=16).save_pretrained(folder)
+    return folder / "model.safetensors"
+
+
+def draw(path: Path, width: int, height: int, seed: int = 0) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3))
+    Image.fromarray(pixels.astype(np.uint8)).resize((width, height), 2).save(path)
+    return path
+
+
+def pid(*arguments: object) -> None:
+    main([str(argument) for argument in arguments])
+
+
+def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """The sentence that a mistake is told in."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as status:
+        pid(*arguments)
+    assert status.value.code == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pid: ")]
+    assert len(told) == 1
+    return told[0]
+
+
+def test_pictures_come_out_scale_times_as_large_with_a_json(tmp_path: Path, model: Path) -> None:
+    draw(tmp_path / "a.png", 27, 21)
+    pid("decode", tmp_path / "a.png", "--model", model, "--output", tmp_path / "out", "--seed", 3)
+    assert Image.open(tmp_path / "out" / "a.png").size == (108, 84)
+    told = json.loads((tmp_path / "out" / "a.json").read_text())
+    assert told["size"] == [84, 108]
+    assert told["settings"]["seed"] == 3
+    assert (told["scale"], told["latent_space"], told["tile"]) == (4, "pid-small", None)
+    assert told["student_times"] == list(STUDENT_TIMES)
+    assert told["fingerprint"]
+    assert told["versions"]["torch"] == torch.__version__
+
+
+def test_a_file_is_decoded_alike_whatever_its_company(tmp_path: Path, model: Path) -> None:
+    both = tmp_path / "both"
+    both.mkdir()
+    draw(both / "a.png", 32, 32)
+    b = draw(both / "b.png", 32, 24, seed=1)
+    pid("decode", both, "--model", model, "--output", tmp_path / "1", "--format", "webp")
+    pid("decode", b, "--model", model, "--output", tmp_path / "2", "--format", "webp")
+    assert sorted(p.name for p in (tmp_path / "1").iterdir()) == [
+        *("a.json", "a.webp", "b.json", "b.webp")
+    ]
+    first, second = (read_picture(tmp_path / n / "b.webp") for n in "12")
+    assert torch.equal(first, second)
+    assert first.std() > 0.05
+
+
+def test_latents_decode_to_what_their_picture_does(tmp_path: Path, model: Path) -> None:
+    source = draw(tmp_path / "picture.png", 32, 16)
+    latents = PiDDecoder.from_pretrained(model).encode(read_picture(source)[None])
+    save_file({"latents": latents}, tmp_path / "z.safetensors")
+    out = tmp_path / "out"
+    pid("decode", source, tmp_path / "z.safetensors", "--model", model, "--output", out)
+    made, given = (read_picture(out / name) for name in ("picture.png", "z.png"))
+    assert given.shape == (3, 64, 128)
+    assert torch.equal(given, made)
+
+
+def test_sigma_adds_noise_to_pictures_and_is_told_for_latents(tmp_path: Path, model: Path) -> None:
+    source = draw(tmp_path / "picture.png", 16, 16)
+    outputs = []
+    for sigma in (0, 0.5):
+        out = tmp_path / f"{sigma}"
+        pid("decode", source, "--model", model, "--output", out, "--sigma", sigma)
+        outputs.append(read_picture(out / "picture.png"))
+    assert not torch.equal(*outputs)
+
+
+def test_comparison_and_colour(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture) -> None:
+    source = draw(tmp_path / "p.png", 32, 32)
+    pid("decode", source, "--model", model, "--output", tmp_path / "1", "--compare")
+    plain = json.loads((tmp_path / "1" / "p.json").read_text())["colour_shift"]
+    width, height = Image.open(tmp_path / "1" / "p_compare.png").size
+    assert width > 2 * 128
+    assert height > 128
+    assert "colour shift: red" in capsys.readouterr().out
+    pid("decode", source, "--model", model, "--output", tmp_path / "2", "--match_colour")
+    pictures = [read_picture(tmp_path / n / "p.png") for n in "12"]
+    decoder = PiDDecoder.from_pretrained(model)
+    native = decoder.encoder.decode(decoder.encode(read_picture(source)[None]))[0].clamp(-1, 1)
+    errors = [(p.mean((1, 2)) - native.mean((1, 2))).abs().max() for p in pictures]
+    assert errors[1] < 0.3 * errors[0]
+    assert max(map(abs, plain["mean"])) == pytest.approx(127.5 * errors[0].item(), abs=2)
+
+
+def test_ctrl_c_leaves_whole_files(
+    tmp_path: Path, model: Path, monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name in "ab":
+        draw(tmp_path / f"{name}.png", 16, 16)
+    decode_one = decode_files._decode_file
+
+    def interrupted(decoder, model, file, path, settings) -> None:
+        if file.stem == "b":
+            raise KeyboardInterrupt
+        decode_one(decoder, model, file, path, settings)
+
+    monkeypatch.setattr(decode_files, "_decode_file", interrupted)
+    inputs = [tmp_path / "a.png", tmp_path / "b.png"]
+    with pytest.raises(SystemExit) as status:
+        pid("decode", *inputs, "--model", model, "--output", tmp_path / "out")
+    assert status.value.code == 130
+    assert "stopped; the files written so far are whole" in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.json", "a.png"]
+    read_picture(tmp_path / "out" / "a.png")
+
+
+def test_mistakes_are_told_before_the_work(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture
+) -> None:
+    good, bad = draw(tmp_path / "a.png", 16, 16), tmp_path / "b.png"
+    bad.write_bytes(good.read_bytes()[:100])
+    out = tmp_path / "out"
+    common = ("--model", model, "--output", out)
+    assert "b.png cannot be read" in refused(capsys, "decode", good, bad, *common)
+    assert "does not exist" in refused(capsys, "decode", tmp_path / "none.png", *common)
+    assert "--model: name one" in refused(capsys, "decode", good)
+    assert "was not found" in refused(capsys, "decode", good, "--model", "none.safetensors")
+    assert "sigma: 2.0 must lie" in refused(capsys, "decode", good, *common, "--sigma", 2)
+    assert "steps: 9 must lie" in refused(capsys, "decode", good, *common, "--steps", 9)
+    assert "without text" in refused(capsys, "decode", good, *common, "--prompt", "a cat")
+    save_file({"latents": torch.zeros(4, 2, 2)}, tmp_path / "z.safetensors")
+    assert "have 4 channels" in refused(capsys, "decode", tmp_path / "z.safetensors", *common)
+    assert not out.exists()
+    pid("decode", good, *common)
+    assert "is there already" in refused(capsys, "decode", good, *common)
+    pid("decode", good, *common, "--overwrite")
+    beside = ("--model", model, "--output", tmp_path, "--overwrite")
+    assert "would replace the input" in refused(capsys, "decode", good, *beside)
+
+
+def test_help_is_quick_and_brings_no_library() -> None:
+    code = (
+        "import sys; from pid_lightning.__main__ import main\n"
+        "try: main(['decode', '--help'])\n"
+        "except SystemExit: print([m for m in ('torch', 'lightning') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--match_colour" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+# ------------------------------------------------------------------- pid export
+
+
+def test_a_run_is_exported_averaged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    fitted = tiny.fit(tmp_path / "run" / "version_0" / "checkpoints", 2)
+    for dtype in ("bf16", "fp32"):
+        out = tmp_path / f"{dtype}.safetensors"
+        pid("export", tmp_path / "run", out, "--dtype", dtype)
+        denoiser, info = load_model(out)
+        assert info == fitted.info
+        for ours, theirs in zip(
+            denoiser.parameters(), fitted.denoiser_ema.parameters(), strict=True
+        ):
+            assert torch.equal(ours, theirs.to(ours.dtype))
+    assert denoiser.dtype == torch.float32
+    assert "the teacher of" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    assert "no checkpoints/last.ckpt" in refused(capsys, "export", tmp_path / "empty", out)
+    assert "must end in .safetensors" in refused(
+        capsys, "export", tmp_path / "run", tmp_path / "out.pth"
+    )
+
+
+# ------------------------------------------------------------------- pid import
+
+SMALL = {k: v for k, v in V1.items() if not k.startswith(("lq_latent", "lq_gate", "sr", "latent"))}
+
+
+def release(path: Path, arguments: dict[str, Any], prefix: str = "net.", **others: Tensor) -> dict:
+    """A released file of random weights; returns its tensors without prefix."""
+    tensors = random_released(arguments, torch.Generator().manual_seed(0))
+    torch.save({f"{prefix}{k}": v for k, v in tensors.items()} | others, path)
+    return tensors
+
+
+def small(family: str, version: str, rgb_head: bool = False) -> dict[str, Any]:
+    return released_arguments(family, version) | SMALL | {"lq_aux_rgb_head": rgb_head}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_size_shapes_convert(family: str, version: str) -> None:
+    """456 tensors of v1 and 461 of v1.5, as released, on the meta device."""
+    arguments = released_arguments(family, version)
+    with torch.device("meta"):
+        shapes = released_shapes(arguments | {"lq_aux_rgb_head": False})
+        released = {name: torch.empty(shape) for name, shape in shapes}
+        denoiser = build_from_arguments(arguments)
+    assert len(released) == {"v1": 456, "v1.5": 461}[version]
+    denoiser.load_state_dict(from_released(released, denoiser), assign=True)
+    if family == "flux":
+        # The published 98.8 million of v1.5 count the head that only training reads, too.
+        parts = (denoiser.adapter, denoiser.gates)
+        injected = sum(w.numel() for part in parts for w in part.parameters())
+        assert injected == pytest.approx({"v1": 59.9e6, "v1.5": 97.7e6}[version], rel=1e-3)
+        assert sum(w.numel() for w in denoiser.parameters()) == pytest.approx(1.36e9, rel=0.05)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("family", ["flux", "flux2", "sdxl", "siglip"])
+def test_released_weights_decode_as_the_plain_method_does(
+    tmp_path: Path, family: str, version: str
+) -> None:
+    arguments = small(family, version, rgb_head=version == "v1.5") | {"patch_size": 16}
+    path, out = tmp_path / "released.pth", tmp_path / "ours.safetensors"
+    ignored = {"fake_score.a": torch.zeros(1), "discriminator.b": torch.zeros(1)}
+    tensors = release(path, arguments, **ignored)
+    info = import_released(path, out, family, version, sizes=SMALL | {"patch_size": 16})
+    decoder = PiDDecoder.from_pretrained(out)
+    assert decoder.info == info
+    assert info.student_times == (0.999, 0.866, 0.634, 0.342)
+    assert (info.latent_space, info.scale) == (FAMILIES[family].latent_space, decoder.scale)
+
+    cells = -(-32 // (info.latent_stride * info.scale))
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, info.latent_channels, cells, cells, generator=generator)
+    latents = latents / latents.std()
+    text = torch.randn(1, 5, 6, generator=generator)
+    sigma = torch.tensor([0.3])
+    seeds = [sample_generators(7, "decode", [0]) for _ in range(2)]
+    ours = decoder.decode(latents, 0.3, text, generator=seeds[0], progress=False, tile="auto")
+
+    def velocity(x_t: Tensor, t: Tensor) -> Tensor:
+        return plain_velocity(tensors, arguments, x_t, t, text, latents, sigma)
+
+    start = draw_noise(ours.shape, seeds[1], "cpu")
+    theirs = sample_few_steps(velocity, start, 4, seeds[1]).clamp(-1, 1)
+    assert (ours - theirs).abs().max() < 1e-3 * max(1, theirs.abs().max())
+
+
+def test_the_average_is_taken_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path, out = tmp_path / "released.pth", tmp_path / "ours.safetensors"
+    release(path, small("flux", "v1"), "net_ema.")
+    info = import_released(path, out, "flux", "v1", ema=True, student_times=None, sizes=SMALL)
+    assert info.student_times is None
+    with pytest.raises(ValueError, match=r"holds no tensors under net\. but net_ema\."):
+        import_released(path, out, "flux", "v1", sizes=SMALL)
+
+
+def test_what_is_not_exactly_the_released_network_is_refused(tmp_path: Path) -> None:
+    path, out = tmp_path / "released.pth", tmp_path / "ours.safetensors"
+
+    def told(family: str, version: str) -> str:
+        with pytest.raises(ValueError, match=r"released\.pth") as error:
+            import_released(path, out, family, version, sizes=SMALL)
+        assert "\n" not in str(error.value)
+        assert not out.exists()
+        return str(error.value)
+
+    tensors = release(path, small("flux", "v1"))
+    assert "holds v1 weights (their gates are one value a channel), not v1.5" in told(
+        "flux", "v1.5"
+    )
+    assert "latents of 16 channels, but sdxl v1 has 4: it fits flux or sd3 or qwen" in told(
+        "sdxl", "v1"
+    )
+    assert "128: it fits flux or sd3 or qwen" in told("flux2", "v1")
+    torch.save({f"net.{k}": v for k, v in tensors.items() if k != "y_pos_embedding"}, path)
+    assert "1 tensors missing (y_pos_embedding)" in told("flux", "v1")
+    release(path, small("flux", "v1"), **{"net.extra": torch.zeros(1)})
+    assert "1 unknown (extra)" in told("flux", "v1")
+    release(path, small("flux", "v1"), **{"other.extra": torch.zeros(1)})
+    assert "1 tensors besides the released ones, the first is other.extra" in told("flux", "v1")
+    torch.save({"net.a": {"b": 1}}, path)
+    assert "not the flat dict of tensors" in told("flux", "v1")
+    release(path, small("flux", "v1.5"))
+    assert "holds v1.5 weights (their gates are one value a token), not v1" in told("flux", "v1")
+    path.write_bytes(path.read_bytes()[:1000])
+    assert "cut short" in told("flux", "v1.5")
+
+
+class Trap:
+    """Runs code where a pickle of it is loaded carelessly."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_runs_code_is_refused_unrun(
+    tmp_path: Path, zipped: bool, capsys: pytest.CaptureFixture
+) -> None:
+    path, mark = tmp_path / "released.pth", tmp_path / "mark"
+    if zipped:
+        torch.save({"net.a": Trap(mark)}, path)
+    else:
+        path.write_bytes(pickle.dumps({"net.a": Trap(mark)}))
+    out = tmp_path / "ours.safetensors"
+    options = ("--family", "flux", "--version", "v1")
+    assert "nothing of it was executed" in refused(capsys, "import", path, out, *options)
+    assert not mark.exists()
+    assert not out.exists()
+
+
+def test_import_says_what_it_wants(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    options = ("--family", "flux", "--version", "v1")
+    none, out = tmp_path / "none.pth", tmp_path / "out.safetensors"
+    assert "no such file" in refused(capsys, "import", none, out, *options)
+    assert "must end in .safetensors" in refused(capsys, "import", none, tmp_path / "o", *options)
+    release(none, V15)
+    assert "tensors missing" in refused(
+        capsys, "import", none, out, "--family", "sdxl", "--version", "v1.5"
+    )
