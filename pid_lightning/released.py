@@ -14,8 +14,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from pid_lightning.nn import PiD, PiDConfig
 from pid_lightning.nn.adapter import AdapterConfig
-from pid_lightning.nn.denoiser import PiD, PiDConfig
 
 GATES = {"sigma_aware_per_token_per_dim": "channel", "sigma_aware_per_token": "token"}
 ROPES = ("original", "ntk_aware")

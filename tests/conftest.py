@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# Tiny networks gain nothing from threads, and sums split over another number of them round
+# differently: one thread here and in every process that a test starts.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 VECTORS = Path(__file__).parent / "vectors"
 

@@ -103,7 +103,10 @@ class DMD2(Callback):
         self._fingerprint = weights.fingerprint(teacher)
         pl_module.denoiser.load_state_dict(teacher.state_dict())
         pl_module.fake_score = copy.deepcopy(pl_module.denoiser).requires_grad_(True)
+        # From the run's seed, not torch's own: the same weights in every number of processes.
+        seed = pl_module.training_settings.seed
         pl_module.discriminator = Discriminator(info.config.width, len(self.taps))
+        pl_module.discriminator.reset_parameters(*sample_generators(seed, "discriminator", [0]))
         pl_module.teacher = teacher.to(self.teacher_dtype).requires_grad_(False).eval()
         for network in (pl_module.denoiser, pl_module.fake_score):
             freeze_unused(network)

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pid_lightning.encoders.base import Encoder
@@ -28,6 +26,8 @@ class BundledVAE(Encoder):
 
     def __init__(self) -> None:
         super().__init__()
+        from safetensors import safe_open
+
         with safe_open(str(BUNDLED), framework="pt") as file:  # reads its head only
             sizes = json.loads(file.metadata()["config"])
         with torch.device("meta"):
@@ -67,6 +67,8 @@ class BundledVAE(Encoder):
 
 def save_autoencoder(network: SmallAutoencoder, path: str | Path, description: str) -> None:
     """Write the weights in half precision, with the config and a `description`, in one file."""
+    from safetensors.torch import save_file
+
     state = {name: value.detach().cpu().half() for name, value in network.state_dict().items()}
     state = {name: value.contiguous() for name, value in state.items()}
     metadata = {"config": json.dumps(network.config), "description": description}
@@ -82,6 +84,8 @@ def load_autoencoder(path: str | Path) -> SmallAutoencoder:
         ValueError: the file was not written by `save_autoencoder`.
         RuntimeError: the tensors do not fit the config, in name or shape.
     """
+    from safetensors import safe_open
+
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no autoencoder file at {path}.")
     with safe_open(path, framework="pt") as file:

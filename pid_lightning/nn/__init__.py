@@ -1,7 +1,9 @@
 """The networks, in plain torch."""
 
 from pid_lightning.nn.adapter import AdapterConfig, LatentAdapter, SigmaGate
-from pid_lightning.nn.denoiser import Condition, PiD, PiDConfig
+from pid_lightning.nn.condition import Condition
+from pid_lightning.nn.config import PiDConfig
+from pid_lightning.nn.denoiser import PiD
 from pid_lightning.nn.discriminator import Discriminator
 
 __all__ = [

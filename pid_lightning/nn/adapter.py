@@ -155,8 +155,8 @@ class LatentAdapter(nn.Module):
             )
         if config.rgb_head and patch_size % scale:
             raise ValueError(
-                f"scale: {scale} does not divide patch_size ({patch_size}), as the adapter's rgb_head "
-                "needs; set rgb_head to false."
+                f"scale: {scale} does not divide patch_size ({patch_size}), as rgb_head needs; set "
+                "adapter.rgb_head to false."
             )
         self.unpack = config.unpack
         self.rgb_head_block = config.rgb_head_block

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,133 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pid_lightning import flow
-from pid_lightning.nn import rope
-from pid_lightning.nn.adapter import AdapterConfig, LatentAdapter, SigmaGate
-from pid_lightning.nn.blocks import PatchBlock, PixelBlock, Table
+from pid_lightning.nn.adapter import LatentAdapter, SigmaGate
+from pid_lightning.nn.blocks import PatchBlock, PixelBlock
+from pid_lightning.nn.condition import Condition, TextEmbedding, position_tables
+from pid_lightning.nn.config import PiDConfig
 from pid_lightning.nn.layers import RMSNorm, TimeEmbedding
-
-PREDICTIONS = ("velocity", "x0")
-
-
-@dataclass(frozen=True)
-class PiDConfig:
-    """Sizes of the pixel denoiser. The defaults are the published v1 network, 1.36 billion
-    parameters with its adapter.
-
-    Attributes:
-        width: width D of patch tokens.
-        num_heads: attention heads of the patch blocks.
-        num_blocks: patch blocks.
-        patch_size: pixels P of a patch's side.
-        pixel_width: width of a pixel token.
-        pixel_attention_width: width of a compacted patch in the pixel blocks' attention.
-        pixel_num_heads: attention heads of the pixel blocks.
-        num_pixel_blocks: pixel blocks.
-        text_width: width of the caption features; irrelevant without text.
-        text_length: longest caption in tokens, longer ones are cut; 0 builds no text stream.
-        learned_null: whether absent text is a learned feature; published weights have none.
-        rope_reference: (height, width) in pixels at which NTK-scaled RoPE is neutral; null is
-            plain RoPE.
-        prediction: what the last layer predicts, ``"velocity"`` or ``"x0"``; `PiD` returns a
-            velocity either way.
-        adapter: sizes of the latent adapter.
-    """
-
-    width: int = 1536
-    num_heads: int = 24
-    num_blocks: int = 14
-    patch_size: int = 16
-    pixel_width: int = 16
-    pixel_attention_width: int = 1152
-    pixel_num_heads: int = 16
-    num_pixel_blocks: int = 2
-    text_width: int = 2304
-    text_length: int = 300
-    learned_null: bool = True
-    rope_reference: tuple[int, int] | None = (1024, 1024)
-    prediction: str = "velocity"
-    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
-
-    def __post_init__(self) -> None:
-        if self.prediction not in PREDICTIONS:
-            accepted = ", ".join(PREDICTIONS)
-            raise ValueError(f"prediction: {self.prediction!r} is not one of {accepted}.")
-        for width, heads in (
-            ("width", "num_heads"),
-            ("pixel_attention_width", "pixel_num_heads"),
-        ):
-            channels, num = getattr(self, width), getattr(self, heads)
-            if channels % (4 * num):
-                raise ValueError(
-                    f"{width}: {channels} must be a multiple of 4 x {heads} = {4 * num}, so that "
-                    "each head turns whole pairs of channels by row and by column."
-                )
-        for width, heads in (
-            (self.width, self.num_heads),
-            (self.pixel_attention_width, self.pixel_num_heads),
-        ):
-            if self.rope_reference is not None and width // heads == 4:
-                raise ValueError(
-                    "rope_reference: NTK scaling is not defined for heads of 4 channels; set it to "
-                    "null or take fewer heads."
-                )
-        if self.pixel_width % 4:
-            raise ValueError(f"pixel_width: {self.pixel_width} must be a multiple of 4.")
-
-
-class Condition(NamedTuple):
-    """Everything about a sample that no sampling step changes; `PiD.condition` makes it.
-
-    Attributes:
-        text: text tokens (B, L, D), None without a text stream.
-        features: adapter features (B, N, D), one an injection; empty without latents.
-        openness: what `SigmaGate.openness` says of each feature.
-        joint_table: rotations of text and patches for the patch blocks.
-        pixel_table: rotations of patches for the pixel blocks.
-        columns, rows: the pixels' sine-cosine positions, (W, C/2) and (H, C/2).
-        rgb: the adapter's low-resolution image (B, 3, H/scale, W/scale) when asked for.
-    """
-
-    text: Tensor | None
-    features: tuple[Tensor, ...]
-    openness: tuple[Tensor, ...]
-    joint_table: Table
-    pixel_table: Table
-    columns: Tensor
-    rows: Tensor
-    rgb: Tensor | None = None
-
-
-class TextEmbedding(nn.Module):
-    """Caption features to text tokens: Linear, RMSNorm, plus learned positions."""
-
-    def __init__(self, text_width: int, width: int, length: int, learned_null: bool) -> None:
-        super().__init__()
-        self.length = length
-        self.linear = nn.Linear(text_width, width)
-        self.norm = RMSNorm(width)
-        self.position = nn.Parameter(torch.zeros(1, length, width))
-        self.null = nn.Parameter(torch.zeros(1, length, text_width)) if learned_null else None
-
-    def forward(self, features: Tensor | None, keep: Tensor | None, batch_size: int) -> Tensor:
-        """Features (B, L, D_text), kept where `keep` (B,) is true, to tokens (B, L, D)."""
-        if features is None:
-            features = self._null().expand(batch_size, -1, -1)
-        elif keep is not None:
-            features = features[:, : self.length]
-            null = self._null()[:, : features.shape[1]]
-            features = torch.where(keep[:, None, None], features, null)
-        features = features[:, : self.length].to(self.linear.weight.dtype)
-        tokens = self.norm(self.linear(features))
-        return tokens + self.position[:, : tokens.shape[1]].to(tokens.dtype)
-
-    def _null(self) -> Tensor:
-        if self.null is None:
-            raise ValueError(
-                "text: this network has no learned null; give text features, for no caption "
-                "those of an empty or negative prompt."
-            )
-        return self.null
 
 
 class PiD(nn.Module):
@@ -347,26 +222,11 @@ class PiD(nn.Module):
         )
 
     def _tables(self, height: int, width: int, text: Tensor | None) -> tuple:
-        """Rotations and positions of an output size; see `Condition`."""
-        config, device, dtype = self.config, self.out.weight.device, self.dtype
-        grid = (height // config.patch_size, width // config.patch_size)
-        reference = config.rope_reference
-        if reference is not None:
-            reference = tuple(side / config.patch_size for side in reference)
-        head_dim = config.width // config.num_heads
-        joint = rope.patch_angles(*grid, head_dim, reference, device)
-        if text is not None:
-            joint = torch.cat((rope.text_angles(text.shape[1], head_dim, device), joint))
-        pixel_head_dim = config.pixel_attention_width // config.pixel_num_heads
-        pixel = rope.patch_angles(*grid, pixel_head_dim, reference, device)
+        device, dtype = self.out.weight.device, self.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        return (
-            rope.rotation(joint, dtype),
-            rope.rotation(pixel, dtype),
-            _sine_cosine(width, config.pixel_width // 2, device).to(dtype),
-            _sine_cosine(height, config.pixel_width // 2, device).to(dtype),
-        )
+        length = 0 if text is None else text.shape[1]
+        return position_tables(self.config, height, width, length, device, dtype)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The velocity at `x_t`.
@@ -456,12 +316,3 @@ class PiD(nn.Module):
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
-
-
-def _sine_cosine(length: int, width: int, device: torch.device) -> Tensor:
-    """Fixed positions (length, width) in fp64: `[sin, cos]` at `10000^(-i/(width/2))`."""
-    num = width // 2
-    steps = torch.arange(num, dtype=torch.float64, device=device)
-    positions = torch.arange(length, dtype=torch.float64, device=device)
-    angles = positions[:, None] * 10_000.0 ** (-steps / num)
-    return torch.cat((angles.sin(), angles.cos()), dim=-1)

@@ -30,6 +30,14 @@ class Discriminator(nn.Module):
             for _ in range(num_taps)
         )
 
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Uniform within one over the square root of a convolution's inputs, torch's default."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                bound = module.weight[0].numel() ** -0.5
+                nn.init.uniform_(module.weight, -bound, bound, generator=generator)
+                nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Features (B, D, H/P, W/P), one a tap, to logits (B, taps)."""
         logits = [
