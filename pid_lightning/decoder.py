@@ -290,6 +290,7 @@ class PiDDecoder:
                 latents.to(self.device),
                 sigma,
                 student_times=self.info.student_times,
+                time_shift=self.info.time_shift,
                 steps=steps,
                 text=text,
                 null_text=null_text,

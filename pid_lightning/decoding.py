@@ -22,6 +22,7 @@ def decode_latents(
     latent_sigma: Tensor,
     *,
     student_times: Sequence[float] | None,
+    time_shift: float | None = None,
     steps: int | None = None,
     text: Tensor | None = None,
     null_text: Tensor | None = None,
@@ -39,6 +40,7 @@ def decode_latents(
         latent_sigma: noise level (B,) of each.
         student_times: of a distilled student, sampled in few steps; None for a teacher, sampled
             by the solver.
+        time_shift: of a teacher's solver, the one of its training; None follows the size.
         steps: network evaluations; None is all of a student's times or a teacher's 25.
         text: caption features (B, L, D_text); None is the learned null.
         null_text: features of the empty or negative prompt for guidance; None likewise.
@@ -84,7 +86,7 @@ def decode_latents(
     else:
         # The schedule of the size that the network sees, which was that of its training.
         seen = (height, width) if tiles is None else tiles.shape
-        shift = flow.resolution_shift(*seen)
+        shift = flow.resolution_shift(*seen) if time_shift is None else time_shift
         x0 = sampling.sample_solver(
             velocity,
             noise,

@@ -36,6 +36,7 @@ class ModelInfo:
         latent_sigma_max: highest noise level of the latents it was trained on.
         noise_frame: frame of that noise, see `noising.add_latent_noise`.
         student_times: times of a distilled student; None for a teacher.
+        time_shift: shift of the training times, the solver's too; None follows the size.
         config: sizes of the network.
     """
 
@@ -50,6 +51,7 @@ class ModelInfo:
     noise_frame: str
     student_times: tuple[float, ...] | None
     config: PiDConfig
+    time_shift: float | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """As plain values, for JSON and for `weights_only` checkpoints."""

@@ -242,7 +242,8 @@ def test_saved_models_come_back_by_every_name(tmp_path: Path, monkeypatch) -> No
     for name in (tmp_path / "folder", file, str(file), "small"):
         found = PiDDecoder.from_pretrained(name)
         assert found.info == decoder.info
-        assert torch.equal(decode(found, latents), expected)
+        # Not bit for bit: weights mapped from a file are aligned otherwise, and sums round with it.
+        torch.testing.assert_close(decode(found, latents), expected, rtol=0, atol=1e-5)
     assert PiDDecoder.from_pretrained(file, torch.bfloat16).dtype == torch.bfloat16
     told = json.loads((tmp_path / "folder" / hub.CONFIG_FILE).read_text())
     assert ModelInfo.from_plain(told) == decoder.info

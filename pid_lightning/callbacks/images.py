@@ -132,6 +132,7 @@ class DistillationGrids(PictureGrids):
                 clean,
                 latent_sigma,
                 student_times=None,
+                time_shift=module.training_settings.time_shift,
                 steps=steps,
                 text=text,
                 generator=test_generators(module, "pixels", numbers),

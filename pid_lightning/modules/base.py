@@ -107,6 +107,7 @@ class PiDModule(LightningModule):
             noise_frame=self.training_settings.noise_frame,
             student_times=self.student_times,
             config=self.denoiser.config,
+            time_shift=self.training_settings.time_shift,
         )
 
     @property
@@ -341,6 +342,7 @@ class PiDModule(LightningModule):
             latents,
             latent_sigma,
             student_times=self.student_times,
+            time_shift=self.training_settings.time_shift,
             steps=self.evaluation.steps if steps is None else steps,
             text=text,
             null_text=null_text,

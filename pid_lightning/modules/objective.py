@@ -121,7 +121,9 @@ class FlowMatching:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, its named parts) of `denoiser` on `sample`."""
         settings, x0 = module.training_settings, sample.x0
-        shift = settings.time_shift or flow.resolution_shift(*x0.shape[-2:])
+        shift = settings.time_shift
+        if shift is None:
+            shift = flow.resolution_shift(*x0.shape[-2:])
         scalars = sample_generators(settings.seed, f"{purpose} times", sample.numbers)
         t = torch.cat([flow.sample_times(1, shift, generator) for generator in scalars])
         t = t.to(x0.device)

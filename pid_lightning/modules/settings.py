@@ -20,8 +20,8 @@ class Training:
         warmup_steps: optimiser steps over which the learning rate rises linearly from 0.
         decay_steps: optimiser steps at which a cosine from the end of warm-up reaches 0; null
             keeps the learning rate constant. Set it to the length of the whole run.
-        time_shift: shift of the training times; null derives it from the output's size
-            (`flow.resolution_shift`).
+        time_shift: shift of the training times and of the teacher's solver; null derives it from
+            the output's size (`flow.resolution_shift`).
         latent_sigma_max: highest noise level of the latents.
         latent_sigma_probability: share of samples with noisy latents.
         noise_frame: frame of that noise, ``"flow"`` or ``"variance_preserving"`` (SDXL).
