@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -159,6 +160,12 @@ class PiDModule(LightningModule):
             new,
             "adapter and gates" if new else "none",
         )
+
+    def on_fit_start(self) -> None:
+        """Log what the run is as hyper-parameters, plain values."""
+        if self.logger is not None:
+            told = self.info.to_plain() | {"training": dataclasses.asdict(self.training_settings)}
+            self.logger.log_hyperparams(told)
 
     # Checkpoints: no frozen networks, self-describing, checked before they are loaded.
 
