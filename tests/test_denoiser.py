@@ -564,3 +564,16 @@ def with_null(case: Case) -> PiD:
     null = torch.randn(1, config.text_length, config.text_width, dtype=torch.float64)
     network.load_state_dict({**released.state_dict(), "text_embedding.null": null})
     return network
+
+
+def test_attention_by_rows_is_softmax_attention() -> None:
+    """The CPU's way in bf16 loses no more than bf16's own rounding of scores and weights."""
+    from pid_lightning.nn.layers import _attend_by_rows
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 150, 12, generator=generator).bfloat16() for _ in range(3))
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    error = (_attend_by_rows(q, k, v) - exact).norm() / exact.norm()
+    assert error < 2**-7
+    in_full = _attend_by_rows(q.double(), k.double(), v.double())
+    torch.testing.assert_close(in_full, exact, rtol=1e-12, atol=1e-12)
