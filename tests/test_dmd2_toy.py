@@ -78,7 +78,6 @@ def train_teacher(generator: torch.Generator) -> ToyDenoiser:
     ("student_input", "num_batches", "judged_steps"),
     [
         ("rollout", 1000, (1,)),
-        pytest.param("rollout", 4000, (1, 4), marks=pytest.mark.slow),
         pytest.param("noised_data", 4000, (1, 4), marks=pytest.mark.slow),
     ],
 )
