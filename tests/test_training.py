@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -204,3 +205,26 @@ def test_output_size_that_is_no_whole_number_of_latents_is_refused(tmp_path: Pat
     data.image_size = 100
     with pytest.raises(ValueError, match="100 x 100 is not a multiple of 16"):
         tiny.trainer(tmp_path, 1).fit(tiny.module(), data)
+
+
+def test_what_shapes_do_not_show_is_told(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fitted = tiny.module(prediction="x0")
+    fitted.init_from = str(run)
+    with caplog.at_level(logging.WARNING):
+        tiny.trainer(tmp_path, 0).fit(fitted, tiny.data())
+    assert "another prediction: velocity, here x0" in caplog.text
+    assert fitted.student_times is None
+
+
+def test_a_student_given_as_init_from_is_judged_with_its_own_steps(
+    run: Path, tmp_path: Path
+) -> None:
+    denoiser, info = weights.load_model(run)
+    student = dataclasses.replace(info, student_times=(0.9, 0.5))
+    weights.save_model(denoiser, student, tmp_path / "student.safetensors", torch.float32)
+    judged = tiny.module()
+    judged.init_from = str(tmp_path / "student.safetensors")
+    tiny.trainer(tmp_path, 0).test(judged, tiny.data(), verbose=False)
+    assert judged.student_times == (0.9, 0.5)

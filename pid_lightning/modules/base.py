@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import time
 from pathlib import Path
@@ -18,13 +17,12 @@ from pid_lightning import weights
 from pid_lightning.decoding import decode_latents, trained_tile
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.modules.evaluation import Report
+from pid_lightning.modules.initialisation import initialise_from
 from pid_lightning.modules.objective import FlowMatching, Objective, draw_sample
 from pid_lightning.modules.prediction import PredictionWriter
 from pid_lightning.modules.settings import Evaluation, Training
 from pid_lightning.nn import PiD, PiDConfig
 from pid_lightning.text import NoText, TextEncoder
-
-log = logging.getLogger(__name__)
 
 # Submodules whose weights come from elsewhere: they never enter checkpoints.
 FROZEN = ("encoder.", "text_encoder.", "teacher.")
@@ -120,7 +118,7 @@ class PiDModule(LightningModule):
         """Check sizes, then bring pretrained weights: everything that can fail, before the work."""
         self.prepare(self.trainer.datamodule, stage)
         if self.init_from is not None and self.trainer.ckpt_path is None:
-            self._initialise_from(self.init_from)
+            initialise_from(self, self.init_from)
 
     def prepare(self, data: Any, stage: str) -> None:
         """The part of `setup` that needs no trainer: the command line does it before it opens data.
@@ -134,32 +132,6 @@ class PiDModule(LightningModule):
             self.image_size = data.image_size
         self.encoder.load()
         self.text_encoder.load()
-
-    def _initialise_from(self, path: str) -> None:
-        source, info = weights.load_model(path)
-        taken = source.state_dict()
-        ours = self.denoiser.state_dict()
-        if info.latent_space != self.encoder.latent_space or info.scale != self.scale:
-            new = ("adapter.", "gates.")
-            taken = {k: v for k, v in taken.items() if not k.startswith(new)}
-            ours = {k: v for k, v in ours.items() if not k.startswith(new)}
-        odd = sorted(ours.keys() ^ taken.keys())
-        odd += [k for k in ours if k in taken and ours[k].shape != taken[k].shape]
-        if odd:
-            told = "; ".join(self.info.differences(info)) or odd[0]
-            raise ValueError(f"init_from: {path} is of another network ({told}).")
-        self.denoiser.load_state_dict(taken, strict=False)
-        if self.image_size is None:
-            self.image_size = info.image_size
-        new = len(self.denoiser.state_dict()) - len(taken)
-        log.info(
-            "init_from %s: took %d tensors (%s), %d are new (%s)",
-            path,
-            len(taken),
-            "backbone and adapter" if not new else "backbone",
-            new,
-            "adapter and gates" if new else "none",
-        )
 
     def on_fit_start(self) -> None:
         """Log what the run is as hyper-parameters, plain values."""
