@@ -10,6 +10,7 @@ import torch
 
 from pid_lightning.nn import AdapterConfig, LatentAdapter, PiD, PiDConfig, SigmaGate
 
+CLEAN = torch.zeros(1)
 V1 = AdapterConfig(width=8, num_res_blocks=2)
 V15 = AdapterConfig(
     width=8,
@@ -56,7 +57,7 @@ def test_features_lie_on_the_patch_grid(
     channels: int, stride: int, scale: int, grid: tuple[int, int], patches: tuple[int, int]
 ) -> None:
     adapter = random_adapter(V1, channels, stride, scale)
-    features, rgb = adapter(torch.randn(2, channels, *grid, dtype=torch.float64))
+    features, rgb = adapter(torch.randn(2, channels, *grid, dtype=torch.float64), torch.zeros(2))
     assert rgb is None
     assert [tuple(f.shape) for f in features] == [(2, math.prod(patches), 12)] * 3
 
@@ -66,7 +67,7 @@ def test_upsampling_repeats_cells() -> None:
     twice = random_adapter(V1, 4, 8, 4)
     once = same_weights(twice, random_adapter(V1, 4, 8, 2))
     repeated = latents.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    for a, b in zip(twice(latents)[0], once(repeated)[0], strict=True):
+    for a, b in zip(twice(latents, CLEAN)[0], once(repeated, CLEAN)[0], strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 
@@ -75,7 +76,9 @@ def test_folding_orders_channel_row_column() -> None:
     folded = random_adapter(V1, 4, 8, 1)
     equal = same_weights(folded, random_adapter(V1, 16, 8, 2))
     cells = latents.view(1, 4, 3, 2, 2, 2).permute(0, 1, 3, 5, 2, 4)  # (1, c, p, q, h, w)
-    for a, b in zip(folded(latents)[0], equal(cells.reshape(1, 16, 3, 2))[0], strict=True):
+    for a, b in zip(
+        folded(latents, CLEAN)[0], equal(cells.reshape(1, 16, 3, 2), CLEAN)[0], strict=True
+    ):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 
@@ -85,7 +88,7 @@ def test_unpacking_is_the_inverse_of_flux2s_packing() -> None:
     plain = random_adapter(V1, 4, 8, 4)
     unpacking = dataclasses.replace(V1, unpack=2)
     unpacking = same_weights(plain, random_adapter(unpacking, 16, 16, 4))
-    for a, b in zip(unpacking(packed)[0], plain(latents)[0], strict=True):
+    for a, b in zip(unpacking(packed, CLEAN)[0], plain(latents, CLEAN)[0], strict=True):
         assert torch.equal(a, b)
 
 
@@ -96,7 +99,7 @@ def test_replicate_padding_sees_no_edge() -> None:
     spread = {}
     for padding in ("zeros", "replicate"):
         config = dataclasses.replace(V1, padding=padding)
-        feature = random_adapter(config, 4, 8, 2)(latents)[0][0]
+        feature = random_adapter(config, 4, 8, 2)(latents, CLEAN)[0][0]
         spread[padding] = float((feature - feature[:, 12:13]).abs().max())  # the middle of 25
     assert spread["replicate"] < 1e-10
     assert spread["zeros"] > 1e-3
@@ -105,13 +108,13 @@ def test_replicate_padding_sees_no_edge() -> None:
 def test_rgb_head_reads_the_named_block() -> None:
     latents = torch.randn(2, 4, 2, 3, dtype=torch.float64)
     end = random_adapter(V15, 4, 8, 4)
-    expected = end(latents, with_rgb=True)[1]
+    expected = end(latents, CLEAN, with_rgb=True)[1]
     assert expected.shape == (2, 3, 16, 24)  # the encoder's input: latents x stride
     for block, same in ((2, True), (1, False)):
         config = dataclasses.replace(V15, rgb_head_block=block)
-        rgb = same_weights(end, random_adapter(config, 4, 8, 4))(latents, with_rgb=True)[1]
+        rgb = same_weights(end, random_adapter(config, 4, 8, 4))(latents, CLEAN, with_rgb=True)[1]
         assert torch.equal(rgb, expected) == same
-    assert end(latents)[1] is None
+    assert end(latents, CLEAN)[1] is None
 
 
 # ------------------------------------------------------------------ the sigma gate
@@ -168,6 +171,45 @@ def test_alpha_is_exact_under_autocast_and_in_bf16() -> None:
     assert torch.equal(openness.bfloat16(), exact.bfloat16())
 
 
+# ------------------------------------------------------- beyond the published adapters
+
+
+@torch.no_grad()
+def test_only_learned_upsampling_tells_the_patches_of_a_cell_apart() -> None:
+    """Far from any change of the latents a repeated cell looks the same to all its patches."""
+    latents = torch.full((1, 4, 7, 7), 0.7, dtype=torch.float64)
+    for upsampling, differ in (("nearest", False), ("shuffle", True)):
+        config = dataclasses.replace(V1, padding="replicate", upsampling=upsampling)
+        features = random_adapter(config, 4, 8, 4)(latents, CLEAN)[0][0]
+        cell = features.view(14, 14, 12)[6:8, 6:8]  # the four patches of the middle cell
+        assert bool((cell - cell[:1, :1]).abs().max() > 1e-3) == differ
+
+
+@torch.no_grad()
+def test_learned_upsampling_moves_with_the_latents() -> None:
+    """Shifted by one cell, the features are those of the patches one cell further."""
+    config = dataclasses.replace(V1, num_res_blocks=0, upsampling="shuffle")
+    adapter = random_adapter(config, 4, 8, 4)
+    latents = torch.randn(1, 4, 9, 9, dtype=torch.float64)
+    here, there = (
+        adapter(z, CLEAN)[0][0].view(18, 18, 12)
+        for z in (latents, latents.roll((1, 1), dims=(2, 3)))
+    )
+    assert torch.allclose(here[6:10, 6:10], there[8:12, 8:12], rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("upsampling", ["nearest", "shuffle"])
+def test_only_a_sigma_plane_tells_the_adapter_the_noise_level(upsampling: str) -> None:
+    latents, sigma = torch.randn(2, 4, 3, 3, dtype=torch.float64), torch.tensor([0.0, 0.6])
+    for sigma_plane in (False, True):
+        config = dataclasses.replace(V1, upsampling=upsampling, sigma_plane=sigma_plane)
+        adapter = random_adapter(config, 4, 8, 4)
+        told, clean = adapter(latents, sigma)[0][0], adapter(latents, torch.zeros(2))[0][0]
+        assert torch.equal(told[0], clean[0])
+        assert torch.equal(told[1], clean[1]) != sigma_plane
+
+
 # --------------------------------------------------------------- published sizes
 
 
@@ -212,7 +254,7 @@ def test_a_fresh_adapter_injects_nothing() -> None:
         latent_stride=8,
         scale=4,
     )
-    features, rgb = network.adapter(torch.randn(1, 4, 2, 2), with_rgb=True)
+    features, rgb = network.adapter(torch.randn(1, 4, 2, 2), torch.zeros(1), with_rgb=True)
     assert len(features) == len(network.gates) == 3  # before blocks 0 and 2, and the pixel blocks
     assert not any(feature.any() for feature in features)
     assert rgb.any()
@@ -226,6 +268,7 @@ def test_a_fresh_adapter_injects_nothing() -> None:
     [
         ({"gate": "sigma"}, r"^gate: 'sigma' is not one of channel, token\.$"),
         ({"padding": "reflect"}, r"^padding: 'reflect' is not one of zeros, replicate\.$"),
+        ({"upsampling": "bilinear"}, r"'bilinear' is not one of nearest, shuffle\.$"),
         ({"width": 10}, r"^adapter width: 10 must be a multiple of 4"),
         ({"num_res_blocks": 2, "rgb_head_block": 3}, r"^rgb_head_block: 3 must lie between 1 and"),
         ({"interval": 0}, r"interval: 0"),

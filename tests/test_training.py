@@ -185,6 +185,22 @@ def test_rgb_head_learns_the_low_resolution_image(tmp_path: Path) -> None:
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
+def test_rgb_head_stage_moves_the_adapter_alone(tmp_path: Path) -> None:
+    adapter = AdapterConfig(width=16, num_res_blocks=1, rgb_head=True)
+    training = Training(train="rgb_head", learning_rate=1e-2, warmup_steps=1)
+    fitted = tiny.module(training, adapter=adapter)
+    before = {name: p.detach().clone() for name, p in fitted.denoiser.named_parameters()}
+    tiny.fit(tmp_path, 2, fitted=fitted)
+    moved = {n for n, p in fitted.denoiser.named_parameters() if not torch.equal(p, before[n])}
+    own = {n for n in before if n.startswith("adapter.") and not n.startswith("adapter.heads.")}
+    assert moved == own
+
+
+def test_rgb_head_stage_needs_an_rgb_head() -> None:
+    with pytest.raises(ValueError, match="rgb_head needs an adapter with one, set denoiser"):
+        tiny.module(Training(train="rgb_head"))
+
+
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch) -> None:
     path, io = tmp_path / "last.ckpt", AtomicCheckpointIO()
     io.save_checkpoint({"step": 1}, path)

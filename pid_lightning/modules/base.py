@@ -19,6 +19,7 @@ from pid_lightning.encoders.base import Encoder
 from pid_lightning.modules.evaluation import Report
 from pid_lightning.modules.initialisation import initialise_from
 from pid_lightning.modules.objective import FlowMatching, Objective, draw_sample
+from pid_lightning.modules.optimizers import make_optimizer
 from pid_lightning.modules.prediction import PredictionWriter
 from pid_lightning.modules.settings import Evaluation, Training
 from pid_lightning.nn import PiD, PiDConfig
@@ -83,10 +84,7 @@ class PiDModule(LightningModule):
                 f"text: its features are {text.text_width} wide, but the denoiser's text_width is "
                 f"{needs}; set model.denoiser.text_width to {text.text_width}."
             )
-        if training.train == "adapter":
-            self.denoiser.requires_grad_(False)
-            self.denoiser.adapter.requires_grad_(True)
-            self.denoiser.gates.requires_grad_(True)
+        freeze_untrained(self.denoiser, training.train)
         self.register_load_state_dict_post_hook(_forgive_frozen)
 
     # What a file says of this model, and whether it fits.
@@ -129,6 +127,7 @@ class PiDModule(LightningModule):
         """
         if data is not None and stage != "predict":
             self.denoiser.check_size(data.image_size, data.image_size)
+        if data is not None and stage == "fit":
             self.image_size = data.image_size
         self.encoder.load()
         self.text_encoder.load()
@@ -274,13 +273,13 @@ class PiDModule(LightningModule):
             torch.nn.utils.clip_grads_with_norm_(learning, gradient_clip_val, norm)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """AdamW on everything of the denoiser that learns."""
+        """The chosen optimiser on everything of the denoiser that learns."""
         settings = self.training_settings
-        learning = [p for p in self.denoiser.parameters() if p.requires_grad]
-        return torch.optim.AdamW(
-            learning,
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
+        return make_optimizer(
+            self.denoiser,
+            settings.optimizer,
+            settings.learning_rate,
+            settings.weight_decay,
             fused=self.trainer.precision != "16-mixed",
         )
 
@@ -360,6 +359,27 @@ class PiDModule(LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Path]:
         """Decode pictures or latents; returns the files written."""
         return self.writer.write(batch)
+
+
+def freeze_untrained(denoiser: PiD, train: str) -> None:
+    """Leave gradients to the parts that `Training.train` names.
+
+    Raises:
+        ValueError: the RGB head is to be trained, and the adapter has none.
+    """
+    if train == "all":
+        return
+    denoiser.requires_grad_(False)
+    denoiser.adapter.requires_grad_(True)
+    if train == "adapter":
+        denoiser.gates.requires_grad_(True)
+    elif denoiser.adapter.rgb_head is None:
+        raise ValueError(
+            "training.train: rgb_head needs an adapter with one, set denoiser.adapter.rgb_head to "
+            "true."
+        )
+    else:
+        denoiser.adapter.heads.requires_grad_(False)
 
 
 def _forgive_frozen(module: PiDModule, incompatible: Any) -> None:

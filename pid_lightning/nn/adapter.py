@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 GATES = ("channel", "token")
 PADDINGS = ("zeros", "replicate")
+UPSAMPLINGS = ("nearest", "shuffle")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class AdapterConfig:
         rgb_head: training-only prediction of the low-resolution image (v1.5).
         rgb_head_block: the 1-based residual block that the RGB head reads; None is the end.
         unpack: side of the packing to undo first; FLUX.2's latents are packed 2 x 2 (v1.5).
+        upsampling: where a latent cell covers several patches, ``"nearest"`` repeats it (v1,
+            v1.5), so that what tells these patches apart has to be found in the neighbours;
+            ``"shuffle"`` learns a feature for each (sub-pixel convolution, arXiv 1609.05158).
+        sigma_plane: the noise level as one more channel of the latents. Published adapters have
+            to guess it and leave it to the gate; a small one cannot afford to.
     """
 
     width: int = 512
@@ -40,12 +46,17 @@ class AdapterConfig:
     rgb_head: bool = False
     rgb_head_block: int | None = None
     unpack: int = 1
+    upsampling: str = "nearest"
+    sigma_plane: bool = False
 
     def __post_init__(self) -> None:
         if self.gate not in GATES:
             raise ValueError(f"gate: {self.gate!r} is not one of {', '.join(GATES)}.")
         if self.padding not in PADDINGS:
             raise ValueError(f"padding: {self.padding!r} is not one of {', '.join(PADDINGS)}.")
+        if self.upsampling not in UPSAMPLINGS:
+            accepted = ", ".join(UPSAMPLINGS)
+            raise ValueError(f"adapter upsampling: {self.upsampling!r} is not one of {accepted}.")
         if self.interval < 1:
             raise ValueError(f"adapter interval: {self.interval} must be at least 1.")
         if self.width % 4:
@@ -163,12 +174,10 @@ class LatentAdapter(nn.Module):
         channels = latent_channels // config.unpack**2
         self.upsample, self.fold = _grid_ratio(scale, latent_stride // config.unpack, patch_size)
         channels *= self.fold**2
-
-        self.stem = nn.Sequential(
-            _conv(channels, config.width, config.padding),
-            nn.SiLU(),
-            _conv(config.width, config.width, config.padding),
-        )
+        self.sigma_plane = config.sigma_plane
+        self.stem = _stem(config, channels + config.sigma_plane, self.upsample)
+        if config.upsampling == "shuffle":
+            self.upsample = 1  # the stem does it
         self.res_blocks = nn.ModuleList(
             ResBlock(config.width, config.padding) for _ in range(config.num_res_blocks)
         )
@@ -196,19 +205,24 @@ class LatentAdapter(nn.Module):
         nn.init.zeros_(self.heads.bias)
 
     def forward(
-        self, latents: Tensor, with_rgb: bool = False
+        self, latents: Tensor, latent_sigma: Tensor, with_rgb: bool = False
     ) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """One pass.
 
         Args:
             latents: (B, C, h, w), normalised.
+            latent_sigma: noise level (B,) of the latents; only a sigma plane reads it.
             with_rgb: run the RGB head too, where there is one.
 
         Returns:
             One feature (B, N, D) an injection point, and the predicted low-resolution image
             (B, 3, H/scale, W/scale) in [-1, 1], or None.
         """
-        x = self.stem(self._to_patch_grid(latents))
+        x = self._to_patch_grid(latents)
+        if self.sigma_plane:
+            plane = latent_sigma.to(x.dtype).view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])
+            x = torch.cat((x, plane), dim=1)
+        x = self.stem(x)
         tapped = None
         for number, block in enumerate(self.res_blocks, start=1):
             x = block(x)
@@ -233,6 +247,21 @@ class LatentAdapter(nn.Module):
         return rearrange(
             pixels, "b h w (c p q) -> b c (h p) (w q)", p=self.rgb_side, q=self.rgb_side
         )
+
+
+def _stem(config: AdapterConfig, channels: int, ratio: int) -> nn.Sequential:
+    """The first convolutions, with learned upsampling by `ratio` between them where asked for."""
+    width = config.width
+    first = (_conv(channels, width, config.padding), nn.SiLU())
+    if config.upsampling == "nearest" or ratio == 1:
+        return nn.Sequential(*first, _conv(width, width, config.padding))
+    narrow = -(-width // ratio)
+    return nn.Sequential(
+        *first,
+        _conv(width, narrow * ratio**2, config.padding),
+        nn.PixelShuffle(ratio),
+        _conv(narrow, width, config.padding),
+    )
 
 
 def _conv(in_channels: int, out_channels: int, padding: str) -> nn.Conv2d:

@@ -164,7 +164,7 @@ class PiD(nn.Module):
         height, width = (side * self.latent_stride * self.scale for side in cells)
         self.check_size(height, width)
 
-        features, rgb = self.adapter(latents.to(self.dtype), with_rgb)
+        features, rgb = self.adapter(latents.to(self.dtype), latent_sigma, with_rgb)
         if keep_latents is not None:
             keep = keep_latents.view(-1, 1, 1)
             features = tuple(feature * keep for feature in features)
