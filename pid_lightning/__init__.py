@@ -20,12 +20,14 @@ _HOMES = {
     "LanguageModelText": "text",
     "NoText": "text",
     "PiD": "nn",
+    "PiDAutoencoder": "diffusers_vae",
     "PiDConfig": "nn",
     "PiDDecoder": "decoder",
     "PictureGrids": "callbacks",
     "SigLIPPiD": "modules",
     "Training": "modules",
     "VAEPiD": "modules",
+    "stop_early": "early_stop",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

@@ -54,6 +54,11 @@ class PiDCLI(LightningCLI):
         parser.add_argument(
             "--test_after_fit", type=bool, default=False, help="Test the run when its fit ends."
         )
+        parser.add_argument(
+            "--baseline",
+            type=str | None,
+            help="Short for --model.evaluation.baseline: Real-ESRGAN's file, for test to compare.",
+        )
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse, then read the checkpoint's start: Lightning opens it next, and tells no cure."""
@@ -68,6 +73,7 @@ class PiDCLI(LightningCLI):
         if self.subcommand is None:  # built from Python, nothing is run
             return
         config = self.config[self.subcommand]
+        _move_baseline(config)
         logger = config.trainer.logger
         folder = None
         if logger and not isinstance(logger, list) and "save_dir" in logger.init_args:
@@ -125,6 +131,23 @@ class PiDCLI(LightningCLI):
             self.trainer.test(self.model, self.datamodule, verbose=False)
             print(f"run      {self.trainer.log_dir}")
             print(f"curves   tensorboard --logdir {Path(self.trainer.log_dir).parent}")
+
+
+def _move_baseline(config: Any) -> None:
+    """Put ``--baseline`` where the model looks, so that a saved config says it once.
+
+    Raises:
+        ValueError: the model has no evaluation.
+    """
+    if config.baseline is None:
+        return
+    if "evaluation" not in config.model.init_args:
+        raise ValueError(
+            f"baseline: {config.model.class_path} decodes no latents to compare with it; leave it "
+            "out."
+        )
+    config.model.init_args.evaluation.baseline = config.baseline
+    config.baseline = None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,13 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pid_lightning.decoder import PiDDecoder
-from pid_lightning.encoders.vae_sources import SUPPORTED_CLASSES
-from pid_lightning.latent_spaces import (
-    LatentSpace,
-    autoencoder_kl_space,
-    flux2_space,
-    qwen_space,
-)
+from pid_lightning.latent_spaces import LatentSpace, space_of
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.vae import DecoderOutput
@@ -140,27 +134,6 @@ class PiDAutoencoder:
         decoder = self.pid_decoder
         decoder.to(device=fn(torch.empty(0, device=decoder.device)).device)
         return super()._apply(fn, recurse)
-
-
-def space_of(vae: nn.Module) -> LatentSpace:
-    """The latent space of a diffusers autoencoder, its weights loaded.
-
-    Raises:
-        ValueError: an autoencoder class that is not supported.
-    """
-    name = type(vae).__name__
-    if name == "AutoencoderKL":
-        return autoencoder_kl_space(vae.config)
-    if name == "AutoencoderKLQwenImage":
-        return qwen_space(vae.config)
-    if name == "AutoencoderKLFlux2":
-        stride = 2 ** len(vae.config.block_out_channels)  # the packing halves once more
-        mean, var = vae.bn.running_mean, vae.bn.running_var
-        return flux2_space(mean, var, vae.config.batch_norm_eps, stride)
-    raise ValueError(
-        f"vae: class {name} is not supported, its latent space is unknown: give one of "
-        f"{', '.join(SUPPORTED_CLASSES)}."
-    )
 
 
 def _check_same_space(vae: str, space: LatentSpace, decoder: PiDDecoder) -> None:

@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 # A picture's normalised latents have a standard deviation near 1. Below and above these bounds a
 # missing or doubled normalisation is likelier than an unusual picture.
 PLAUSIBLE_STD = (0.4, 1.8)
+
+# diffusers' autoencoders whose latent space is known.
+SUPPORTED_CLASSES = ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLQwenImage")
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,33 @@ def qwen_space(config: Mapping[str, Any]) -> LatentSpace:
     shift = tuple(config.get("latents_mean", QWEN_MEAN))
     scale = tuple(1 / s for s in config.get("latents_std", QWEN_STD))
     return _named(channels, stride, shift, scale, prefix="qwen")
+
+
+def space_of(vae: nn.Module) -> LatentSpace:
+    """The latent space of a diffusers autoencoder.
+
+    Args:
+        vae: `AutoencoderKL`, `AutoencoderKLFlux2` or `AutoencoderKLQwenImage`. FLUX.2's statistics
+            are read from its weights; on the meta device they are 0 and 1, the geometry is right.
+
+    Raises:
+        ValueError: an autoencoder class that is not supported.
+    """
+    name = type(vae).__name__
+    if name == "AutoencoderKL":
+        return autoencoder_kl_space(vae.config)
+    if name == "AutoencoderKLQwenImage":
+        return qwen_space(vae.config)
+    if name == "AutoencoderKLFlux2":
+        stride = 2 ** len(vae.config.block_out_channels)  # the packing halves once more
+        mean, var = vae.bn.running_mean, vae.bn.running_var
+        if mean.is_meta:
+            mean, var = [0.0] * len(mean), [1.0] * len(mean)
+        return flux2_space(mean, var, vae.config.batch_norm_eps, stride)
+    raise ValueError(
+        f"vae: class {name} is not supported, its latent space is unknown: give one of "
+        f"{', '.join(SUPPORTED_CLASSES)}."
+    )
 
 
 def warn_if_not_normalised(latents: Tensor, space: str = "") -> None:

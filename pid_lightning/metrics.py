@@ -17,12 +17,12 @@ from pid_lightning.pictures import reduce_picture, replaced_file
 
 # key of a row, heading in the terminal, how its value is printed
 _COLUMNS = (
-    ("method", "method", "{:.18}"),
+    ("method", "method", "{:.20}"),
     ("latent_sigma", "sigma", "{:.3g}"),
     ("psnr", "PSNR dB", "{:.2f}"),
     ("ssim", "SSIM", "{:.4f}"),
     ("lpips", "LPIPS", "{:.4f}"),
-    ("consistency", "consist. dB", "{:.2f}"),
+    ("consistency", "cons. dB", "{:.2f}"),
     ("seconds", "s/picture", "{:.3f}"),
     ("peak_mebibytes", "peak MiB", "{:.0f}"),
     ("num_pictures", "pictures", "{:d}"),

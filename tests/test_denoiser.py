@@ -530,7 +530,7 @@ def test_mistakes_are_told_in_one_sentence() -> None:
 
 def test_latents_that_make_half_patches_are_refused() -> None:
     network = make_case("v1_folded").network(torch.float32)
-    with pytest.raises(ValueError, match=r"12 x 20 is not a multiple of 8 \(patch_size\)"):
+    with pytest.raises(ValueError, match=r"12 x 20 is not a multiple of 8 \(patch_size and"):
         network.condition(torch.zeros(1, 4, 3, 5), torch.zeros(1), torch.zeros(1, 2, 6))
 
 

@@ -74,19 +74,32 @@ def train_teacher(generator: torch.Generator) -> ToyDenoiser:
     return teacher
 
 
+@torch.no_grad()
+def sample_finely(network: ToyDenoiser, noise: Tensor, num_steps: int = 200) -> Tensor:
+    """What the network's own flow makes of noise."""
+    x, times = noise, torch.linspace(1, 0, num_steps + 1)
+    for now, after in zip(times[:-1], times[1:], strict=True):
+        x = x + (after - now) * network(x, now.expand(len(x)), None)
+    return x
+
+
 @pytest.mark.parametrize(
-    ("student_input", "num_batches", "judged_steps"),
+    ("student_input", "num_batches", "largest_shares"),
     [
-        ("rollout", 1000, (1,)),
-        pytest.param("noised_data", 4000, (1, 4), marks=pytest.mark.slow),
+        ("rollout", 1200, {1: 0.15}),
+        pytest.param("rollout", 6000, {1: 0.05, 2: 0.15, 4: 0.5}, marks=pytest.mark.slow),
+        # Inputs that sampling never sees: the single step is learned, four steps hardly gain.
+        pytest.param("noised_data", 6000, {1: 0.15, 2: 0.2}, marks=pytest.mark.slow),
     ],
 )
-def test_students_match_the_distribution(
+def test_students_match_the_teachers_distribution(
     student_input: str,
     num_batches: int,
-    judged_steps: tuple[int, ...],
+    largest_shares: dict[int, float],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Energy distance to the teacher's distribution, as a share of the undistilled network's at
+    the same number of steps."""
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -94,7 +107,7 @@ def test_students_match_the_distribution(
         discriminator = Discriminator(WIDTH, 1)
     student, fake_score = copy.deepcopy(teacher), copy.deepcopy(teacher)
     teacher.requires_grad_(False)
-    dmd2 = DMD2("none", student_every=5, student_input=student_input, taps=(0,), r1_weight=1.0)
+    dmd2 = DMD2("none", student_every=10, student_input=student_input, taps=(0,), r1_weight=1.0)
     module = SimpleNamespace(
         denoiser=student,
         fake_score=fake_score,
@@ -104,7 +117,8 @@ def test_students_match_the_distribution(
         trainer=SimpleNamespace(global_step=0),
     )
     critics = [*fake_score.parameters(), *discriminator.parameters()]
-    optimizers = torch.optim.Adam(student.parameters(), 5e-4), torch.optim.Adam(critics, 2e-3)
+    optimizers = torch.optim.Adam(student.parameters(), 2e-3), torch.optim.Adam(critics, 2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[0], num_batches // 10)
     batch_size = 128
     # One stream for all draws: a generator a sample, as in a run, would take most of the time.
     monkeypatch.setattr(dmd2, "_noise", lambda *_: torch.randn(x0.shape, generator=generator))
@@ -131,17 +145,20 @@ def test_students_match_the_distribution(
             loss, _ = chosen(module, sample)
             loss.backward()
             optimizers[not is_student].step()
-        dmd2.num_student_updates += is_student
+        if is_student:
+            schedule.step()
+            dmd2.num_student_updates += 1
 
-    real, noise = draw_points(2000, generator), torch.randn(2000, 3, 1, 1, generator=generator)
-    for steps in judged_steps:
+    noise, other_noise = torch.randn(2, 3000, 3, 1, 1, generator=generator)
+    target = sample_finely(teacher, noise)
+    for steps, largest_share in largest_shares.items():
         with torch.no_grad():
             before, after = (
                 energy_distance(
-                    real,
+                    target,
                     sampling.sample_few_steps(
                         lambda x, t, network=network: network(x, t, None),
-                        noise,
+                        other_noise,
                         steps,
                         torch.Generator().manual_seed(1),
                     ),
@@ -149,4 +166,4 @@ def test_students_match_the_distribution(
                 for network in (teacher, student)
             )
         print(f"{student_input} {steps} steps: {before:.4f} undistilled, {after:.4f} distilled")
-        assert after < (0.15 if steps == 1 else 0.9) * before
+        assert after < largest_share * before

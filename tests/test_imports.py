@@ -38,6 +38,9 @@ PLAIN_TORCH = (
     "weights",
     "encoders",
     "latent_spaces",
+    "decoder",
+    "diffusers_vae",
+    "early_stop",
 )
 LAZY = ("timm", "open_clip", "transformers", "datasets", "diffusers", "torchmetrics")
 # What the method's own files may import at their head; the rest only inside functions.

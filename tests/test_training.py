@@ -185,6 +185,18 @@ def test_rgb_head_learns_the_low_resolution_image(tmp_path: Path) -> None:
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
+def test_mixed_precision_keeps_the_encoder_in_bf16(tmp_path: Path) -> None:
+    exact = tiny.module()
+    exact.encoder.load()
+    fitted = tiny.fit(tmp_path, 1, precision="bf16-mixed")
+    assert {p.dtype for p in fitted.encoder.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in fitted.denoiser.parameters()} == {torch.float32}
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    ours, theirs = fitted.encoder.encode(images), exact.encoder.encode(images)
+    assert ours.dtype == torch.float32
+    assert (ours - theirs).std() < 0.02 * theirs.std()
+
+
 def test_rgb_head_stage_moves_the_adapter_alone(tmp_path: Path) -> None:
     adapter = AdapterConfig(width=16, num_res_blocks=1, rgb_head=True)
     training = Training(train="rgb_head", learning_rate=1e-2, warmup_steps=1)
@@ -219,7 +231,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch)
 def test_output_size_that_is_no_whole_number_of_latents_is_refused(tmp_path: Path) -> None:
     data = tiny.data()
     data.image_size = 100
-    with pytest.raises(ValueError, match="100 x 100 is not a multiple of 16"):
+    with pytest.raises(ValueError, match="100 x 100 is not a multiple of 32"):
         tiny.trainer(tmp_path, 1).fit(tiny.module(), data)
 
 

@@ -18,12 +18,7 @@ from pid_lightning.encoders.pretrained import (
     warn_random_weights,
 )
 from pid_lightning.encoders.vae_sources import KNOWN_VAES, VAESource, find_vae
-from pid_lightning.latent_spaces import (
-    LatentSpace,
-    autoencoder_kl_space,
-    flux2_space,
-    qwen_space,
-)
+from pid_lightning.latent_spaces import LatentSpace, space_of
 
 
 def build_vae_encoder(vae: str = "bundled", pretrained: bool = True) -> Encoder:
@@ -68,17 +63,17 @@ class VAEEncoder(Encoder):
             )
         if not pretrained:
             warn_random_weights(f"autoencoder {vae!r}")
-        space = self._describe_space()
-        self.latent_channels = space.channels
-        self.latent_stride = space.stride
-        self.latent_space = space.name
+        self._space = space_of(self.network)
+        self.latent_channels = self._space.channels
+        self.latent_stride = self._space.stride
+        self.latent_space = self._space.name
         self.requires_grad_(False).eval()
 
     @property
     def space(self) -> LatentSpace:
         """The space of the latents; FLUX.2's is read from the statistics in the network."""
         check_loaded(self.network, None, self.vae)
-        return self._describe_space()
+        return self._space
 
     def load(self) -> None:
         """Bring the pretrained weights through diffusers' `from_pretrained`.
@@ -110,6 +105,7 @@ class VAEEncoder(Encoder):
                 f"The weights in {location} do not fit their own configuration: {len(wrong)} "
                 f"tensors are missing, left over or of another shape, the first {wrong[0]!r}."
             )
+        self._space = space_of(network)  # now: a bfloat16 encoder keeps float32 statistics
         current = next(self.network.parameters())
         device = None if current.is_meta else current.device
         self.network = network.to(device=device, dtype=current.dtype).requires_grad_(False).eval()
@@ -147,18 +143,6 @@ class VAEEncoder(Encoder):
     @property
     def _is_video(self) -> bool:
         return self.source.config["_class_name"] == "AutoencoderKLQwenImage"
-
-    def _describe_space(self) -> LatentSpace:
-        config = self.network.config
-        if self.source.config["_class_name"] == "AutoencoderKL":
-            return autoencoder_kl_space(config)
-        if self._is_video:
-            return qwen_space(config)
-        stride = 2 ** len(config.block_out_channels)  # one halving more than the blocks': packing
-        mean, var = self.network.bn.running_mean, self.network.bn.running_var
-        if mean.is_meta:  # geometry only: `space` is not to be had before `load`
-            mean, var = [0.0] * len(mean), [1.0] * len(mean)
-        return flux2_space(mean, var, config.batch_norm_eps, stride)
 
 
 def _diffusers_class(source: VAESource) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pid_lightning.encoders.pretrained import unreachable_weights
-from pid_lightning.latent_spaces import QWEN_MEAN, QWEN_STD
+from pid_lightning.latent_spaces import QWEN_MEAN, QWEN_STD, SUPPORTED_CLASSES
 
 # What SD3, FLUX.1 and SDXL share: the architecture of Stable Diffusion's autoencoder.
 _KL: Mapping[str, Any] = {
@@ -68,7 +68,6 @@ KNOWN_VAES: Mapping[str, VAESource] = {
         },
     ),
 }
-SUPPORTED_CLASSES = ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLQwenImage")
 
 
 def find_vae(vae: str) -> VAESource:

@@ -16,7 +16,7 @@ from torch import Tensor
 from pid_lightning import weights
 from pid_lightning.decoding import decode_latents, trained_tile
 from pid_lightning.encoders.base import Encoder
-from pid_lightning.modules.evaluation import Report
+from pid_lightning.modules.evaluation import Report, read_baseline
 from pid_lightning.modules.initialisation import initialise_from
 from pid_lightning.modules.objective import FlowMatching, Objective, draw_sample
 from pid_lightning.modules.optimizers import make_optimizer
@@ -115,6 +115,9 @@ class PiDModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Check sizes, then bring pretrained weights: everything that can fail, before the work."""
         self.prepare(self.trainer.datamodule, stage)
+        if self.trainer.precision == "bf16-mixed":  # multiplied so in any case, and half the size
+            self.encoder.bfloat16()
+            self.text_encoder.bfloat16()
         if self.init_from is not None and self.trainer.ckpt_path is None:
             initialise_from(self, self.init_from)
 
@@ -122,18 +125,23 @@ class PiDModule(LightningModule):
         """The part of `setup` that needs no trainer: the command line does it before it opens data.
 
         Raises:
-            ValueError: crops that are not whole patches and latent cells.
+            ValueError: crops that are not whole patches and latent cells, or a baseline that the
+                encoder or the file does not allow.
             OSError: pretrained weights that cannot be had.
         """
         if data is not None and stage != "predict":
             self.denoiser.check_size(data.image_size, data.image_size)
         if data is not None and stage == "fit":
             self.image_size = data.image_size
+        if stage in ("fit", "test"):  # a fit may end with a test: not hours later
+            read_baseline(self)
         self.encoder.load()
         self.text_encoder.load()
 
     def on_fit_start(self) -> None:
-        """Log what the run is as hyper-parameters, plain values."""
+        """Log what the run is as hyper-parameters, plain values; compile where asked for."""
+        if self.training_settings.compile:
+            self.denoiser.compile(dynamic=False)
         if self.logger is not None:
             told = self.info.to_plain() | {"training": dataclasses.asdict(self.training_settings)}
             self.logger.log_hyperparams(told)

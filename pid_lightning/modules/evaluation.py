@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from pid_lightning.noising import add_latent_noise
 from pid_lightning.pictures import enlarge_picture, picture_grid, reduce_picture, write_picture
 from pid_lightning.randomness import sample_generators
 from pid_lightning.sampling import draw_noise
+from pid_lightning.upscaling import Upscaler, read_upscaler, upscaler_label
 
 if TYPE_CHECKING:
     from pid_lightning.modules.base import PiDModule
@@ -48,6 +50,24 @@ def add_test_noise(
     return add_latent_noise(clean, eps, latent_sigma, frame), latent_sigma
 
 
+def read_baseline(module: PiDModule) -> Upscaler | None:
+    """What enlarges native decodes in `test` besides bicubic interpolation, where there is one.
+
+    Raises:
+        ValueError: the encoder has no native decoder, or the file is of another network.
+        FileNotFoundError: the file is not there.
+    """
+    path = module.evaluation.baseline
+    if path is None:
+        return None
+    if not module.encoder.has_decoder:
+        raise ValueError(
+            f"evaluation.baseline: {module.encoder.latent_space} latents have no native decoder "
+            "whose pictures Real-ESRGAN could enlarge; leave the baseline out."
+        )
+    return read_upscaler(path)
+
+
 class Report:
     """Measures of PiD and of the native decoder enlarged, at every noise level.
 
@@ -59,6 +79,8 @@ class Report:
         self.module = module
         lpips, missing = lpips_network(module.evaluation.lpips)
         self.metrics = PictureMetrics(lpips, missing).to(module.device)
+        upscaler = read_baseline(module)
+        self.upscaler = None if upscaler is None else upscaler.to(module.device)
         self.grid_rows: list[list[Tensor]] = []
 
     @property
@@ -76,19 +98,12 @@ class Report:
         decoded = []
         for sigma in module.evaluation.latent_sigmas:
             latents, latent_sigma = add_test_noise(module, clean, sigma, numbers)
+            generators = test_generators(module, "pixels", numbers)
             pictures = {}
-            with PeakMemory(x0.device) as measured:
-                pictures["PiD"] = module.decode(
-                    latents, latent_sigma, text, test_generators(module, "pixels", numbers)
-                )
-            costs = {"PiD": measured}
-            if module.encoder.has_decoder:
-                with PeakMemory(x0.device) as measured:
-                    native = module.encoder.decode(latents)
-                    pictures["native + bicubic"] = enlarge_picture(native, module.scale)
-                costs["native + bicubic"] = measured
-            for method, prediction in pictures.items():
-                cost = costs[method]
+            for method, decode in self._methods(latent_sigma, text, generators).items():
+                with PeakMemory(x0.device) as cost:
+                    prediction = decode(latents)
+                pictures[method] = prediction
                 self.metrics.update(
                     (method, sigma),
                     prediction,
@@ -101,6 +116,19 @@ class Report:
             decoded.append(pictures)
         self._remember(x0, low_resolution, decoded)
 
+    def _methods(
+        self, latent_sigma: Tensor, text: Tensor | None, generators: list[torch.Generator]
+    ) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Names in the table, and what makes pictures of latents: each from latents to the end."""
+        module, upscaler = self.module, self.upscaler
+        native, scale = module.encoder.decode, module.scale
+        methods = {"PiD": lambda z: module.decode(z, latent_sigma, text, generators)}
+        if module.encoder.has_decoder:
+            methods["native + bicubic"] = lambda z: enlarge_picture(native(z), scale)
+        if upscaler is not None:
+            methods[f"native + {upscaler_label(scale)}"] = lambda z: upscaler(native(z), scale)
+        return methods
+
     def _remember(self, x0: Tensor, low: Tensor, decoded: list[dict[str, Tensor]]) -> None:
         seen = enlarge_picture(low, self.module.scale)
         for i in range(min(len(x0), NUM_GRID_ROWS - len(self.grid_rows))):
@@ -111,6 +139,7 @@ class Report:
     def labels(self) -> list[str]:
         """Column names of the grid."""
         methods = ["PiD"] + ["native"] * self.module.encoder.has_decoder
+        methods += ["Real-ESRGAN"] * (self.upscaler is not None)
         sigmas = self.module.evaluation.latent_sigmas
         return ["input", *(f"{m} {s:g}" for m in methods for s in sigmas), "original"]
 
@@ -129,6 +158,9 @@ class Report:
         steps = self.module.evaluation.steps or "all trained"
         print(f"\n{format_table(rows)}\n")
         print(f"sampling steps: {steps}; columns of the grid: {', '.join(self.labels())}")
+        if self.upscaler is not None:
+            how = upscaler_label(self.module.scale)
+            print(f"baseline {self.module.evaluation.baseline}: native + {how}")
         print(f"table    {folder / 'metrics.csv'}")
         print(f"pictures {folder / 'test_grid.png'}")
 

@@ -34,6 +34,7 @@ class Training:
         latent_dropout: share of samples without latents; 1 trains an unconditional backbone.
         rgb_loss_weight: weight of the RGB head's loss where the adapter has one.
         activation_checkpointing: recompute blocks in the backward pass: slower, far less memory.
+        compile: compile the denoiser: a minute or two before the first step, then faster ones.
         seed: of every random number drawn in training and evaluation.
     """
 
@@ -51,6 +52,7 @@ class Training:
     latent_dropout: float = 0.0
     rgb_loss_weight: float = 0.8
     activation_checkpointing: bool = False
+    compile: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -91,6 +93,8 @@ class Evaluation:
         steps: sampling steps; null is a student's own number or 25 for a teacher.
         guidance_scale: of the teacher's text guidance; 1 is none.
         lpips: local file of LPIPS weights (.safetensors); null looks in torch's hub cache.
+        baseline: local file of Real-ESRGAN's 4x network; `test` then also reports the cascade of
+            native decoder and Real-ESRGAN.
         predict_sigma: noise level told for `predict`'s latents; 0 is clean.
     """
 
@@ -98,6 +102,7 @@ class Evaluation:
     steps: int | None = None
     guidance_scale: float = 1.0
     lpips: str | None = None
+    baseline: str | None = None
     predict_sigma: float = 0.0
 
     def __post_init__(self) -> None:

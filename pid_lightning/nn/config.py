@@ -53,6 +53,9 @@ class PiDConfig:
         if self.prediction not in PREDICTIONS:
             accepted = ", ".join(PREDICTIONS)
             raise ValueError(f"prediction: {self.prediction!r} is not one of {accepted}.")
+        for name in ("num_blocks", "num_pixel_blocks", "num_heads", "pixel_num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} must be at least 1.")
         for width, heads in (
             ("width", "num_heads"),
             ("pixel_attention_width", "pixel_num_heads"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -123,15 +124,13 @@ class PiD(nn.Module):
         Raises:
             ValueError: naming the side and what it must be a multiple of.
         """
-        for step, why in (
-            (self.config.patch_size, "patch_size"),
-            (self.scale * self.latent_stride, "scale x latent_stride"),
-        ):
-            if height % step or width % step:
-                raise ValueError(
-                    f"output size {height} x {width} is not a multiple of {step} ({why}); "
-                    f"take {max(height // step, 1) * step} x {max(width // step, 1) * step}."
-                )
+        step = math.lcm(self.config.patch_size, self.scale * self.latent_stride)
+        if height % step or width % step:
+            raise ValueError(
+                f"output size {height} x {width} is not a multiple of {step} (patch_size and "
+                "scale x latent_stride); take "
+                f"{max(height // step, 1) * step} x {max(width // step, 1) * step}."
+            )
 
     def condition(
         self,

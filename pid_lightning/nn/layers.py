@@ -13,6 +13,7 @@ from pid_lightning.nn.rope import rotate
 
 EPS = 1e-6
 CACHED_ROWS = 64
+MOST_KEPT_KEYS = 1024  # above, the scores kept for a backward pass take more than they save
 
 
 class RMSNorm(nn.Module):
@@ -52,15 +53,19 @@ class QKV(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Softmax attention of rotated q and k (B, heads, N, d), heads joined: (B, N, heads*d)."""
     q, k = rotate(q, table), rotate(k, table)
-    # Where torch has nothing fast: its kernel for bf16 on a CPU takes twice the time of this.
-    by_rows = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+    scores_fit = k.shape[2] <= MOST_KEPT_KEYS or not torch.is_grad_enabled()
+    # Where torch has nothing fast: its kernels for bf16 on a CPU take twice the time of this.
+    by_rows = q.device.type == "cpu" and q.dtype == torch.bfloat16 and scores_fit
     attended = _attend_by_rows(q, k, v) if by_rows else F.scaled_dot_product_attention(q, k, v)
     return rearrange(attended, "b h n d -> b n (h d)")
 
 
 def _attend_by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention, so few queries at a time that their scores stay in the cache."""
+    """Softmax attention, without gradient so few queries at a time that their scores stay in the
+    cache."""
     keys = (k * k.shape[-1] ** -0.5).transpose(-1, -2)
+    if torch.is_grad_enabled():
+        return (q @ keys).softmax(dim=-1) @ v
     rows = q.split(CACHED_ROWS, dim=2)
     return torch.cat([(part @ keys).softmax(dim=-1) @ v for part in rows], dim=2)
 
