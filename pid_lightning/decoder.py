@@ -156,7 +156,7 @@ class PiDDecoder:
 
     def compile(self) -> PiDDecoder:
         """Compile the network; each new size of output or tile compiles once more."""
-        self.denoiser.compile(dynamic=False)
+        self.denoiser.compile(dynamic=False, fullgraph=True)
         return self
 
     def release(self) -> None:

@@ -127,7 +127,8 @@ def blended_velocity(velocity_of: Callable[[Tile], Velocity], tiles: Tiles) -> V
         for tile in tiles:
             place = (..., tile.rows, tile.columns)
             weights = (tile.row_weights * tile.column_weights).to(x_t.device, x_t.dtype)
-            blended[place].addcmul_(velocity_of(tile)(x_t[place], t), weights)
+            # Contiguous, or a compiled network would compile again for every picture's strides.
+            blended[place].addcmul_(velocity_of(tile)(x_t[place].contiguous(), t), weights)
         return blended
 
     return velocity

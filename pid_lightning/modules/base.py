@@ -141,7 +141,7 @@ class PiDModule(LightningModule):
     def on_fit_start(self) -> None:
         """Log what the run is as hyper-parameters, plain values; compile where asked for."""
         if self.training_settings.compile:
-            self.denoiser.compile(dynamic=False)
+            self.denoiser.compile(dynamic=False, fullgraph=True)
         if self.logger is not None:
             told = self.info.to_plain() | {"training": dataclasses.asdict(self.training_settings)}
             self.logger.log_hyperparams(told)

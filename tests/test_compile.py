@@ -1,0 +1,52 @@
+"""Compiled networks: one graph a size, none again between steps, and the eager picture."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from pid_lightning import AdapterConfig, PiDDecoder
+
+TEXTLESS = AdapterConfig(width=16, num_res_blocks=1, inject_pixels=True, sigma_plane=True)
+
+
+def make_decoder() -> PiDDecoder:
+    """A student with nothing in it zero."""
+    module = tiny.module(adapter=TEXTLESS, prediction="x0")
+    module.student_times, module.image_size = (0.999, 0.866, 0.634, 0.342), 64
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for parameter in module.denoiser.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return PiDDecoder(module.denoiser, module.info)
+
+
+def draw_latents(rows: int, columns: int) -> torch.Tensor:
+    return torch.randn(1, 16, rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+def test_one_graph_a_size_whatever_the_steps_and_tiles() -> None:
+    torch._dynamo.reset()
+    decoder, counter = make_decoder(), CompileCounter()
+    latents = draw_latents(2, 2)
+    eager = decoder.decode(latents, seed=0, progress=False)
+    decoder.denoiser.compile(backend=counter, fullgraph=True, dynamic=False)
+    for steps in (4, 2, 1):
+        compiled = decoder.decode(latents, seed=0, steps=steps, progress=False)
+        if steps == 4:
+            assert torch.equal(compiled, eager)
+    assert counter.frame_count == 1
+    for size in ((4, 6), (3, 4), (5, 2)):  # tiles of one side are one size, whatever the picture
+        decoder.decode(draw_latents(*size), 0.3, seed=0, tile=64, progress=False)
+        assert counter.frame_count == 2
+
+
+@pytest.mark.slow
+def test_compiled_decodes_as_eager() -> None:
+    torch._dynamo.reset()
+    decoder, latents = make_decoder(), draw_latents(2, 3)
+    eager = decoder.decode(latents, seed=0, progress=False)
+    compiled = decoder.compile().decode(latents, seed=0, progress=False)
+    assert (compiled - eager).square().mean() < 1e-8
