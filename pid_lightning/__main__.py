@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-LIGHT_COMMANDS = ("decode", "export", "import")
+LIGHT_COMMANDS = ("bench", "decode", "export", "import")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""`pid decode`, `pid export` and `pid import`: commands that need no Lightning."""
+"""`pid decode`, `pid export`, `pid import`, `pid bench`: commands that need no Lightning."""
 
 from __future__ import annotations
 
@@ -145,6 +145,13 @@ def import_(arguments: Sequence[str]) -> None:
     )
 
 
+def bench(arguments: Sequence[str]) -> None:
+    """Time and memory of decoding and training, beside the floor that this machine sets."""
+    from pid_lightning.bench.command import bench
+
+    bench(arguments)
+
+
 def find_checkpoint(run: Path) -> Path:
     """The checkpoint of a run: itself, or the newest ``last.ckpt`` in a folder.
 
@@ -166,6 +173,7 @@ def _parser(command: str, description: str) -> ArgumentParser:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "bench": bench,
     "decode": decode,
     "export": export,
     "import": import_,

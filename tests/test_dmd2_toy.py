@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -78,7 +79,7 @@ def train_teacher(generator: torch.Generator) -> ToyDenoiser:
 def sample_finely(network: ToyDenoiser, noise: Tensor, num_steps: int = 200) -> Tensor:
     """What the network's own flow makes of noise."""
     x, times = noise, torch.linspace(1, 0, num_steps + 1)
-    for now, after in zip(times[:-1], times[1:], strict=True):
+    for now, after in itertools.pairwise(times):
         x = x + (after - now) * network(x, now.expand(len(x)), None)
     return x
 
