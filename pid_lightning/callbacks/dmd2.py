@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pid_lightning import flow, losses, sampling, weights
 from pid_lightning.callbacks.turns import Turns
+from pid_lightning.hub import find_model
 from pid_lightning.modules.base import PiDModule
 from pid_lightning.modules.objective import Sample
 from pid_lightning.nn import Condition, Discriminator, PiD
@@ -31,7 +32,7 @@ class DMD2(Callback):
     count the student's steps.
 
     Args:
-        teacher: checkpoint of a run of the same config, or a model file.
+        teacher: checkpoint of a run of the same config, a model file, a bundled name or a hub id.
         student_times: pixel times of the student's steps, from noise to clean.
         student_every: batches from one student step to the next.
         student_input: ``"rollout"``, the student's own steps from noise without gradient, or
@@ -98,7 +99,7 @@ class DMD2(Callback):
         """Attach the networks, early enough to be wrapped, moved, saved and restored."""
         if stage != "fit" or pl_module.objective is self:
             return
-        teacher, info = weights.load_model(self.teacher)
+        teacher, info = weights.load_model(find_model(self.teacher))
         self._check_teacher(info, pl_module)
         self._fingerprint = weights.fingerprint(teacher)
         pl_module.denoiser.load_state_dict(teacher.state_dict())

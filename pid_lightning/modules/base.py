@@ -42,7 +42,7 @@ class PiDModule(LightningModule):
         text: caption features; None conditions on a learned null.
         training: how it learns.
         evaluation: how it is sampled and judged.
-        init_from: a run's checkpoint or a model file to start from: everything of the same
+        init_from: a checkpoint, model file, bundled name or hub id to start from: all of the same
             family, of another family the backbone with a new adapter.
 
     Attributes:

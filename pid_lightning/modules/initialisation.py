@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from pid_lightning import weights
+from pid_lightning.hub import find_model
 
 if TYPE_CHECKING:
     from pid_lightning.modules.base import PiDModule
@@ -16,10 +17,15 @@ log = logging.getLogger(__name__)
 def initialise_from(module: PiDModule, path: str) -> None:
     """Start from another model: all of it in the same latent space and scale, else its backbone.
 
+    Args:
+        module: what starts.
+        path: a run's checkpoint, a model file, a folder, a bundled name or a hub id.
+
     Raises:
         ValueError: a backbone of other sizes, naming where they differ.
+        OSError: nothing of that name is here or on the hub.
     """
-    source, info = weights.load_model(path)
+    source, info = weights.load_model(find_model(path))
     taken = source.state_dict()
     ours = module.denoiser.state_dict()
     if info.latent_space != module.encoder.latent_space or info.scale != module.scale:
