@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from pid_lightning.callbacks.dmd2 import DMD2
 from pid_lightning.callbacks.last_checkpoint import LastCheckpoint
 from pid_lightning.checkpointing import AtomicCheckpointIO, find_last_checkpoint, read_checkpoint
 from pid_lightning.modules.base import PiDModule
@@ -113,6 +114,10 @@ class PiDCLI(LightningCLI):
         if path is not None and Path(path).is_file():
             self.model.check_checkpoint(read_checkpoint(path, mapped=True))
         self.model.prepare(self.datamodule, self.subcommand)
+        if self.subcommand == "fit":
+            for callback in self.trainer.callbacks:
+                if isinstance(callback, DMD2):  # opened again by its setup: once to be told now
+                    callback.open_teacher(self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add a last checkpoint, Ctrl-C included, and checkpoints that are written whole."""

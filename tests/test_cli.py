@@ -89,6 +89,7 @@ def forbid_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--trainer.strategy=fsdp"], "fsdp"),
         (["--model.vae=flux"], "'flux' (black-forest-labs/FLUX.1-schnell) cannot be had"),
         (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt does not exist"),
+        (["--trainer.callbacks+=DMD2", "--trainer.callbacks.teacher=no.ckpt"], "model no.ckpt was"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -99,14 +99,13 @@ class DMD2(Callback):
         """Attach the networks, early enough to be wrapped, moved, saved and restored."""
         if stage != "fit" or pl_module.objective is self:
             return
-        teacher, info = weights.load_model(find_model(self.teacher))
-        self._check_teacher(info, pl_module)
+        teacher = self.open_teacher(pl_module)
         self._fingerprint = weights.fingerprint(teacher)
         pl_module.denoiser.load_state_dict(teacher.state_dict())
         pl_module.fake_score = copy.deepcopy(pl_module.denoiser).requires_grad_(True)
         # From the run's seed, not torch's own: the same weights in every number of processes.
         seed = pl_module.training_settings.seed
-        pl_module.discriminator = Discriminator(info.config.width, len(self.taps))
+        pl_module.discriminator = Discriminator(teacher.config.width, len(self.taps))
         pl_module.discriminator.reset_parameters(*sample_generators(seed, "discriminator", [0]))
         pl_module.teacher = teacher.to(self.teacher_dtype).requires_grad_(False).eval()
         for network in (pl_module.denoiser, pl_module.fake_score):
@@ -115,7 +114,14 @@ class DMD2(Callback):
         pl_module.objective = self
         self.turns.take_over(trainer)
 
-    def _check_teacher(self, info: weights.ModelInfo, module: PiDModule) -> None:
+    def open_teacher(self, module: PiDModule) -> PiD:
+        """The teacher, checked against `module`.
+
+        Raises:
+            ValueError: a teacher of another model, itself distilled, or without a tapped block.
+            OSError: nothing of that name is here or on the hub.
+        """
+        teacher, info = weights.load_model(find_model(self.teacher))
         differences = module.info.differences(info)
         if differences:
             raise ValueError(
@@ -128,6 +134,7 @@ class DMD2(Callback):
             raise ValueError(
                 f"DMD2 taps: {self.taps} must name blocks of the teacher, 0 to {num_blocks - 1}."
             )
+        return teacher
 
     def configure_optimizers(self, module: PiDModule) -> tuple[list[Any], list[Any]]:
         """The student's optimiser with its schedule, and one for both critics."""
