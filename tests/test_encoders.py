@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from timm.models import VisionTransformer, build_model_with_cfg, register_model
 
 import pid_lightning.encoders
-from pid_lightning.encoders.base import NoNativeDecoder
+from pid_lightning.encoders.base import Encoder, NoNativeDecoder
 from pid_lightning.encoders.bundled import load_bundled_autoencoder
 from pid_lightning.encoders.dinov2 import DINOv2Encoder
 from pid_lightning.encoders.siglip import SigLIPEncoder
@@ -700,3 +700,24 @@ def test_importing_encoders_is_light():
             assert not roots & {"lightning", "pytorch_lightning"}, file
             if node in tree.body:
                 assert roots <= allowed, (file, roots)
+
+
+@pytest.mark.parametrize("family", ["dinov2", "siglip", "vae"])
+def test_random_weights_are_the_same_in_every_process(family: str) -> None:
+    """No checkpoint holds an encoder: a run's random one is built again to decode."""
+
+    def build() -> Encoder:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if family == "dinov2":
+                return DINOv2Encoder("vit_small_patch14_dinov2.lvd142m", pretrained=False)
+            if family == "siglip":
+                return SigLIPEncoder("vit_base_patch16_siglip_224.webli", pretrained=False)
+            return VAEEncoder("sdxl", pretrained=False)
+
+    drawn = torch.random.get_rng_state()
+    one = build().state_dict()
+    assert torch.equal(drawn, torch.random.get_rng_state())
+    torch.rand(3)
+    other = build().state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -105,6 +106,17 @@ def unreachable_weights(what: str, cure: str, reason: Exception | None) -> OSErr
         f"in where the licence asks for it), or set {cure}, or set "
         "pretrained: false to run with random weights on purpose."
     )
+
+
+@contextmanager
+def random_weights() -> Iterator[None]:
+    """Networks built inside get the same random weights every time, whatever was drawn before.
+
+    No checkpoint holds an encoder: a random one has to be drawn again to be the same.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # the forked one: afterwards all is as before
+        yield
 
 
 def warn_random_weights(what: str) -> None:

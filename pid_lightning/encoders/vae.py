@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from pid_lightning.encoders.bundled import BundledVAE
 from pid_lightning.encoders.pretrained import (
     check_images,
     check_loaded,
+    random_weights,
     unreachable_weights,
     warn_random_weights,
 )
@@ -57,7 +57,7 @@ class VAEEncoder(Encoder):
         self.pretrained = pretrained
         self.source = find_vae(vae)
         self.loaded = not pretrained
-        with torch.device("meta") if pretrained else nullcontext():
+        with torch.device("meta") if pretrained else random_weights():
             self.network: nn.Module = _diffusers_class(self.source).from_config(
                 _architecture(self.source.config)
             )

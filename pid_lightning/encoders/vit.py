@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from pid_lightning.encoders.pretrained import (
     fill,
     find_weights,
     first_line,
+    random_weights,
     read_tensors,
     unreachable_weights,
     warn_random_weights,
@@ -158,7 +158,7 @@ def build_vit(timm_name: str, pretrained: bool, options: Mapping[str, Any]) -> n
     import timm
 
     try:
-        with torch.device("meta") if pretrained else nullcontext():
+        with torch.device("meta") if pretrained else random_weights():
             network = timm.create_model(timm_name, num_classes=0, **options)
     except RuntimeError as error:  # timm's answer to an unknown name or tag
         family = timm_name.split("_patch")[0]

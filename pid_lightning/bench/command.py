@@ -1,0 +1,261 @@
+"""`pid bench`: what is asked, checked before long work, then rows of figures."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# torch is imported when the arguments are known to be right: help and mistakes shall be quick.
+if TYPE_CHECKING:
+    import torch
+
+    from pid_lightning.bench.rates import Rates
+    from pid_lightning.bench.report import Row
+    from pid_lightning.bench.work import Networks, Work
+    from pid_lightning.nn import PiD
+    from pid_lightning.weights import ModelInfo
+
+NETWORKS = ("full", "full_v15", "small", "quickstart")
+WORK = ("forward", "decode", "train", "dmd2")
+LEARNING = WORK[2:]
+RECOMPUTED = " recomputed"  # ends the mode of rows with activation checkpointing
+MEBIBYTE = 2**20
+
+
+def bench(arguments: Sequence[str]) -> None:
+    """Print the table, and write the JSON where asked.
+
+    Raises:
+        ValueError, OSError: a mistake in the arguments, in one sentence.
+    """
+    # The standard library's parser: a machine with a GPU may have torch and little else.
+    given = parser().parse_args(arguments)
+    _check(given)
+    import torch
+
+    from pid_lightning.bench import report
+    from pid_lightning.bench.networks import build_meta, check_sizes, find
+
+    device = _device(given.device)
+    denoiser, info = find(given.network, given.model)
+    check_sizes(info, given.sizes)
+    told = {
+        "network": given.model or given.network,
+        "parameters": sum(p.numel() for p in build_meta(info).parameters()),
+    }
+    if given.estimate:
+        rows = list(estimate_rows(given, info))
+    else:
+        rates: dict[str, Rates] = {}
+        rows = list(measure_rows(given, denoiser, info, device, rates))
+        told["machine"] = report.describe_machine(
+            device, {name: vars(rate) for name, rate in rates.items()}
+        )
+        for name, rate in rates.items():
+            print(
+                f"{name}: {rate.flops_per_second / 1e12:.3g} TFLOP/s of a matrix product, "
+                f"{rate.bytes_per_second / 1e9:.3g} GB/s of a copy, torch {torch.__version__}"
+            )
+    print(report.format_table(rows))
+    if given.json is not None:
+        report.write_json(given.json, rows, **told)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `pid bench`."""
+    made = argparse.ArgumentParser(
+        prog="pid bench",
+        description="Seconds and peak memory of a forward pass, a 4-step decode, a training step "
+        "and DMD2's two steps, beside the floor: operations and bytes over this machine's measured "
+        "rates.",
+    )
+    add = made.add_argument
+    add("--network", choices=NETWORKS, default="small", help="Sizes; the weights are random.")
+    add("--model", help="A .safetensors or .ckpt instead; --baseline takes only its sizes.")
+    add("--work", nargs="+", choices=WORK, default=list(WORK), help="What to measure.")
+    add("--sizes", nargs="+", type=int, default=[512], help="Sides of the output in pixels.")
+    add("--batch_size", nargs="+", type=int, default=[1], help="Pictures at a time.")
+    add(
+        "--dtype",
+        nargs="+",
+        choices=("float32", "bfloat16"),
+        default=["bfloat16"],
+        help="To compute in; what learns is kept in float32 and run under autocast.",
+    )
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="Where.")
+    add(
+        "--activation_checkpointing",
+        nargs="+",
+        choices=("off", "on"),
+        default=["off"],
+        help="Of train and dmd2: recompute blocks in the backward pass.",
+    )
+    add("--compile", action="store_true", help="Add rows of one compiled graph.")
+    add("--baseline", action="store_true", help="Add rows of tests/plain.py, taken in turn.")
+    add("--repeat", type=int, default=5, help="Timed calls of each row, whose median counts.")
+    add("--check", action="store_true", help="Compare forward passes with the same in fp64.")
+    add("--estimate", action="store_true", help="State memory without data; measure nothing.")
+    add("--json", type=Path, help="A file for the rows.")
+    return made
+
+
+def _check(given: argparse.Namespace) -> None:
+    """Every mistake that needs no torch to be seen."""
+    for name in ("repeat", "batch_size"):
+        value = getattr(given, name)
+        if min(value if isinstance(value, list) else [value]) < 1:
+            raise ValueError(f"--{name}: {value} must be at least 1.")
+    if given.json is not None and not given.json.parent.is_dir():
+        raise FileNotFoundError(f"--json: there is no folder {given.json.parent}, make it first.")
+    for name in ("compile", "baseline", "check"):
+        if given.estimate and getattr(given, name):
+            raise ValueError(f"--estimate runs nothing: leave out --{name}, or --estimate.")
+    if given.check and "forward" not in given.work:
+        raise ValueError("--check compares forward passes: add forward to --work.")
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise ValueError("--device: torch sees no CUDA device here, take cpu or auto.")
+    return torch.device("cuda" if there and name != "cpu" else "cpu")
+
+
+def estimate_rows(given: argparse.Namespace, info: ModelInfo) -> Iterator[Row]:
+    """Memory and operations without data."""
+    import torch
+
+    from pid_lightning.bench.estimate import count_flops, estimate_peaks
+
+    for name, size, batch_size in itertools.product(given.work, given.sizes, given.batch_size):
+        flops = count_flops(name, info, size, batch_size)
+        for dtype, recomputes in itertools.product(given.dtype, _recomputes(given, name)):
+            _tell(name, size, batch_size, dtype)
+            peaks = estimate_peaks(name, info, size, batch_size, getattr(torch, dtype), recomputes)
+            for piece, (held, peak) in peaks.items():
+                yield {
+                    "work": piece,
+                    "size": size,
+                    "batch_size": batch_size,
+                    "dtype": dtype,
+                    "mode": "estimate" + (RECOMPUTED if recomputes else ""),
+                    "gflop": flops[piece] / 1e9,
+                    "held_mebibytes": held / MEBIBYTE,
+                    "peak_mebibytes": peak / MEBIBYTE,
+                }
+
+
+def measure_rows(
+    given: argparse.Namespace,
+    denoiser: PiD | None,
+    info: ModelInfo,
+    device: torch.device,
+    rates: dict[str, Rates],
+) -> Iterator[Row]:
+    """Figures of every row; `rates` takes what the machine was seen to do in each type."""
+    import torch
+
+    from pid_lightning.bench.baseline import build_pair
+    from pid_lightning.bench.estimate import weights_dtype
+    from pid_lightning.bench.networks import build_random
+    from pid_lightning.bench.rates import measure_rates
+    from pid_lightning.bench.work import gather
+
+    generator = torch.Generator().manual_seed(0)
+    sources = {"eager": denoiser if denoiser is not None else build_random(info, generator)}
+    if given.baseline:
+        sources["eager"], sources["plain"] = build_pair(sources["eager"].float(), info, generator)
+    for dtype in given.dtype:
+        rates[dtype] = measure_rates(device, getattr(torch, dtype))
+        for name in given.work:
+            kept = weights_dtype(name, getattr(torch, dtype))
+            gathered = {
+                mode: gather(name, copy.deepcopy(source).to(device, kept), info)
+                for mode, source in sources.items()
+            }
+            for size, batch_size in itertools.product(given.sizes, given.batch_size):
+                _tell(name, size, batch_size, dtype)
+                row = {"size": size, "batch_size": batch_size, "dtype": dtype}
+                yield from _measure_size(given, name, gathered, info, row, rates[dtype])
+
+
+def _measure_size(
+    given: argparse.Namespace,
+    name: str,
+    gathered: dict[str, Networks],
+    info: ModelInfo,
+    row: Row,
+    rates: Rates,
+) -> Iterator[Row]:
+    import torch
+
+    from pid_lightning.bench import measure
+    from pid_lightning.bench.estimate import count_flops
+    from pid_lightning.bench.networks import draw_inputs
+    from pid_lightning.bench.work import assemble
+
+    size, batch_size, dtype = row["size"], row["batch_size"], getattr(torch, row["dtype"])
+    device = next(gathered["eager"].denoiser.parameters()).device
+    inputs = draw_inputs(info, size, batch_size, device)
+    modes: dict[str, dict[str, Work]] = {
+        mode: assemble(name, networks, inputs, info, dtype)
+        for mode, networks in _variants(given, name, gathered).items()
+    }
+    figures = measure.measure(modes, device, given.repeat)
+    flops = count_flops(name, info, size, batch_size)
+    exact = None
+    if given.check and name == "forward":
+        exact = measure.exact_velocity(gathered["eager"].denoiser, inputs)
+    for (piece, mode), measured in figures.items():
+        work = modes[mode][piece]
+        floor = rates.floor_seconds(flops[piece], work.traffic_bytes())
+        plain = figures.get((piece, "plain"))
+        peak = measured.peak_bytes
+        yield {
+            "work": piece,
+            **row,
+            "mode": mode,
+            "seconds": measured.seconds,
+            "ratio_to_plain": None if plain is None else measured.seconds / plain.seconds,
+            "gflop": flops[piece] / 1e9,
+            "floor_seconds": floor,
+            "floor_share": floor / measured.seconds,
+            "held_mebibytes": measured.held_bytes / MEBIBYTE,
+            "peak_mebibytes": None if peak is None else peak / MEBIBYTE,
+            "first_seconds": measured.first_seconds,
+            "relative_error": None if exact is None else measure.relative_error(work.run(), exact),
+        }
+
+
+def _variants(
+    given: argparse.Namespace, name: str, gathered: dict[str, Networks]
+) -> dict[str, Networks]:
+    """The networks of every mode, in the order in which they take turns."""
+    import torch
+
+    variants = {}
+    ways = ("eager", "compiled") if given.compile else ("eager",)
+    torch.compiler.reset()  # each size is a compilation of its own, and their number is limited
+    for way, recomputes in itertools.product(ways, _recomputes(given, name)):
+        mode = way + (RECOMPUTED if recomputes else "")
+        variants[mode] = gathered["eager"].variant(way == "compiled", recomputes)
+    if "plain" in gathered:
+        variants["plain"] = gathered["plain"]
+    return variants
+
+
+def _recomputes(given: argparse.Namespace, name: str) -> list[bool]:
+    if name not in LEARNING:
+        return [False]
+    return [choice == "on" for choice in dict.fromkeys(given.activation_checkpointing)]
+
+
+def _tell(name: str, size: int, batch_size: int, dtype: str) -> None:
+    print(f"{name}, {size} x {size}, batch {batch_size}, {dtype} ...", file=sys.stderr, flush=True)

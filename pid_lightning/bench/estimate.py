@@ -1,0 +1,105 @@
+"""Operations and memory of a piece of work from a run without data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from pid_lightning.bench.networks import build_meta, draw_inputs
+from pid_lightning.bench.work import TRAINS, Work, assemble, gather
+from pid_lightning.memory import peak_bytes
+from pid_lightning.weights import ModelInfo
+
+
+def weights_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Type of the denoiser's weights: what learns is kept in fp32."""
+    return torch.float32 if name in TRAINS else dtype
+
+
+def estimate_peaks(
+    name: str,
+    info: ModelInfo,
+    size: int,
+    batch_size: int,
+    dtype: torch.dtype,
+    activation_checkpointing: bool,
+) -> dict[str, tuple[int, int]]:
+    """(bytes kept between calls, peak bytes with them) of each piece.
+
+    Counted for the CPU's operations, whose attention is fused as a GPU's is, once every optimiser
+    has its state. An allocator's own waste and a library's workspaces are not counted.
+    """
+    options = (name, info, size, batch_size, dtype, activation_checkpointing)
+    with without_data(*options) as pieces:
+        for work in pieces.values():
+            if work.optimizer is not None:
+                work.run()  # makes the optimiser's state
+        figures = {}
+        for row, work in pieces.items():
+            held = work.held_bytes()
+            figures[row] = (held, held + peak_bytes(work.run))
+        return figures
+
+
+def count_flops(name: str, info: ModelInfo, size: int, batch_size: int) -> dict[str, int]:
+    """Operations of each piece by torch's counter: matrix products and convolutions.
+
+    What activation checkpointing computes again does not count.
+    """
+    with without_data(name, info, size, batch_size, torch.float32, False) as pieces:
+        return {row: count_operations(work.run) for row, work in pieces.items()}
+
+
+def count_operations(run: Callable[[], object]) -> int:
+    """Operations of one call; attention counts as two products forward and four backward."""
+    # Fused attention's backward would count what it computes again.
+    with Operations() as operations, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return operations.flops
+
+
+class Operations(TorchDispatchMode):
+    """Sums the formulas of torch's `FlopCounterMode`, which cannot itself follow modules that are
+    called without gradient on what has one, as DMD2's teacher is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        options = options or {}
+        result = function(*arguments, **options)
+        formula = flop_registry.get(function.overloadpacket)
+        if formula is not None:
+            self.flops += formula(*arguments, **options, out_val=result)
+        return result
+
+
+@contextmanager
+def without_data(
+    name: str,
+    info: ModelInfo,
+    size: int,
+    batch_size: int,
+    dtype: torch.dtype,
+    activation_checkpointing: bool,
+) -> Iterator[dict[str, Work]]:
+    """The pieces on tensors that hold nothing, to be run inside the context."""
+    denoiser = build_meta(info)
+    denoiser.activation_checkpointing = activation_checkpointing
+    shapes = {key: weight.shape for key, weight in denoiser.state_dict().items()}
+    with FakeTensorMode():
+        kept = weights_dtype(name, dtype)
+        state = {key: torch.empty(shape, dtype=kept) for key, shape in shapes.items()}
+        denoiser.load_state_dict(state, assign=True)
+        inputs = draw_inputs(info, size, batch_size, torch.device("cpu"))
+        yield assemble(name, gather(name, denoiser, info), inputs, info, dtype)

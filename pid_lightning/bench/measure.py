@@ -1,0 +1,96 @@
+"""Times and peaks of the same work in several modes, taken in turn."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pid_lightning.bench.networks import Inputs
+from pid_lightning.bench.rates import time_call
+from pid_lightning.bench.work import Work, forward
+from pid_lightning.memory import peak_bytes
+from pid_lightning.nn import PiD
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one piece in one mode.
+
+    Attributes:
+        seconds: median of the calls after the first.
+        first_seconds: of the first call, compilation and warm-up included.
+        held_bytes: kept between calls: weights, optimisers' states, inputs.
+        peak_bytes: with everything that the piece keeps; None where it cannot be counted.
+    """
+
+    seconds: float
+    first_seconds: float
+    held_bytes: int
+    peak_bytes: int | None
+
+
+def measure(
+    modes: Mapping[str, Mapping[str, Work]], device: torch.device, repeat: int
+) -> dict[tuple[str, str], Measured]:
+    """Every piece of every mode, as {(piece, mode): figures}.
+
+    The modes of a piece take turns (A B A B ...), so that a machine that slows down favours none.
+
+    Args:
+        modes: {mode: {piece: work}}, the same pieces in each.
+        device: where the work runs.
+        repeat: timed calls of each.
+    """
+    pieces = list(next(iter(modes.values())))
+    figures = {}
+    # Every first call before anything else: an optimiser's state is part of each peak.
+    first = {(p, m): time_call(modes[m][p].run, device) for p in pieces for m in modes}
+    for piece in pieces:
+        seconds = {mode: [] for mode in modes}
+        for _ in range(repeat):
+            for mode in modes:
+                seconds[mode].append(time_call(modes[mode][piece].run, device))
+        for mode in modes:
+            work = modes[mode][piece]
+            figures[piece, mode] = Measured(
+                statistics.median(seconds[mode]),
+                first[piece, mode],
+                work.held_bytes(),
+                peak_of(work, "compiled" in mode, device),
+            )
+    return figures
+
+
+def peak_of(work: Work, compiled: bool, device: torch.device) -> int | None:
+    """Peak bytes of one more call, with what the work keeps and without what others do.
+
+    A GPU's allocator counts; on a CPU the tensors that operations make are counted, which a
+    compiled graph does not show.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work.run()
+        torch.cuda.synchronize(device)
+        return work.held_bytes() + torch.cuda.max_memory_allocated(device) - before
+    if compiled:
+        return None
+    return work.held_bytes() + peak_bytes(work.run)
+
+
+def exact_velocity(denoiser: PiD, inputs: Inputs) -> Tensor:
+    """The velocity by the same weights in fp64."""
+    wide = copy.deepcopy(denoiser).double()
+    doubled = {k: None if v is None else v.double() for k, v in vars(inputs).items()}
+    return forward(wide, Inputs(**doubled))
+
+
+def relative_error(velocity: Tensor, exact: Tensor) -> float:
+    """The largest difference over the largest exact value."""
+    return ((velocity.double() - exact).abs().max() / exact.abs().max()).item()

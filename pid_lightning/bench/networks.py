@@ -1,0 +1,156 @@
+"""What is measured: networks by name, their weights, and the inputs of a size."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
+from pid_lightning.weights import ModelInfo, load_model
+
+CONFIGS = {
+    "full": PiDConfig(),
+    "full_v15": PiDConfig(
+        rope_reference=(2048, 2048),
+        adapter=AdapterConfig(
+            width=1024, gate="token", padding="replicate", inject_pixels=True, rgb_head=True
+        ),
+    ),
+    "small": PiDConfig(
+        width=384,
+        num_heads=6,
+        num_blocks=6,
+        pixel_width=16,
+        pixel_attention_width=384,
+        pixel_num_heads=6,
+        text_width=256,
+        text_length=77,
+        adapter=AdapterConfig(width=128, num_res_blocks=2),
+    ),
+    "quickstart": PiDConfig(
+        width=256,
+        num_heads=4,
+        num_blocks=6,
+        pixel_width=8,
+        pixel_attention_width=256,
+        pixel_num_heads=4,
+        text_length=0,
+        rope_reference=None,
+        prediction="x0",
+        adapter=AdapterConfig(width=128, num_res_blocks=2, gate="token", padding="replicate"),
+    ),
+}
+
+
+def named(name: str) -> ModelInfo:
+    """One of `CONFIGS` on 16 latent channels of stride 8, 4x."""
+    return ModelInfo(
+        family="VAEPiD",
+        encoder={},
+        latent_space="flux",
+        latent_channels=16,
+        latent_stride=8,
+        scale=4,
+        image_size=None,
+        latent_sigma_max=0.8,
+        noise_frame="flow",
+        student_times=None,
+        config=CONFIGS[name],
+    )
+
+
+def find(name: str, model: str | None) -> tuple[PiD | None, ModelInfo]:
+    """A model file's network and what it is; of a name only the latter.
+
+    Raises:
+        FileNotFoundError: no such model file.
+        ValueError: a file that is no model.
+    """
+    return (None, named(name)) if model is None else load_model(model)
+
+
+def check_sizes(info: ModelInfo, sizes: list[int]) -> None:
+    """Refuse output sides that are not whole patches and latent cells.
+
+    Raises:
+        ValueError: naming the side and what it must be a multiple of.
+    """
+    denoiser = build_meta(info)
+    for size in sizes:
+        if size < 1:
+            raise ValueError(f"sizes: {size} must be at least 1 pixel.")
+        denoiser.check_size(size, size)
+
+
+def build_meta(info: ModelInfo) -> PiD:
+    """The network without weights."""
+    with torch.device("meta"):
+        return info.build()
+
+
+def build_random(info: ModelInfo, generator: torch.Generator) -> PiD:
+    """The network with random weights in fp32: none is zero, or a check would compare nothing."""
+    denoiser = build_meta(info).to_empty(device="cpu")
+    with torch.no_grad():
+        for name, weight in denoiser.named_parameters():
+            weight.normal_(generator=generator)
+            if name.endswith("log_alpha"):
+                weight.mul_(0.3).add_(math.log(5))
+            elif weight.ndim == 1 and name.endswith("weight"):  # of a norm
+                weight.mul_(0.2).add_(1)
+            elif weight.ndim == 1:
+                weight.mul_(0.2)
+            else:
+                weight.div_(math.sqrt(weight[0].numel()))
+    return denoiser
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Random inputs of one output size.
+
+    Attributes:
+        x0, eps: (B, 3, H, W).
+        low_resolution: (B, 3, H/scale, W/scale).
+        t: pixel times (B,).
+        latents: (B, C, h, w).
+        latent_sigma: (B,).
+        text: (B, L, D_text), None for a network without text.
+    """
+
+    x0: Tensor
+    eps: Tensor
+    low_resolution: Tensor
+    t: Tensor
+    latents: Tensor
+    latent_sigma: Tensor
+    text: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [value for value in vars(self).values() if value is not None]
+
+
+def draw_inputs(info: ModelInfo, size: int, batch_size: int, device: torch.device) -> Inputs:
+    """The same inputs every time, in fp32, drawn on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(batch_size, *shape, generator=generator).to(device)
+
+    def uniform() -> Tensor:
+        return torch.rand(batch_size, generator=generator).to(device)
+
+    config, cells = info.config, size // (info.latent_stride * info.scale)
+    return Inputs(
+        x0=normal(3, size, size).clamp(-1, 1),
+        eps=normal(3, size, size),
+        low_resolution=normal(3, size // info.scale, size // info.scale).clamp(-1, 1),
+        t=uniform(),
+        latents=normal(info.latent_channels, cells, cells),
+        latent_sigma=0.8 * uniform(),
+        text=normal(config.text_length, config.text_width) if config.text_length else None,
+    )

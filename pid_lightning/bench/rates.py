@@ -1,0 +1,59 @@
+"""What this machine can do: operations a second in a type, and bytes a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The best that was seen.
+
+    Attributes:
+        flops_per_second: of one large matrix product.
+        bytes_per_second: of one large copy, what is read and what is written both counted.
+    """
+
+    flops_per_second: float
+    bytes_per_second: float
+
+    def floor_seconds(self, flops: int, num_bytes: int) -> float:
+        """The least time in which so many operations and bytes could pass (the roofline)."""
+        return max(flops / self.flops_per_second, num_bytes / self.bytes_per_second)
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype, repeat: int = 5) -> Rates:
+    """The best of `repeat` products and copies, after one that does not count."""
+    on_gpu = device.type == "cuda"
+    side, length = (8192, 2**28) if on_gpu else (2048, 2**26)  # copies of 1 GiB and 256 MiB
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    best = min(time_calls(lambda: torch.mm(a, b, out=product), device, repeat)[1:])
+    source = torch.ones(length, device=device)
+    target = torch.empty_like(source)
+    copied = min(time_calls(lambda: target.copy_(source), device, repeat)[1:])
+    return Rates(2 * side**3 / best, 2 * length * source.element_size() / copied)
+
+
+def time_calls(call: Callable[[], object], device: torch.device, repeat: int) -> list[float]:
+    """Seconds of `repeat + 1` calls in a row."""
+    return [time_call(call, device) for _ in range(repeat + 1)]
+
+
+def time_call(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call: by events on a GPU, whose queue is empty before and after."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return begin.elapsed_time(end) / 1000

@@ -1,0 +1,71 @@
+"""Rows of figures as a table for the terminal and as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pid_lightning.pictures import replaced_file
+from pid_lightning.version import __version__
+
+Row = dict[str, Any]
+
+# key of a row, heading in the terminal, how its value is printed
+COLUMNS = (
+    ("work", "work", "{}"),
+    ("size", "size", "{}"),
+    ("batch_size", "batch", "{}"),
+    ("dtype", "dtype", "{}"),
+    ("mode", "mode", "{}"),
+    ("seconds", "seconds", "{:.4g}"),
+    ("ratio_to_plain", "of plain", "{:.3f}"),
+    ("gflop", "GFLOP", "{:.4g}"),
+    ("floor_seconds", "floor s", "{:.3g}"),
+    ("floor_share", "floor share", "{:.1%}"),
+    ("held_mebibytes", "held MiB", "{:.0f}"),
+    ("peak_mebibytes", "peak MiB", "{:.0f}"),
+    ("first_seconds", "first s", "{:.3g}"),
+    ("relative_error", "error", "{:.1e}"),
+)
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """Aligned plain text; a column that no row fills is left out."""
+    shown = [c for c in COLUMNS if any(row.get(c[0]) is not None for row in rows)]
+    lines = [[heading for _, heading, _ in shown]]
+    for row in rows:
+        values = [(row.get(key), form) for key, _, form in shown]
+        lines.append(["-" if value is None else form.format(value) for value, form in values])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(map(str.rjust, cells, widths)) for cells in lines]
+    text.insert(1, "-" * len(text[0]))
+    return "\n".join(text)
+
+
+def describe_machine(device: torch.device, rates: Mapping[str, Any]) -> dict[str, Any]:
+    """What the figures were taken on."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "cpu",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "rates": dict(rates),
+        "torch": torch.__version__,
+        "pid_lightning": __version__,
+    }
+
+
+def write_json(path: str | Path, rows: Sequence[Row], **told: Any) -> None:
+    """The rows, and what they are of, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with replaced_file(path) as part:
+        part.write_text(json.dumps({**told, "rows": list(rows)}, indent=1) + "\n", "utf-8")
