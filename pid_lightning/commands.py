@@ -100,12 +100,13 @@ def export(arguments: Sequence[str]) -> None:
     parser.add_argument("run", help="A run's folder (its newest last.ckpt), or a .ckpt.")
     parser.add_argument("out", help="The .safetensors to write.")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="Of the weights.")
+    parser.add_argument("--description", default="", help="Words to keep in the file.")
     given = parser.parse_args(arguments)
     from pid_lightning.weights import DTYPES, load_model, save_model
 
     path = find_checkpoint(Path(given.run))
     denoiser, info = load_model(path)
-    save_model(denoiser, info, given.out, DTYPES[given.dtype])
+    save_model(denoiser, info, given.out, DTYPES[given.dtype], given.description)
     kind = "teacher" if info.student_times is None else "student"
     print(f"{given.out}: the {kind} of {path}, {info.family} on {info.latent_space} latents")
 

@@ -97,7 +97,9 @@ def _config_differences(ours: PiDConfig, theirs: PiDConfig) -> list[str]:
     return [f"{k}: {theirs[k]}, here {v}" for k, v in ours.items() if theirs[k] != v]
 
 
-def save_model(denoiser: PiD, info: ModelInfo, path: str | Path, dtype: torch.dtype) -> None:
+def save_model(
+    denoiser: PiD, info: ModelInfo, path: str | Path, dtype: torch.dtype, description: str = ""
+) -> None:
     """Write one self-describing file.
 
     Args:
@@ -105,6 +107,7 @@ def save_model(denoiser: PiD, info: ModelInfo, path: str | Path, dtype: torch.dt
         info: what it is.
         path: where, ending in ``.safetensors``.
         dtype: type of the stored weights.
+        description: words for whoever opens the file: how it was trained, on what, its licence.
     """
     from safetensors.torch import save_file
 
@@ -112,8 +115,11 @@ def save_model(denoiser: PiD, info: ModelInfo, path: str | Path, dtype: torch.dt
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: the file's name must end in .safetensors.")
     state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in denoiser.state_dict().items()}
+    told = {METADATA_KEY: json.dumps(info.to_plain())}
+    if description:
+        told["description"] = description
     with replaced_file(path) as temporary:
-        save_file(state, temporary, metadata={METADATA_KEY: json.dumps(info.to_plain())})
+        save_file(state, temporary, metadata=told)
 
 
 def load_model(path: str | Path) -> tuple[PiD, ModelInfo]:
@@ -183,7 +189,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} cannot be read, it is cut short or not a checkpoint; take an earlier one."
         ) from error
     if not isinstance(checkpoint, dict) or not {METADATA_KEY, "state_dict"} <= checkpoint.keys():
-        raise ValueError(f"{path} is not a checkpoint of a PiD run (it does not describe itself).")
+        raise ValueError(
+            f"{path} is not a checkpoint of a PiD run (it does not describe itself); released "
+            "weights become a model file by `pid import`."
+        )
     return checkpoint
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pid_lightning import DMD2, EMA, flow, losses, weights
 from pid_lightning.callbacks.turns import Turns
+from pid_lightning.modules.objective import Sample
+from pid_lightning.nn import Discriminator
 
 
 @pytest.fixture(scope="module")
@@ -132,16 +134,6 @@ def test_teacher_of_another_size_is_refused(teacher: Path, tmp_path: Path) -> No
         tiny.fit(tmp_path, 1, distillation(teacher), EMA(), fitted=tiny.module(width=64))
 
 
-def test_bad_settings_are_refused(teacher: Path) -> None:
-    for changes, told in (
-        ({"student_input": "data"}, "rollout, noised_data"),
-        ({"student_every": 1}, "at least 2"),
-        ({"student_times": (0.3, 0.9)}, "fall from noise to clean"),
-    ):
-        with pytest.raises(ValueError, match=told):
-            distillation(teacher, **changes)
-
-
 def test_two_accumulated_batches_are_one_of_twice_the_size(teacher: Path, tmp_path: Path) -> None:
     def grown(batch_size: int, accumulate: int) -> dict[str, Tensor]:
         # Every loss is a mean over samples, so the gradients of halves add up.
@@ -211,3 +203,46 @@ def test_student_mean_moves_to_the_teachers() -> None:
         losses.dmd_loss(student, teacher_x0, fake_x0).backward()
         optimizer.step()
     assert (mean - 2).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"student_every": 1}, r"student_every: 1 must be at least 2"),
+        ({"student_input": "noise"}, r"'noise' is not one of rollout, noised_data\.$"),
+        ({"student_times": (0.5, 0.9)}, r"student_times: \(0\.5, 0\.9\) must fall"),
+        ({"time_clamp": (0.9, 0.1)}, r"time_clamp: \(0\.9, 0\.1\) must be two rising times"),
+        ({"discriminator_depth": 0}, r"discriminator_depth: 0 must be at least 1\.$"),
+    ],
+)
+def test_settings_out_of_range_are_one_sentence(changes: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        DMD2("teacher.ckpt", **changes)
+
+
+def test_a_discriminator_deeper_than_the_picture_is_refused(teacher: Path) -> None:
+    module = tiny.module()
+    module.image_size = tiny.IMAGE_SIZE  # 4 patches a side, halved to 2, to 1, to none
+    assert distillation(teacher, discriminator_depth=2).open_teacher(module)
+    with pytest.raises(ValueError, match="discriminator_depth: 3 halves 4 patches of a side to"):
+        distillation(teacher, discriminator_depth=3).open_teacher(module)
+
+
+def test_every_layer_of_a_discriminator_halves_sides_and_channels() -> None:
+    discriminator = Discriminator(64, 2, depth=2)
+    (first, *_, last) = [m for m in discriminator.heads[1] if isinstance(m, torch.nn.Conv2d)]
+    assert (first.weight.shape, last.weight.shape) == ((32, 64, 4, 4), (1, 16, 1, 1))
+    features = [torch.randn(3, 64, 8, 4) for _ in range(2)]
+    assert discriminator.heads[0](features[0]).shape == (3, 1, 2, 1)
+    assert discriminator(features).shape == (3, 2)
+
+
+def test_times_stay_within_the_clamp(teacher: Path) -> None:
+    module = tiny.module()
+    sample = Sample(torch.zeros(64, 3, 2, 2), *[None] * 6, numbers=list(range(64)))
+    free, clamped = (
+        distillation(teacher, time_clamp=clamp)._times(module, sample, "student")
+        for clamp in ((1e-6, 1.0), (0.4, 0.6))
+    )
+    assert free.min() < 0.4 < 0.6 < free.max()
+    assert torch.equal(clamped, free.clamp(0.4, 0.6))

@@ -308,3 +308,13 @@ def test_a_failing_checkpoint_leaves_the_old_one(
         writer.save_checkpoint(checkpoint(global_step=8), path)
     assert read_checkpoint(path)["global_step"] == 7
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_written_file_is_readable_by_others_as_any_new_file_is(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+
+    save_model(random_network(), INFO, tmp_path / "model.safetensors", torch.float32, "of a test")
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+    with safe_open(str(tmp_path / "model.safetensors"), framework="pt") as file:
+        assert file.metadata()["description"] == "of a test"

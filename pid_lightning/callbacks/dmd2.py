@@ -18,8 +18,6 @@ from pid_lightning.nn import Condition, Discriminator, PiD
 from pid_lightning.randomness import sample_generators
 
 STUDENT_INPUTS = ("rollout", "noised_data")
-SMALLEST_TIME, LARGEST_TIME = 0.02, 0.99
-R1_NOISE = 0.1
 
 
 class DMD2(Callback):
@@ -41,8 +39,12 @@ class DMD2(Callback):
         generator_weight: of the adversarial loss in the student's.
         generator_warmup: student steps over which that weight rises linearly.
         r1_weight: of the approximate R1 penalty.
+        r1_noise: standard deviation of the noise that R1 adds.
+        time_clamp: smallest and largest time at which scores are compared and trained.
         taps: teacher blocks (0-based) whose features the discriminator sees.
+        discriminator_depth: strided convolutions of the discriminator.
         learning_rate: of fake score and discriminator.
+        betas: of their AdamW.
         fake_score_weight_decay: of the fake score.
         teacher_dtype: type of the frozen teacher's weights.
 
@@ -62,8 +64,12 @@ class DMD2(Callback):
         generator_weight: float = 0.05,
         generator_warmup: int = 100,
         r1_weight: float = 200.0,
+        r1_noise: float = 0.1,
+        time_clamp: tuple[float, float] = (0.02, 0.99),
         taps: tuple[int, ...] = (7,),
+        discriminator_depth: int = 1,
         learning_rate: float = 1e-5,
+        betas: tuple[float, float] = (0.9, 0.999),
         fake_score_weight_decay: float = 1e-3,
         teacher_dtype: str = "bfloat16",
     ) -> None:
@@ -78,6 +84,12 @@ class DMD2(Callback):
             raise ValueError(f"DMD2 student_times: {student_times} must fall from noise to clean.")
         if not all(0 < t <= 1 for t in student_times):
             raise ValueError(f"DMD2 student_times: {student_times} must lie in (0, 1].")
+        if not 0 < time_clamp[0] < time_clamp[1] <= 1:
+            raise ValueError(
+                f"DMD2 time_clamp: {time_clamp} must be two rising times in (0, 1], as 0.02, 0.99."
+            )
+        if discriminator_depth < 1:
+            raise ValueError(f"DMD2 discriminator_depth: {discriminator_depth} must be at least 1.")
         self.teacher = teacher
         self.student_times = tuple(student_times)
         self.student_input = student_input
@@ -85,8 +97,12 @@ class DMD2(Callback):
         self.generator_weight = generator_weight
         self.generator_warmup = generator_warmup
         self.r1_weight = r1_weight
+        self.r1_noise = r1_noise
+        self.time_clamp = tuple(time_clamp)
         self.taps = taps
+        self.discriminator_depth = discriminator_depth
         self.learning_rate = learning_rate
+        self.betas = tuple(betas)
         self.fake_score_weight_decay = fake_score_weight_decay
         self.teacher_dtype = getattr(torch, teacher_dtype)
         self.turns = Turns(student_every)
@@ -105,7 +121,9 @@ class DMD2(Callback):
         pl_module.fake_score = copy.deepcopy(pl_module.denoiser).requires_grad_(True)
         # From the run's seed, not torch's own: the same weights in every number of processes.
         seed = pl_module.training_settings.seed
-        pl_module.discriminator = Discriminator(teacher.config.width, len(self.taps))
+        pl_module.discriminator = Discriminator(
+            teacher.config.width, len(self.taps), self.discriminator_depth
+        )
         pl_module.discriminator.reset_parameters(*sample_generators(seed, "discriminator", [0]))
         pl_module.teacher = teacher.to(self.teacher_dtype).requires_grad_(False).eval()
         for network in (pl_module.denoiser, pl_module.fake_score):
@@ -134,6 +152,12 @@ class DMD2(Callback):
             raise ValueError(
                 f"DMD2 taps: {self.taps} must name blocks of the teacher, 0 to {num_blocks - 1}."
             )
+        side = (module.image_size or 2**30) // info.config.patch_size
+        if side >> self.discriminator_depth < 1:
+            raise ValueError(
+                f"DMD2 discriminator_depth: {self.discriminator_depth} halves {side} patches of "
+                "a side to none; take fewer or larger pictures."
+            )
         return teacher
 
     def configure_optimizers(self, module: PiDModule) -> tuple[list[Any], list[Any]]:
@@ -148,6 +172,7 @@ class DMD2(Callback):
                 {"params": module.discriminator.parameters(), "weight_decay": 0.0},
             ],
             lr=self.learning_rate,
+            betas=self.betas,
             fused=module.trainer.precision != "16-mixed",
         )
         return [student, critics], [module.make_schedule(student)]
@@ -227,7 +252,7 @@ class DMD2(Callback):
         t = self._times(module, sample, "discriminator")
         eps = self._noise(module, sample, "discriminator")
         fake_x_t, real_x_t = (flow.add_noise(x0, eps, t) for x0 in (student_x0, sample.x0))
-        moved_x_t = real_x_t + R1_NOISE * self._noise(module, sample, "r1")
+        moved_x_t = real_x_t + self.r1_noise * self._noise(module, sample, "r1")
         with self.turns.timed("teacher"), torch.no_grad():
             condition = sample.condition(module.teacher)
             fake, real, moved = (
@@ -289,11 +314,11 @@ class DMD2(Callback):
         return flow.x0_from_velocity(x_t, velocity, t)
 
     def _times(self, module: PiDModule, sample: Sample, purpose: str) -> Tensor:
-        """Logit-normal without shift, clamped to [0.02, 0.99]."""
+        """Logit-normal without shift, clamped."""
         seed = module.training_settings.seed
         generators = sample_generators(seed, f"{purpose} times", sample.numbers)
         t = torch.cat([flow.sample_times(1, generator=generator) for generator in generators])
-        return t.clamp(SMALLEST_TIME, LARGEST_TIME).to(sample.x0.device)
+        return t.clamp(*self.time_clamp).to(sample.x0.device)
 
     def _noise(self, module: PiDModule, sample: Sample, purpose: str) -> Tensor:
         seed, device = module.training_settings.seed, sample.x0.device

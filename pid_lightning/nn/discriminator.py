@@ -15,20 +15,13 @@ class Discriminator(nn.Module):
     Args:
         width: channels D of the features.
         num_taps: number of tapped blocks.
+        depth: strided convolutions of a head, each of half the channels of the one before; the
+            published discriminator has one.
     """
 
-    def __init__(self, width: int, num_taps: int) -> None:
+    def __init__(self, width: int, num_taps: int, depth: int = 1) -> None:
         super().__init__()
-        hidden = width // 2
-        self.heads = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(width, hidden, 4, stride=2, padding=1),
-                nn.GroupNorm(_num_groups(hidden), hidden),
-                nn.LeakyReLU(0.2),
-                nn.Conv2d(hidden, 1, 1),
-            )
-            for _ in range(num_taps)
-        )
+        self.heads = nn.ModuleList(_head(width, depth) for _ in range(num_taps))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Uniform within one over the square root of a convolution's inputs, torch's default."""
@@ -45,6 +38,18 @@ class Discriminator(nn.Module):
             for head, feature in zip(self.heads, features, strict=True)
         ]
         return torch.stack(logits, dim=1)
+
+
+def _head(width: int, depth: int) -> nn.Sequential:
+    layers = []
+    for _ in range(depth):
+        layers += [
+            nn.Conv2d(width, width // 2, 4, stride=2, padding=1),
+            nn.GroupNorm(_num_groups(width // 2), width // 2),
+            nn.LeakyReLU(0.2),
+        ]
+        width //= 2
+    return nn.Sequential(*layers, nn.Conv2d(width, 1, 1))
 
 
 def _num_groups(channels: int) -> int:
