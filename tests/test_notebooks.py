@@ -101,6 +101,7 @@ def keys(rows: list[dict[str, str]], *columns: str) -> list[tuple[str | float, .
     return sorted(tuple(float(r[c]) if c in numbers else r[c] for c in columns) for r in rows)
 
 
+@pytest.mark.slow
 def test_compare_latent_families(runs: Path, tmp_path: Path) -> None:
     labels = {
         "VAE 4x": "compare_vae",
@@ -167,6 +168,7 @@ def test_compare_latent_families(runs: Path, tmp_path: Path) -> None:
         assert "caveat" in source or "panels(" in source
 
 
+@pytest.mark.slow
 def test_decode_and_early_stop(runs: Path, tmp_path: Path) -> None:
     tables, _ = execute(
         "decode_and_early_stop.ipynb",
