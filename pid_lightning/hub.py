@@ -15,8 +15,10 @@ from pid_lightning.weights import ModelInfo, save_model
 MODEL_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
 MODEL_SUFFIXES = (".safetensors", ".ckpt")
 
-# Models that ship with the package, by name.
-BUNDLED_MODELS: dict[str, Path] = {}
+# Models that ship with the package, by name; the first is the default of `pid decode`.
+BUNDLED_MODELS: dict[str, Path] = {
+    "pid-small-vae-4x": Path(__file__).parent / "assets" / "pid-small-vae-4x.safetensors",
+}
 
 
 def find_model(name: str | Path, **hub_options: Any) -> Path:

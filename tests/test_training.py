@@ -213,6 +213,18 @@ def test_rgb_head_stage_needs_an_rgb_head() -> None:
         tiny.module(Training(train="rgb_head"))
 
 
+def test_init_from_is_what_is_tested_with_the_average_in_the_config(
+    run: Path, tmp_path: Path
+) -> None:
+    fitted = tiny.module()
+    fitted.init_from = str(run)
+    tiny.trainer(tmp_path, 1, EMA()).test(fitted, tiny.data(), verbose=False)
+    expected, _ = weights.load_model(run)
+    tiny.assert_equal_states(
+        dict(fitted.averaged_denoiser.state_dict()), dict(expected.state_dict()), "denoiser"
+    )
+
+
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch) -> None:
     path, io = tmp_path / "last.ckpt", AtomicCheckpointIO()
     io.save_checkpoint({"step": 1}, path)

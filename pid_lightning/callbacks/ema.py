@@ -32,8 +32,11 @@ class EMA(Callback):
         self.num_updates = 0
 
     def setup(self, trainer: Trainer, pl_module: PiDModule, stage: str) -> None:
-        """Attach the average, in fp32 and without gradient."""
-        if pl_module.denoiser_ema is None:
+        """Attach the average, in fp32 and without gradient.
+
+        To test, a checkpoint brings its own, and weights of `init_from` have none.
+        """
+        if stage == "fit" and pl_module.denoiser_ema is None:
             average = copy.deepcopy(pl_module.denoiser).float()
             average.activation_checkpointing = False
             pl_module.denoiser_ema = average.requires_grad_(False)
