@@ -57,9 +57,7 @@ def decode_files(
         FileExistsError: a result is there already.
         ValueError: an input or a setting that does not fit the model, or that would be replaced.
     """
-    model = model or next(iter(BUNDLED_MODELS), None)
-    if model is None:
-        raise ValueError("--model: name one; none is bundled in this installation.")
+    model = model or next(iter(BUNDLED_MODELS))
     files = find_inputs(inputs)
     paths = [folder / f"{file.stem}.{settings.format}" for file in files]
     taken = [p for path in paths for p in (path, path.with_suffix(".json")) if p.exists()]

@@ -47,7 +47,7 @@ def find_model(name: str | Path, **hub_options: Any) -> Path:
         return path / MODEL_FILE
     is_id = str(name).count("/") == 1 and not str(name).startswith(("/", "."))
     if path.suffix in MODEL_SUFFIXES or not is_id:
-        bundled = ", ".join(BUNDLED_MODELS) or "none in this installation"
+        bundled = ", ".join(BUNDLED_MODELS)
         raise FileNotFoundError(
             f"model {name} was not found: give a {' or '.join(MODEL_SUFFIXES)} file, a folder, a "
             f"hub id owner/name, or a bundled name ({bundled})."
