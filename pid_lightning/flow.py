@@ -62,9 +62,13 @@ def resolution_shift(height: int, width: int) -> float:
 
 
 def sample_times(
-    batch_size: int, shift: float = 1.0, generator: torch.Generator | None = None
+    batch_size: int,
+    shift: float = 1.0,
+    std: float = 1.0,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Training times (B,): logit-normal(0, 1), then shifted. Drawn on the generator's device,
-    on the CPU without one."""
+    """Training times (B,): logit-normal(0, std), then shifted (arXiv 2403.03206, section 3.1).
+    Drawn on the generator's device, on the CPU without one."""
     device = generator.device if generator is not None else "cpu"
-    return shift_time(torch.randn(batch_size, generator=generator, device=device).sigmoid(), shift)
+    logits = std * torch.randn(batch_size, generator=generator, device=device)
+    return shift_time(logits.sigmoid(), shift)

@@ -98,7 +98,9 @@ def test_training_times_are_logit_normal_then_shifted() -> None:
     assert float(times.median()) == pytest.approx(0.5, abs=0.01)
     assert float(times.logit().mean()) == pytest.approx(0, abs=0.02)
     assert float(times.logit().std()) == pytest.approx(1, abs=0.02)
-    shifted = flow.sample_times(40_000, 6.0, torch.Generator().manual_seed(0))
+    wide = flow.sample_times(40_000, std=1.6, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(wide.double().logit(), 1.6 * times.double().logit(), atol=1e-3)
+    shifted = flow.sample_times(40_000, 6.0, generator=torch.Generator().manual_seed(0))
     assert float(shifted.median()) == pytest.approx(6 / 7, abs=0.01)
     assert float(shifted.logit().mean()) == pytest.approx(math.log(6), abs=0.02)
 

@@ -129,8 +129,8 @@ class FlowMatching:
         if shift is None:
             shift = flow.resolution_shift(*x0.shape[-2:])
         scalars = sample_generators(settings.seed, f"{purpose} times", sample.numbers)
-        t = torch.cat([flow.sample_times(1, shift, generator) for generator in scalars])
-        t = t.to(x0.device)
+        drawn = [flow.sample_times(1, shift, settings.time_std, one) for one in scalars]
+        t = torch.cat(drawn).to(x0.device)
         generators = sample_generators(
             settings.seed, f"{purpose} pixels", sample.numbers, x0.device
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,70 +24,78 @@ def make_optimizer(
         fused: AdamW in one kernel.
     """
     learning = [p for p in denoiser.parameters() if p.requires_grad]
-    adamw = {"lr": learning_rate, "weight_decay": weight_decay, "fused": fused}
     if name == "adamw":
-        return torch.optim.AdamW(learning, **adamw)
-    check_muon()
+        return torch.optim.AdamW(learning, lr=learning_rate, weight_decay=weight_decay, fused=fused)
     # The narrow ends of the network are no hidden layers: three colours, one gate value a token.
-    matrices = [p for p in learning if p.ndim == 2 and min(p.shape) > 3]
+    matrices = [p for p in learning if p.ndim >= 2 and min(len(p), p[0].numel()) > 3]
     taken = {id(p) for p in matrices}
     rest = [p for p in learning if id(p) not in taken]
-    return Together(
-        torch.optim.Muon(
-            matrices,
-            lr=learning_rate,
-            weight_decay=weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        torch.optim.AdamW(rest, **adamw),
-    )
+    return MuonAndAdamW(matrices, rest, learning_rate, weight_decay, fused)
 
 
-def check_muon() -> None:
-    """Refuse Muon where torch does not have it.
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon for matrices and AdamW for the rest, as one optimiser: one step, schedule and state.
 
-    Raises:
-        ValueError: torch is older than 2.9.
-    """
-    if not hasattr(torch.optim, "Muon"):
-        raise ValueError(
-            f"training.optimizer: muon needs torch 2.9 or later, here is {torch.__version__}; "
-            "take adamw or a newer torch."
-        )
-
-
-class Together(torch.optim.Optimizer):
-    """Several optimisers of disjoint parameters as one: one step, one schedule, one state.
+    Muon (https://kellerjordan.github.io/posts/muon) steps along the orthogonal matrix nearest to
+    the momentum, here with its step brought to AdamW's size (arXiv 2502.16982, equation 4). The
+    kernel (out, in, h, w) of a convolution is the matrix (out, in*h*w); `torch.optim.Muon`, from
+    torch 2.9, is the same for matrices and takes no kernels.
 
     Args:
-        parts: the optimisers; their parameter groups become this one's, in order.
+        matrices: Muon's, at least 2 dimensions each.
+        rest: AdamW's.
+        learning_rate: of both.
+        weight_decay: of both.
+        fused: AdamW in one kernel.
     """
 
-    def __init__(self, *parts: torch.optim.Optimizer) -> None:
-        self.parts: Sequence[torch.optim.Optimizer] = parts
-        groups = [group for part in parts for group in part.param_groups]
-        super().__init__(groups, {})
-        self._share()
+    momentum = 0.95
 
-    def _share(self) -> None:
-        """One set of groups and one state, whoever changes them."""
-        groups = iter(self.param_groups)
-        for part in self.parts:
-            part.param_groups = [next(groups) for _ in part.param_groups]
-            part.state = self.state
+    def __init__(
+        self,
+        matrices: Sequence[nn.Parameter],
+        rest: Sequence[nn.Parameter],
+        learning_rate: float,
+        weight_decay: float,
+        fused: bool,
+    ) -> None:
+        both = {"lr": learning_rate, "weight_decay": weight_decay}
+        self._adamw = torch.optim.AdamW(rest, fused=fused, **both)
+        super().__init__([{"params": matrices}, *self._adamw.param_groups], both)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Every part's step, after `closure` if there is one."""
+        """Both steps, after `closure` if there is one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for part in self.parts:
-            part.step()
+        muon, adamw = self.param_groups
+        for parameter in muon["params"]:
+            if parameter.grad is not None:
+                self._step_matrix(parameter, muon["lr"], muon["weight_decay"])
+        self._adamw.param_groups, self._adamw.state = [adamw], self.state
+        self._adamw.step()
         return loss
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Into every part."""
-        super().load_state_dict(state_dict)
-        self._share()
+    def _step_matrix(self, parameter: Tensor, learning_rate: float, weight_decay: float) -> None:
+        state, gradient = self.state[parameter], parameter.grad.flatten(1)
+        if not state:
+            state["momentum"] = torch.zeros_like(gradient)
+        state["momentum"].lerp_(gradient, 1 - self.momentum)
+        step = orthogonalised(gradient.lerp(state["momentum"], self.momentum))  # Nesterov's
+        size = 0.2 * math.sqrt(max(step.shape))
+        parameter.mul_(1 - learning_rate * weight_decay)
+        parameter.sub_(step.view_as(parameter), alpha=learning_rate * size)
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """About U V^T of `matrix` = U S V^T, in bfloat16: five rounds of Newton and Schulz, whose
+    coefficients lift small singular values fastest and leave all of them between 0.5 and 1.5."""
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if is_tall else matrix).bfloat16()
+    x = x / x.norm().clamp(min=1e-7)  # singular values at most 1
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if is_tall else x

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pid_lightning.modules.optimizers import OPTIMIZERS, check_muon
+from pid_lightning.modules.optimizers import OPTIMIZERS
 from pid_lightning.noising import FRAMES
 
 TRAINED_PARTS = ("all", "adapter", "rgb_head")
@@ -18,8 +18,8 @@ class Training:
         train: ``"all"``; ``"adapter"`` freezes the backbone and trains adapter and gates;
             ``"rgb_head"`` trains the adapter through its RGB head alone, without running the
             backbone: a start from nothing that sees many more latents in the same time.
-        optimizer: ``"adamw"``, or ``"muon"`` (Muon for matrices, AdamW for the rest; torch 2.9),
-            which takes several times fewer steps from nothing.
+        optimizer: ``"adamw"``, or ``"muon"`` (Muon for matrices, AdamW for the rest), which
+            takes several times fewer steps from nothing.
         learning_rate: of the optimiser.
         weight_decay: of the optimiser.
         warmup_steps: optimiser steps over which the learning rate rises linearly from 0.
@@ -27,6 +27,8 @@ class Training:
             keeps the learning rate constant. Set it to the length of the whole run.
         time_shift: shift of the training times and of the teacher's solver; null derives it from
             the output's size (`flow.resolution_shift`).
+        time_std: of the training times' logits before the shift; above 1, times near 0 and 1, where
+            sampling ends and begins, are met more often.
         latent_sigma_max: highest noise level of the latents.
         latent_sigma_probability: share of samples with noisy latents.
         noise_frame: frame of that noise, ``"flow"`` or ``"variance_preserving"`` (SDXL).
@@ -45,6 +47,7 @@ class Training:
     warmup_steps: int = 2000
     decay_steps: int | None = None
     time_shift: float | None = None
+    time_std: float = 1.0
     latent_sigma_max: float = 0.8
     latent_sigma_probability: float = 0.75
     noise_frame: str = "flow"
@@ -62,8 +65,6 @@ class Training:
         if self.optimizer not in OPTIMIZERS:
             accepted = ", ".join(OPTIMIZERS)
             raise ValueError(f"training.optimizer: {self.optimizer!r} is not one of {accepted}.")
-        if self.optimizer == "muon":
-            check_muon()
         if self.noise_frame not in FRAMES:
             accepted = ", ".join(FRAMES)
             raise ValueError(f"training.noise_frame: {self.noise_frame!r} is none of {accepted}.")
@@ -77,6 +78,8 @@ class Training:
                 raise ValueError(
                     f"training.{name}: {getattr(self, name)} must lie between 0 and 1."
                 )
+        if self.time_std <= 0:
+            raise ValueError(f"training.time_std: {self.time_std} must be above 0.")
         if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
             raise ValueError(
                 f"training.decay_steps: {self.decay_steps} must be above warmup_steps "

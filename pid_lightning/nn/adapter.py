@@ -35,6 +35,8 @@ class AdapterConfig:
             ``"shuffle"`` learns a feature for each (sub-pixel convolution, arXiv 1609.05158).
         sigma_plane: the noise level as one more channel of the latents. Published adapters have
             to guess it and leave it to the gate; a small one cannot afford to.
+        head_norm: normalise what the heads read, as pre-activation networks end. Published
+            adapters do not: trained from scratch their features outgrow the patch tokens.
     """
 
     width: int = 512
@@ -48,6 +50,7 @@ class AdapterConfig:
     unpack: int = 1
     upsampling: str = "nearest"
     sigma_plane: bool = False
+    head_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.gate not in GATES:
@@ -182,6 +185,7 @@ class LatentAdapter(nn.Module):
             ResBlock(config.width, config.padding) for _ in range(config.num_res_blocks)
         )
         self.num_injections = num_injections
+        self.head_norm = nn.LayerNorm(config.width) if config.head_norm else nn.Identity()
         self.heads = nn.Linear(config.width, num_injections * token_width)
         self.rgb_side = patch_size // scale if config.rgb_head else 0
         self.rgb_head = (
@@ -229,7 +233,7 @@ class LatentAdapter(nn.Module):
             if number == self.rgb_head_block:
                 tapped = x
         tokens = rearrange(x, "b c h w -> b (h w) c")
-        features = self.heads(tokens).chunk(self.num_injections, dim=-1)
+        features = self.heads(self.head_norm(tokens)).chunk(self.num_injections, dim=-1)
         if self.rgb_head is None or not with_rgb:
             return features, None
         return features, self._predict_rgb(x if tapped is None else tapped)
