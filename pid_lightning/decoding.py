@@ -14,6 +14,10 @@ from pid_lightning.tiling import Tile, Tiles, blended_velocity
 
 TEACHER_STEPS = 25
 
+# Conditions of tiles are held from step to step up to this many bytes, a few million pixels' worth;
+# beyond that a tile's latents pass the adapter again, since the picture's would not fit.
+HELD_BYTES = 2**28
+
 
 @torch.no_grad()
 def decode_latents(
@@ -46,9 +50,7 @@ def decode_latents(
         null_text: features of the empty or negative prompt for guidance; None likewise.
         guidance_scale: of text over no text; 1 is none.
         generator: one, or one a sample; the only source of randomness.
-        tile: side of the tiles in output pixels, see `tiling.Tiles`; None decodes the whole. The
-            latents of each tile pass the adapter at every step anew: features of a large picture
-            would not fit into memory.
+        tile: side of the tiles in output pixels, see `tiling.Tiles`; None decodes the whole.
         on_step: called with (number of steps done, x) after each.
         on_forward: called after each evaluation of the network: once a step, tile and branch.
 
@@ -66,8 +68,16 @@ def decode_latents(
     def velocity_of(condition: Condition) -> sampling.Velocity:
         return conditioned_velocity(denoiser, condition, null_text, guidance_scale, on_forward)
 
+    held: dict[tuple[int, int], Condition] = {}
+
     def velocity_of_tile(place: Tile) -> sampling.Velocity:
-        return velocity_of(condition_tile(denoiser, latents, latent_sigma, text, tiles, place))
+        corner = (place.rows.start, place.columns.start)
+        condition = held.get(corner)
+        if condition is None:
+            condition = condition_tile(denoiser, latents, latent_sigma, text, tiles, place)
+            if (len(held) + 1) * condition.num_bytes <= HELD_BYTES:
+                held[corner] = condition
+        return velocity_of(condition)
 
     if tiles is None:
         velocity = velocity_of(denoiser.condition(latents, latent_sigma, text))

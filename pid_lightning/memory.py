@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pid_lightning import sampling
-from pid_lightning.decoding import condition_tile, tiles_for
+from pid_lightning.decoding import HELD_BYTES, condition_tile, tiles_for
+from pid_lightning.nn import Condition
 from pid_lightning.tiling import Tile, Tiles
 from pid_lightning.weights import ModelInfo
 
@@ -71,14 +72,13 @@ def _estimate(
             text = torch.empty(batch_size, config.text_length, config.text_width, dtype=dtype)
         x = torch.empty(batch_size, 3, *seen)
 
-        def evaluate() -> Tensor:
+        def condition() -> Condition:
             if tiles is None:
-                condition = denoiser.condition(latents, t, text)
-            else:
-                condition = condition_tile(denoiser, latents, t, text, tiles, place)
-            return denoiser(x, t, condition)
+                return denoiser.condition(latents, t, text)
+            return condition_tile(denoiser, latents, t, text, tiles, place)
 
-        forward = peak_bytes(evaluate)
+        forward = peak_bytes(lambda: denoiser(x, t, condition()))
+        others = 0 if tiles is None else (len(tiles) - 1) * condition().num_bytes
     picture = torch.empty(batch_size, 3, height, width, device="meta")
 
     def sample() -> Tensor:
@@ -89,9 +89,10 @@ def _estimate(
         )
 
     weights = sum(w.numel() * w.element_size() for w in denoiser.parameters())
-    # While the network runs, the sampler holds its noise and x, and the tiles' sum where there
-    # are tiles.
+    # While the network runs, the sampler holds its noise and x; with tiles also their sum and the
+    # conditions of other tiles.
     held = (2 if tiles is None else 3) * picture.numel() * picture.element_size()
+    held += min(others, HELD_BYTES)
     return weights + max(peak_bytes(sample), held + forward)
 
 

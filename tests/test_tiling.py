@@ -10,6 +10,7 @@ import tiny
 import torch
 from torch import Tensor
 
+from pid_lightning import decoding
 from pid_lightning.decoding import alignment, condition_tile, decode_latents, trained_tile
 from pid_lightning.nn import PiD
 from pid_lightning.randomness import sample_generators
@@ -185,6 +186,21 @@ def test_features_at_a_tiles_border_have_seen_the_margin() -> None:
     assert first_tile(latents).shape[1] == 16
     assert not torch.equal(first_tile(near), first_tile(latents))
     assert torch.equal(first_tile(far), first_tile(latents))
+
+
+def test_latents_pass_the_adapter_once_a_tile_where_memory_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    denoiser, latents = network(), noise(1, 4, 8, 8)
+    passes = []
+    denoiser.adapter.register_forward_hook(lambda *_: passes.append(1))
+    num_tiles = len(Tiles(128, 128, 64, alignment(denoiser)))
+    held = decode(denoiser, latents, 64)
+    assert len(passes) == num_tiles > 4
+    passes.clear()
+    monkeypatch.setattr(decoding, "HELD_BYTES", 0)
+    assert torch.equal(decode(denoiser, latents, 64), held)
+    assert len(passes) == num_tiles * len(TIMES)
 
 
 def test_cells_larger_and_smaller_than_patches_align() -> None:
