@@ -126,7 +126,7 @@ def test_compare_latent_families(runs: Path, tmp_path: Path) -> None:
     assert (
         f"SigLIP 8x is left out: there is no run in {runs / 'compare_siglip_8x'}, `pid fit "
         "--config configs/compare_siglip.yaml --model.scale 8 --data.image_size 256 "
-        "--trainer.logger.name compare_siglip_8x` makes it." in printed
+        "--data.batch_size 4 --trainer.logger.name compare_siglip_8x` makes it." in printed
     )
     made = [label for label in labels if label != "SigLIP 8x"]
     methods = [(label, "PiD") for label in made]
