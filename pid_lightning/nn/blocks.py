@@ -49,8 +49,8 @@ class PatchBlock(nn.Module):
         width: token width D.
         num_heads: attention heads.
         with_text: whether there is a text stream.
-        last: in the last block nobody reads the text again, so its output projection, second
-            norm and MLP are never computed; published files hold them, hence frozen, not gone.
+        last: in the last block nobody reads the text again, so its queries, output projection,
+            second norm and MLP are never used; published files hold them, hence frozen, not gone.
     """
 
     def __init__(self, width: int, num_heads: int, with_text: bool, last: bool) -> None:
@@ -63,7 +63,8 @@ class PatchBlock(nn.Module):
     def freeze_unread(self) -> None:
         """Weights that are never computed take no gradient."""
         if self.last and self.text is not None:
-            for unread in (self.text.attention_out, self.text.mlp_norm, self.text.mlp):
+            text = self.text
+            for unread in (text.qkv.q_norm, text.attention_out, text.mlp_norm, text.mlp):
                 unread.requires_grad_(False)
 
     def forward(
@@ -87,14 +88,14 @@ class PatchBlock(nn.Module):
             return self.image.update(tokens, attended, image_modulation), None
 
         text_modulation = self.text.modulate(condition)
-        joint = zip(self.text.project(text, text_modulation), (q, k, v), strict=True)
-        q, k, v = (torch.cat(pair, dim=2) for pair in joint)  # keys ordered [text, image]
-        attended = attend(q, k, v, table)
+        text_q, text_k, text_v = self.text.project(text, text_modulation)
+        k, v = torch.cat((text_k, k), dim=2), torch.cat((text_v, v), dim=2)
+        if self.last:
+            return self.image.update(tokens, attend(q, k, v, table), image_modulation), text
+        attended = attend(torch.cat((text_q, q), dim=2), k, v, table)
         text_attended, image_attended = attended.split((text.shape[1], tokens.shape[1]), dim=1)
         tokens = self.image.update(tokens, image_attended, image_modulation)
-        if not self.last:
-            text = self.text.update(text, text_attended, text_modulation)
-        return tokens, text
+        return tokens, self.text.update(text, text_attended, text_modulation)
 
 
 class PixelBlock(nn.Module):

@@ -51,8 +51,12 @@ class QKV(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Softmax attention of rotated q and k (B, heads, N, d), heads joined: (B, N, heads*d)."""
-    q, k = rotate(q, table), rotate(k, table)
+    """Softmax attention of rotated q and k (B, heads, N, d), heads joined: (B, N, heads*d).
+
+    q may be of the last positions only.
+    """
+    cos, sin = table
+    q, k = rotate(q, (cos[-q.shape[2] :], sin[-q.shape[2] :])), rotate(k, table)
     scores_fit = k.shape[2] <= MOST_KEPT_KEYS or not torch.is_grad_enabled()
     # Where torch has nothing fast: its kernels for bf16 on a CPU take twice the time of this.
     by_rows = q.device.type == "cpu" and q.dtype == torch.bfloat16 and scores_fit
