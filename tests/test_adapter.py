@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import pytest
+import tiny
 import torch
 
 from pid_lightning.nn import AdapterConfig, LatentAdapter, PiD, PiDConfig, SigmaGate
@@ -155,6 +156,27 @@ def test_a_noisier_latent_never_opens_the_gate() -> None:
     assert (opening.diff(dim=0) < 0).all()
 
 
+def test_without_a_gate_the_whole_feature_comes_in_at_every_noise_level() -> None:
+    adapter = dataclasses.replace(V15, gate="none", rgb_head=False)
+    config = dataclasses.replace(tiny.config(), adapter=adapter)
+    torch.manual_seed(0)
+    pid = PiD(config, 4, 8, 4)
+    gated = PiD(dataclasses.replace(config, adapter=V15), 4, 8, 4)
+    for network in (pid, gated):
+        for weight in network.parameters():
+            torch.nn.init.normal_(weight, std=0.1)
+    for gate in gated.gates:  # as open as it gets
+        torch.nn.init.zeros_(gate.tokens.weight)
+        torch.nn.init.zeros_(gate.feature.weight)
+        torch.nn.init.constant_(gate.feature.bias, 60.0)
+    pid.load_state_dict(gated.state_dict(), strict=False)
+    x_t, latents = torch.randn(2, 3, 64, 64), torch.randn(2, 4, 2, 2)
+    t, sigma = torch.full((2,), 0.5), torch.tensor([0.0, 0.9])
+    ours, theirs = (n(x_t, t, n.condition(latents, sigma)) for n in (pid, gated))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert not any("gates" in name for name in pid.state_dict())
+
+
 def test_alpha_is_exact_under_autocast_and_in_bf16() -> None:
     """log_alpha is a bare parameter: only the sum is rounded, not alpha or sigma before it."""
     torch.manual_seed(0)
@@ -238,6 +260,22 @@ def test_published_parameter_counts(
     assert count / 1e6 == pytest.approx(millions, abs=0.06)
 
 
+def test_a_head_norm_keeps_features_in_bounds_whatever_the_convolutions_grow_to() -> None:
+    config = dataclasses.replace(V1, num_res_blocks=0, head_norm=True)
+    latents = torch.randn(1, 4, 2, 2, dtype=torch.float64)
+
+    def grown(config: AdapterConfig) -> tuple[torch.Tensor, torch.Tensor]:
+        adapter = random_adapter(config, 4, 8, 4)
+        features = adapter(latents, CLEAN)[0][0]
+        for parameter in adapter.stem[-1].parameters():
+            parameter.data.mul_(100)
+        return features, adapter(latents, CLEAN)[0][0]
+
+    assert torch.allclose(*grown(config), rtol=1e-2)
+    before, after = grown(dataclasses.replace(config, head_norm=False))
+    assert after.abs().mean() > 50 * before.abs().mean()
+
+
 def test_a_fresh_adapter_injects_nothing() -> None:
     network = PiD(
         PiDConfig(
@@ -266,7 +304,7 @@ def test_a_fresh_adapter_injects_nothing() -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"gate": "sigma"}, r"^gate: 'sigma' is not one of channel, token\.$"),
+        ({"gate": "sigma"}, r"^gate: 'sigma' is not one of channel, token, none\.$"),
         ({"padding": "reflect"}, r"^padding: 'reflect' is not one of zeros, replicate\.$"),
         ({"upsampling": "bilinear"}, r"'bilinear' is not one of nearest, shuffle\.$"),
         ({"width": 10}, r"^adapter width: 10 must be a multiple of 4"),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-GATES = ("channel", "token")
+GATES = ("channel", "token", "none")
 PADDINGS = ("zeros", "replicate")
 UPSAMPLINGS = ("nearest", "shuffle")
 
@@ -24,7 +24,8 @@ class AdapterConfig:
         width: channels of the convolutions.
         num_res_blocks: residual blocks after the first two convolutions.
         interval: patch blocks between two injections.
-        gate: one gate value a ``"channel"`` (v1) or a ``"token"`` (v1.5).
+        gate: one gate value a ``"channel"`` (v1) or a ``"token"`` (v1.5); ``"none"`` lets all
+            in, to measure what the gate is worth.
         padding: of the convolutions, ``"zeros"`` (v1) or ``"replicate"`` (v1.5).
         inject_pixels: one more injection, into the condition of the pixel blocks (v1.5).
         rgb_head: training-only prediction of the low-resolution image (v1.5).
@@ -115,6 +116,25 @@ class SigmaGate(nn.Module):
     def forward(self, tokens: Tensor, feature: Tensor, openness: Tensor) -> Tensor:
         """Tokens (B, N, D) with the feature (B, N, D) let in."""
         return torch.addcmul(tokens, self.opening(tokens, openness), feature)
+
+
+class OpenGate(nn.Module):
+    """`tokens + feature`, at every noise level: a `SigmaGate` that learns nothing."""
+
+    def reset_parameters(self) -> None:
+        """There are none."""
+
+    def openness(self, feature: Tensor, latent_sigma: Tensor) -> Tensor:
+        """Nothing to say of the feature: an empty (B, N, 0)."""
+        return feature[..., :0]
+
+    def opening(self, tokens: Tensor, openness: Tensor) -> Tensor:
+        """1, (B, N, 1)."""
+        return torch.ones_like(tokens[..., :1])
+
+    def forward(self, tokens: Tensor, feature: Tensor, openness: Tensor) -> Tensor:
+        """Tokens (B, N, D) with the whole feature (B, N, D) let in."""
+        return tokens + feature
 
 
 class ResBlock(nn.Module):

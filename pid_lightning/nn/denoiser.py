@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pid_lightning import flow
-from pid_lightning.nn.adapter import LatentAdapter, SigmaGate
+from pid_lightning.nn.adapter import LatentAdapter, OpenGate, SigmaGate
 from pid_lightning.nn.blocks import PatchBlock, PixelBlock
 from pid_lightning.nn.condition import Condition, TextEmbedding, position_tables
 from pid_lightning.nn.config import PiDConfig
@@ -88,7 +88,10 @@ class PiD(nn.Module):
             scale,
         )
         self.gates = nn.ModuleList(
-            SigmaGate(config.width, config.adapter.gate) for _ in range(num_gates)
+            OpenGate()
+            if config.adapter.gate == "none"
+            else SigmaGate(config.width, config.adapter.gate)
+            for _ in range(num_gates)
         )
         self.reset_parameters()
 
