@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from torch import Tensor
 
-from pid_lightning import DMD2, EMA, flow, losses, weights
+from pid_lightning import DMD2, EMA, Training, flow, losses, weights
 from pid_lightning.callbacks.turns import Turns
 from pid_lightning.modules.objective import Sample
 from pid_lightning.nn import Discriminator
+from pid_lightning.sampling import STUDENT_TIMES
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +212,7 @@ def test_student_mean_moves_to_the_teachers() -> None:
     [
         ({"student_every": 1}, r"student_every: 1 must be at least 2"),
         ({"student_input": "noise"}, r"'noise' is not one of rollout, noised_data\.$"),
+        ({"student_steps": "first"}, r"student_steps: 'first' is not one of all, last\.$"),
         ({"student_times": (0.5, 0.9)}, r"student_times: \(0\.5, 0\.9\) must fall"),
         ({"time_clamp": (0.9, 0.1)}, r"time_clamp: \(0\.9, 0\.1\) must be two rising times"),
         ({"discriminator_depth": 0}, r"discriminator_depth: 0 must be at least 1\.$"),
@@ -246,3 +249,27 @@ def test_times_stay_within_the_clamp(teacher: Path) -> None:
     )
     assert free.min() < 0.4 < 0.6 < free.max()
     assert torch.equal(clamped, free.clamp(0.4, 0.6))
+
+
+@pytest.mark.parametrize("student_input", ["rollout", "noised_data"])
+def test_all_steps_learn_or_the_last(student_input: str, teacher: Path) -> None:
+    denoiser, seen = tiny.module().denoiser, []
+    denoiser.register_forward_hook(lambda _, inputs, __: seen.append(inputs[1][0].item()))
+    keep = torch.ones(1, dtype=torch.bool)
+    images, latents = torch.zeros(1, 3, 64, 64), torch.zeros(1, 16, 2, 2)
+    sample = Sample(images, images, latents, torch.zeros(1), None, keep, keep, numbers=[0])
+
+    def learning_times(student_steps: str) -> list[float]:
+        dmd2 = distillation(teacher, student_input=student_input, student_steps=student_steps)
+        learning = []
+        for turn in range(30):
+            trainer = SimpleNamespace(global_step=turn)
+            module = SimpleNamespace(
+                denoiser=denoiser, training_settings=Training(), trainer=trainer
+            )
+            dmd2._student_x0(module, sample)
+            learning.append(round(seen[-1], 3))
+        return learning
+
+    assert set(learning_times("all")) == set(STUDENT_TIMES)
+    assert set(learning_times("last")) == {STUDENT_TIMES[-1]}

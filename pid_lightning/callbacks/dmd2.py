@@ -18,6 +18,7 @@ from pid_lightning.nn import Condition, Discriminator, PiD
 from pid_lightning.randomness import sample_generators
 
 STUDENT_INPUTS = ("rollout", "noised_data")
+STUDENT_STEPS = ("all", "last")
 
 
 class DMD2(Callback):
@@ -35,6 +36,9 @@ class DMD2(Callback):
         student_every: batches from one student step to the next.
         student_input: ``"rollout"``, the student's own steps from noise without gradient, or
             ``"noised_data"``, real images noised.
+        student_steps: ``"all"`` trains a random one of the student's steps, ``"last"`` only the one
+            that makes the picture. All share one fake score: where the first steps stay blurred,
+            as a small student's do, it drives the last to overdo what they lack.
         guidance_scale: of the teacher on text; without text both branches are the same.
         generator_weight: of the adversarial loss in the student's.
         generator_warmup: student steps over which that weight rises linearly.
@@ -60,6 +64,7 @@ class DMD2(Callback):
         student_times: tuple[float, ...] = sampling.STUDENT_TIMES,
         student_every: int = 6,
         student_input: str = "rollout",
+        student_steps: str = "all",
         guidance_scale: float = 3.0,
         generator_weight: float = 0.05,
         generator_warmup: int = 100,
@@ -76,6 +81,9 @@ class DMD2(Callback):
         if student_input not in STUDENT_INPUTS:
             accepted = ", ".join(STUDENT_INPUTS)
             raise ValueError(f"DMD2 student_input: {student_input!r} is not one of {accepted}.")
+        if student_steps not in STUDENT_STEPS:
+            accepted = ", ".join(STUDENT_STEPS)
+            raise ValueError(f"DMD2 student_steps: {student_steps!r} is not one of {accepted}.")
         if student_every < 2:
             raise ValueError(
                 f"DMD2 student_every: {student_every} must be at least 2: the others train critics."
@@ -93,6 +101,7 @@ class DMD2(Callback):
         self.teacher = teacher
         self.student_times = tuple(student_times)
         self.student_input = student_input
+        self.student_steps = student_steps
         self.guidance_scale = guidance_scale
         self.generator_weight = generator_weight
         self.generator_warmup = generator_warmup
@@ -273,14 +282,16 @@ class DMD2(Callback):
         return fake_score + discriminator + self.r1_weight * r1, parts
 
     def _student_x0(self, module: PiDModule, sample: Sample) -> Tensor:
-        """The student's picture from a random one of its times.
+        """The student's picture from one of its times.
 
         That time is one for the batch, the same on every process; gradient flows through the
         last evaluation only.
         """
         seed, turn = module.training_settings.seed, module.trainer.global_step
-        (generator,) = sample_generators(seed, "student time", [turn])
-        step = int(torch.randint(len(self.student_times), (), generator=generator))
+        step = len(self.student_times) - 1
+        if self.student_steps == "all":
+            (generator,) = sample_generators(seed, "student time", [turn])
+            step = int(torch.randint(step + 1, (), generator=generator))
         condition = sample.condition(module.denoiser)
         now = self.student_times[step]
         t = sample.x0.new_full((len(sample.x0),), now)
