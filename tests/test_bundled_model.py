@@ -27,11 +27,11 @@ def test_the_file_is_small_and_says_what_it_was_made_of() -> None:
     decoder = PiDDecoder.from_pretrained(NAME)
     assert (decoder.latent_space, decoder.scale) == ("pid-small", 4)
     assert decoder.info.image_size == SIDE
-    assert decoder.info.student_times is None  # a teacher, not yet distilled
+    assert len(decoder.info.student_times) == 4
 
 
 def test_noisy_latents_decode_better_than_natively() -> None:
-    """On photographs it was not trained on: half a decibel at least at sigma 0.4 and at 0.8."""
+    """On photographs it was not trained on: one decibel at least at sigma 0.4 and at 0.8."""
     decoder = PiDDecoder.from_pretrained(NAME, torch.float32)
     photos = torch.cat([_centre(path) for path in sorted((BUNDLED_PHOTOS / "test").glob("*.jpg"))])
     clean = decoder.encode(reduce_picture(photos, decoder.scale))
@@ -39,9 +39,9 @@ def test_noisy_latents_decode_better_than_natively() -> None:
     for sigma in (0.4, 0.8):
         level = torch.full((len(clean),), sigma)
         latents = add_latent_noise(clean, eps, level)
-        ours = decoder.decode(latents, level, steps=4, seed=0, progress=False)
+        ours = decoder.decode(latents, level, seed=0, progress=False)
         native = enlarge_picture(decoder.encoder.decode(latents), decoder.scale).clamp(-1, 1)
-        assert _psnr(ours, photos) > _psnr(native, photos) + 0.5
+        assert _psnr(ours, photos) > _psnr(native, photos) + 1.0
 
 
 def test_a_picture_is_enlarged_by_one_command(tmp_path: Path) -> None:
