@@ -13,8 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 # A picture's normalised latents have a standard deviation near 1. Below and above these bounds a
-# missing or doubled normalisation is likelier than an unusual picture.
-PLAUSIBLE_STD = (0.4, 1.8)
+# missing or doubled normalisation is likelier than an unusual picture; small contrasty ones reach 2.
+PLAUSIBLE_STD = (0.4, 2.2)
 
 # diffusers' autoencoders whose latent space is known.
 SUPPORTED_CLASSES = ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLQwenImage")

@@ -7,6 +7,8 @@ import warnings
 import pytest
 import torch
 
+from pid_lightning.draws import centre_crop
+from pid_lightning.encoders.bundled import BundledVAE
 from pid_lightning.latent_spaces import (
     KNOWN_SPACES,
     QWEN_MEAN,
@@ -20,6 +22,8 @@ from pid_lightning.latent_spaces import (
     unpack,
     warn_if_not_normalised,
 )
+from pid_lightning.pictures import read_picture, reduce_picture
+from pid_lightning.sources import BUNDLED_PHOTOS
 
 
 @pytest.fixture
@@ -141,3 +145,14 @@ def test_silent_on_normalised_latents(generator):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_if_not_normalised(torch.randn(1, 16, 16, 16, generator=generator))
+
+
+def test_silent_on_a_small_picture_of_strong_contrast():
+    """The middle 256 x 256 pixels of each bundled photograph, reduced 8 times."""
+    encoder = BundledVAE()
+    encoder.load()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for path in sorted((BUNDLED_PHOTOS / "test").glob("*.jpg")):
+            low = reduce_picture(centre_crop(read_picture(path), 256)[None], 8)
+            warn_if_not_normalised(encoder.encode(low))
