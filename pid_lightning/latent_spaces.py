@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 # A picture's normalised latents have a standard deviation near 1. Below and above these bounds a
-# missing or doubled normalisation is likelier than an unusual picture; small contrasty ones reach 2.
+# missing or doubled normalisation is likelier than an unusual picture; small ones reach 2.
 PLAUSIBLE_STD = (0.4, 2.2)
 
 # diffusers' autoencoders whose latent space is known.
