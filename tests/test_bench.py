@@ -81,8 +81,8 @@ def forward_flops(told: ModelInfo, size: int) -> tuple[int, int]:
     hidden, total = int(2 * 4 * d / 3), n * 3 * side**2 * d + (256 + d) * d
     for i in range(config.num_blocks):
         both = n + length
-        total += 2 * 6 * d * d + both * 3 * d * d + 2 * both**2 * d
         tokens = n if i == config.num_blocks - 1 else both  # the last block's text is not read
+        total += 2 * 6 * d * d + both * 3 * d * d + 2 * tokens * both * d
         total += tokens * (d * d + 3 * d * hidden)
     total += num_gates * n * d * d
     c, a, pixels = config.pixel_width, config.pixel_attention_width, side**2
