@@ -154,12 +154,13 @@ def load_model(path: str | Path) -> tuple[PiD, ModelInfo]:
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
 
     _check_exists(path)
     try:
         with safe_open(path, "pt") as opened:
             metadata = opened.metadata() or {}
-            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        state = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is cut short or not a safetensors file: {error}.") from error
     if METADATA_KEY not in metadata:

@@ -85,6 +85,7 @@ def load_autoencoder(path: str | Path) -> SmallAutoencoder:
         RuntimeError: the tensors do not fit the config, in name or shape.
     """
     from safetensors import safe_open
+    from safetensors.torch import load_file
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no autoencoder file at {path}.")
@@ -93,7 +94,7 @@ def load_autoencoder(path: str | Path) -> SmallAutoencoder:
         if "config" not in metadata:
             raise ValueError(f"{path} is no autoencoder file: its metadata has no config.")
         config = json.loads(metadata["config"])
-        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    state = {name: tensor.float() for name, tensor in load_file(path).items()}
     network = SmallAutoencoder(**config)
     network.load_state_dict(state, strict=True)
     return network.eval().requires_grad_(False)

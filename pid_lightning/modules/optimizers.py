@@ -91,7 +91,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 def orthogonalised(matrix: Tensor) -> Tensor:
     """About U V^T of `matrix` = U S V^T, in bfloat16: five rounds of Newton and Schulz, whose
-    coefficients lift small singular values fastest and leave all of them between 0.5 and 1.5."""
+    coefficients lift small singular values fastest: all but the tiniest end near 0.5 to 1.5."""
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if is_tall else matrix).bfloat16()
     x = x / x.norm().clamp(min=1e-7)  # singular values at most 1
