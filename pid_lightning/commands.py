@@ -32,6 +32,7 @@ class DecodeSettings:
             pictures), or null for the whole.
         device: null is the GPU where there is one.
         dtype: of the weights; null is as stored.
+        int8: hold the weights of linear layers in 8 bits, half the memory of bf16 (torchao).
         format: of the pictures; WebP is lossless.
         compare: also write NAME_compare with the native decode beside PiD's.
         match_colour: give the output the native decode's low frequencies.
@@ -49,6 +50,7 @@ class DecodeSettings:
     tile: int | Literal["auto"] | None = "auto"
     device: str | None = None
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    int8: bool = False
     format: Literal["png", "webp"] = "png"
     compare: bool = False
     match_colour: bool = False
@@ -76,6 +78,7 @@ def decode(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--output", default="decoded", help="Folder of the results.")
     switches = {
+        "int8": "Hold the weights of linear layers in 8 bits, half the memory of bf16 (torchao).",
         "compare": "Also write NAME_compare with the native decode beside PiD's.",
         "match_colour": "Give the output the native decode's low frequencies.",
         "overwrite": "Replace results that are there.",

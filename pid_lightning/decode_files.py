@@ -97,7 +97,8 @@ def open_decoder(model: str, settings: DecodeSettings) -> PiDDecoder:
             )
         decoder.encode_prompt([settings.prompt, ""], settings.text_cache)
         decoder.text_encoder = None
-    return decoder.to(device)
+    decoder.to(device)
+    return decoder.quantise() if settings.int8 else decoder
 
 
 def _decode_file(

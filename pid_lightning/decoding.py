@@ -83,11 +83,11 @@ def decode_latents(
         velocity = velocity_of(denoiser.condition(latents, latent_sigma, text))
     else:
         velocity = blended_velocity(velocity_of_tile, tiles)
-    noise = sampling.draw_noise((latents.shape[0], 3, height, width), generator, latents.device)
+    shape = (latents.shape[0], 3, height, width)
     if student_times is not None:
         x0 = sampling.sample_few_steps(
             velocity,
-            noise,
+            sampling.draw_noise(shape, generator, latents.device),
             len(student_times) if steps is None else steps,
             generator,
             student_times=student_times,
@@ -99,7 +99,7 @@ def decode_latents(
         shift = flow.resolution_shift(*seen) if time_shift is None else time_shift
         x0 = sampling.sample_solver(
             velocity,
-            noise,
+            sampling.draw_noise(shape, generator, latents.device),
             TEACHER_STEPS if steps is None else steps,
             generator,
             shift=shift,

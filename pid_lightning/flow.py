@@ -30,7 +30,8 @@ def add_noise(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         t: pixel times (B,) in [0, 1].
     """
     t = per_sample(t, x0)
-    return (1 - t) * x0 + t * eps
+    dtype = torch.promote_types(t.dtype, x0.dtype)
+    return torch.lerp(x0.to(dtype), eps.to(dtype), t.to(dtype))
 
 
 def velocity_of(x0: Tensor, eps: Tensor) -> Tensor:
@@ -41,7 +42,8 @@ def velocity_of(x0: Tensor, eps: Tensor) -> Tensor:
 def x0_from_velocity(x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
     """`x0 = x_t - t velocity`, in fp32 at least."""
     t = per_sample(t, x_t)
-    return x_t.to(t.dtype) - t * velocity
+    dtype = torch.promote_types(t.dtype, x_t.dtype)
+    return torch.addcmul(x_t.to(dtype), t.to(dtype), velocity.to(dtype), value=-1)
 
 
 def velocity_from_x0(x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:

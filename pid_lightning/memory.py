@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,11 +18,12 @@ from torch.utils._pytree import tree_leaves
 from pid_lightning import sampling
 from pid_lightning.decoding import HELD_BYTES, condition_tile, tiles_for
 from pid_lightning.nn import Condition
+from pid_lightning.quantisation import is_quantised
 from pid_lightning.tiling import Tile, Tiles
 from pid_lightning.weights import ModelInfo
 
 
-def estimate_memory(
+def estimate_working_memory(
     info: ModelInfo,
     height: int,
     width: int,
@@ -30,7 +31,7 @@ def estimate_memory(
     dtype: torch.dtype = torch.bfloat16,
     batch_size: int = 1,
 ) -> int:
-    """Peak bytes of decoding one batch, weights of the denoiser included.
+    """Peak bytes of decoding one batch, besides the weights of the denoiser.
 
     Counted for the CPU's operations, whose attention is fused as a GPU's is. An allocator's own
     waste and a library's workspaces are not counted.
@@ -83,22 +84,32 @@ def _estimate(
 
     def sample() -> Tensor:
         times = info.student_times or sampling.STUDENT_TIMES
-        noise = torch.randn_like(picture)
         return sampling.sample_few_steps(
-            lambda x_t, t: torch.empty_like(x_t), noise, len(times), student_times=times
+            lambda x_t, t: torch.empty_like(x_t),
+            torch.randn_like(picture),
+            len(times),
+            student_times=times,
         )
 
-    weights = sum(w.numel() * w.element_size() for w in denoiser.parameters())
-    # While the network runs, the sampler holds its noise and x; with tiles also their sum and the
-    # conditions of other tiles.
-    held = (2 if tiles is None else 3) * picture.numel() * picture.element_size()
+    # While the network runs, the sampler holds x; with tiles also their sum and the conditions of
+    # other tiles.
+    held = (1 if tiles is None else 2) * picture.numel() * picture.element_size()
     held += min(others, HELD_BYTES)
-    return weights + max(peak_bytes(sample), held + forward)
+    return max(peak_bytes(sample), held + forward)
 
 
 def _seen_area(tile: Tile, tiles: Tiles) -> int:
     rows, columns = tile.widened(tiles.step, tiles.height, tiles.width)
     return (rows.stop - rows.start) * (columns.stop - columns.start)
+
+
+def weight_bytes(network: nn.Module) -> int:
+    """Bytes of a network's weights as they are held, those in 8 bits too."""
+    parts = []
+    for weight in network.parameters():
+        names = weight.data.__tensor_flatten__()[0] if is_quantised(weight) else ["data"]
+        parts += [getattr(weight, name) for name in names]
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -107,11 +107,11 @@ class PictureMetrics(nn.Module):
         from torchmetrics.functional.image import structural_similarity_index_measure
 
         measures = {
-            "psnr": _psnr(prediction, target),
+            "psnr": psnr(prediction, target),
             "ssim": structural_similarity_index_measure(
                 prediction, target, data_range=2.0, reduction="none"
             ),
-            "consistency": _psnr(reduce_picture(prediction, scale), low_resolution),
+            "consistency": psnr(reduce_picture(prediction, scale), low_resolution),
         }
         (lpips,) = self._lpips
         if lpips is not None:
@@ -179,7 +179,7 @@ class PictureMetrics(nn.Module):
         return rows
 
 
-def _psnr(images: Tensor, others: Tensor) -> Tensor:
+def psnr(images: Tensor, others: Tensor) -> Tensor:
     """PSNR (B,) in dB of images (B, 3, H, W) in [-1, 1]."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 

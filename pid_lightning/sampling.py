@@ -93,13 +93,15 @@ def sample_few_steps(
     """
     times = (*few_step_times(student_times, steps), 0.0)
     x = noise.float()
+    del noise  # like v below: a large picture's are not to be held for nothing
     for step, (now, after) in enumerate(itertools.pairwise(times), start=1):
         t = x.new_full((len(x),), now)
         v = velocity(x, t)
         if after > 0 and stochastic:
             x = renoise(x, v, now, after, generator)
         else:
-            x = x + (after - now) * v
+            x = x.add(v, alpha=after - now)
+        del v
         if on_step is not None:
             on_step(step, x)
     return x
@@ -139,6 +141,7 @@ def sample_solver(
     scheduler.set_timesteps(steps, device=noise.device)
     scheduler.set_begin_index(0)  # timesteps are whole numbers and may repeat, so none is looked up
     x = noise.float()
+    del noise
     for step, timestep in enumerate(scheduler.timesteps):
         t = x.new_full((len(x),), float(scheduler.sigmas[step]))
         x = scheduler.step(velocity(x, t), timestep, x).prev_sample

@@ -6,7 +6,7 @@ import warnings
 from typing import Literal
 
 from pid_lightning.decoding import alignment, trained_tile
-from pid_lightning.memory import estimate_memory, free_memory
+from pid_lightning.memory import estimate_working_memory, free_memory
 from pid_lightning.nn import PiD
 from pid_lightning.weights import ModelInfo
 
@@ -49,10 +49,9 @@ def _fitting_tile(
 ) -> int | None:
     free = free_memory(denoiser.out.weight.device)
     step = alignment(denoiser)
-    weights = sum(w.numel() * w.element_size() for w in denoiser.parameters())
     tile = first = trained_tile(denoiser, height, width, info.image_size)
     while free is not None:
-        needed = estimate_memory(info, height, width, tile, denoiser.dtype, batch_size) - weights
+        needed = estimate_working_memory(info, height, width, tile, denoiser.dtype, batch_size)
         smaller = (tile or max(height, width)) // (2 * step) * step
         if needed <= free or smaller < 2 * step:
             break

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
 from pid_lightning.pictures import replaced_file
+from pid_lightning.quantisation import is_quantised
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 METADATA_KEY = "pid"  # of a safetensors file's metadata and of a training checkpoint
@@ -108,12 +109,17 @@ def save_model(
         path: where, ending in ``.safetensors``.
         dtype: type of the stored weights.
         description: words for whoever opens the file: how it was trained, on what, its licence.
+
+    Raises:
+        ValueError: another suffix, or weights in 8 bits.
     """
     from safetensors.torch import save_file
 
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: the file's name must end in .safetensors.")
+    if any(map(is_quantised, denoiser.parameters())):
+        raise ValueError(f"{path}: weights in 8 bits are not saved; save the network they came of.")
     state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in denoiser.state_dict().items()}
     told = {METADATA_KEY: json.dumps(info.to_plain())}
     if description:
@@ -209,7 +215,7 @@ def fingerprint(denoiser: PiD) -> str:
     """A short name of a network's weights, the same in every type they can be stored in exactly."""
     digest = hashlib.sha256()
     for name, tensor in sorted(denoiser.state_dict().items()):
-        values = tensor.detach().flatten()
+        values = (tensor.dequantize() if is_quantised(tensor) else tensor.detach()).flatten()
         some = values[:: max(1, len(values) // 64)].float().cpu()
         digest.update(name.encode() + some.numpy().tobytes())
     return digest.hexdigest()[:16]

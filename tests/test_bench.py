@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pid_lightning.__main__ import main
 from pid_lightning.bench import baseline, estimate, measure, networks, report, work
 from pid_lightning.bench.rates import Rates
-from pid_lightning.memory import estimate_memory, peak_bytes
+from pid_lightning.memory import estimate_working_memory, peak_bytes, weight_bytes
 from pid_lightning.nn import AdapterConfig, Discriminator, PiDConfig
 from pid_lightning.released import build_from_arguments
 from pid_lightning.weights import ModelInfo, save_model
@@ -187,7 +187,9 @@ def test_an_estimate_is_what_a_run_holds(name: str) -> None:
 def test_a_decode_is_estimated_as_the_decoder_does() -> None:
     told = info()
     ((_, peak),) = estimate.estimate_peaks("decode", told, 128, 2, torch.bfloat16, False).values()
-    assert peak == pytest.approx(estimate_memory(told, 128, 128, None, batch_size=2), rel=0.1)
+    working = estimate_working_memory(told, 128, 128, None, batch_size=2)
+    weights = weight_bytes(networks.build_meta(told).bfloat16())
+    assert peak == pytest.approx(weights + working, rel=0.1)
 
 
 # ------------------------------------------------------------------- the baseline
@@ -271,6 +273,24 @@ def test_table_and_json_hold_the_same_rows(
     assert all(row["relative_error"] < 1e-4 for row in rows[:2])
 
 
+def test_eight_bits_are_rows_beside_the_exact_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "pid_lightning.bench.rates.measure_rates", lambda device, dtype: Rates(1e9, 1e9)
+    )
+    out = tmp_path / "bench.json"
+    options = "--work decode --sizes 64 --dtype float32 --device cpu --repeat 1 --check"
+    int8 = ["--int8", "weights", "products"]
+    main(["bench", "--model", "pid-small-vae-4x", *options.split(), *int8, "--json", str(out)])
+    eager, *rounded = json.loads(out.read_text())["rows"]
+    assert [row["mode"] for row in rounded] == ["eager int8 weights", "eager int8 products"]
+    assert eager["psnr"] is None
+    for row in rounded:
+        assert 40 < row["psnr"] < 80
+        assert row["held_mebibytes"] < 0.7 * eager["held_mebibytes"]
+
+
 def test_an_estimate_needs_no_measurement(model: Path, capsys: pytest.CaptureFixture) -> None:
     options = "--estimate --work forward --sizes 64"
     main(["bench", "--model", str(model), *options.split()])
@@ -286,10 +306,11 @@ def test_an_estimate_needs_no_measurement(model: Path, capsys: pytest.CaptureFix
         ("--sizes 0", "sizes: 0 must be at least 1"),
         ("--repeat 0", "--repeat: 0 must be at least 1"),
         ("--estimate --baseline", "leave out --baseline"),
-        ("--check --work train", "add forward to --work"),
+        ("--check --work train", "add one to --work"),
+        ("--int8 weights --work dmd2", "add one to --work"),
         ("--network quickstart --baseline", "take --network full or small"),
         ("--json no_such_folder/rows.json", "there is no folder no_such_folder"),
-        ("--model no_such_model.safetensors", "no such file"),
+        ("--model no_such_model.safetensors", "was not found"),
         ("--device cuda", "take cpu or auto"),
     ],
 )

@@ -577,3 +577,17 @@ def test_attention_by_rows_is_softmax_attention() -> None:
     assert error < 2**-7
     in_full = _attend_by_rows(q.double(), k.double(), v.double())
     torch.testing.assert_close(in_full, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_tables_are_made_once_a_size_and_may_be_trained_with() -> None:
+    network = PiD(tiny_config(), 16, 8, 4)
+    latents, sigma = torch.zeros(1, 16, 2, 2), torch.zeros(1)
+    with torch.inference_mode():
+        first = network.condition(latents, sigma)
+    again = network.condition(latents, sigma)
+    assert again.rows is first.rows
+    assert not again.rows.is_inference()
+    x_t = torch.zeros(1, 3, 64, 64)
+    network(x_t, torch.ones(1), again).sum().backward()
+    assert network.out.bias.grad is not None
+    assert network.condition(latents.repeat(1, 1, 2, 1), sigma).rows is not first.rows

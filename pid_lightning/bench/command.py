@@ -24,6 +24,7 @@ NETWORKS = ("full", "full_v15", "small", "quickstart")
 WORK = ("forward", "decode", "train", "dmd2")
 LEARNING = WORK[2:]
 RECOMPUTED = " recomputed"  # ends the mode of rows with activation checkpointing
+INT8 = ("weights", "products")
 MEBIBYTE = 2**20
 
 
@@ -76,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--network", choices=NETWORKS, default="small", help="Sizes; the weights are random.")
-    add("--model", help="A .safetensors or .ckpt instead; --baseline takes only its sizes.")
+    add("--model", help="As of pid decode, instead; --baseline takes only its sizes.")
     add("--work", nargs="+", choices=WORK, default=list(WORK), help="What to measure.")
     add("--sizes", nargs="+", type=int, default=[512], help="Sides of the output in pixels.")
     add("--batch_size", nargs="+", type=int, default=[1], help="Pictures at a time.")
@@ -97,8 +98,20 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--compile", action="store_true", help="Add rows of one compiled graph.")
     add("--baseline", action="store_true", help="Add rows of tests/plain.py, taken in turn.")
+    add(
+        "--int8",
+        nargs="+",
+        choices=INT8,
+        default=[],
+        help="Of forward and decode: add rows of linear layers in 8 bits (torchao), their weights "
+        "held so, or multiplied so too.",
+    )
     add("--repeat", type=int, default=5, help="Timed calls of each row, whose median counts.")
-    add("--check", action="store_true", help="Compare forward passes with the same in fp64.")
+    add(
+        "--check",
+        action="store_true",
+        help="Compare forward passes with the same in fp64, and decoded pictures with eager's.",
+    )
     add("--estimate", action="store_true", help="State memory without data; measure nothing.")
     add("--json", type=Path, help="A file for the rows.")
     return made
@@ -112,11 +125,12 @@ def _check(given: argparse.Namespace) -> None:
             raise ValueError(f"--{name}: {value} must be at least 1.")
     if given.json is not None and not given.json.parent.is_dir():
         raise FileNotFoundError(f"--json: there is no folder {given.json.parent}, make it first.")
-    for name in ("compile", "baseline", "check"):
+    for name in ("compile", "baseline", "check", "int8"):
         if given.estimate and getattr(given, name):
             raise ValueError(f"--estimate runs nothing: leave out --{name}, or --estimate.")
-    if given.check and "forward" not in given.work:
-        raise ValueError("--check compares forward passes: add forward to --work.")
+    for name, told in (("check", "compares"), ("int8", "is for")):
+        if getattr(given, name) and not set(given.work) - set(LEARNING):
+            raise ValueError(f"--{name} {told} forward passes and decodes: add one to --work.")
 
 
 def _device(name: str) -> torch.device:
@@ -180,6 +194,11 @@ def measure_rows(
                 mode: gather(name, copy.deepcopy(source).to(device, kept), info)
                 for mode, source in sources.items()
             }
+            if name not in LEARNING:
+                for extent in given.int8:
+                    gathered[f"eager int8 {extent}"] = gathered["eager"].quantised(
+                        activations=extent == "products"
+                    )
             for size, batch_size in itertools.product(given.sizes, given.batch_size):
                 _tell(name, size, batch_size, dtype)
                 row = {"size": size, "batch_size": batch_size, "dtype": dtype}
@@ -200,6 +219,7 @@ def _measure_size(
     from pid_lightning.bench.estimate import count_flops
     from pid_lightning.bench.networks import draw_inputs
     from pid_lightning.bench.work import assemble
+    from pid_lightning.metrics import psnr
 
     size, batch_size, dtype = row["size"], row["batch_size"], getattr(torch, row["dtype"])
     device = next(gathered["eager"].denoiser.parameters()).device
@@ -210,14 +230,19 @@ def _measure_size(
     }
     figures = measure.measure(modes, device, given.repeat)
     flops = count_flops(name, info, size, batch_size)
-    exact = None
+    exact = picture = None
     if given.check and name == "forward":
         exact = measure.exact_velocity(gathered["eager"].denoiser, inputs)
+    if given.check and name == "decode":
+        picture = modes["eager"]["decode"].run()
     for (piece, mode), measured in figures.items():
         work = modes[mode][piece]
         floor = rates.floor_seconds(flops[piece], work.traffic_bytes())
         plain = figures.get((piece, "plain"))
         peak = measured.peak_bytes
+        decibels = None
+        if picture is not None and mode != "eager":
+            decibels = psnr(work.run(), picture).mean().item()
         yield {
             "work": piece,
             **row,
@@ -231,6 +256,7 @@ def _measure_size(
             "peak_mebibytes": None if peak is None else peak / MEBIBYTE,
             "first_seconds": measured.first_seconds,
             "relative_error": None if exact is None else measure.relative_error(work.run(), exact),
+            "psnr": decibels,
         }
 
 
@@ -243,9 +269,10 @@ def _variants(
     variants = {}
     ways = ("eager", "compiled") if given.compile else ("eager",)
     torch.compiler.reset()  # each size is a compilation of its own, and their number is limited
-    for way, recomputes in itertools.product(ways, _recomputes(given, name)):
-        mode = way + (RECOMPUTED if recomputes else "")
-        variants[mode] = gathered["eager"].variant(way == "compiled", recomputes)
+    ours = [mode for mode in gathered if mode != "plain"]
+    for mode, way, recomputes in itertools.product(ours, ways, _recomputes(given, name)):
+        told = mode.replace("eager", way) + (RECOMPUTED if recomputes else "")
+        variants[told] = gathered[mode].variant(way == "compiled", recomputes)
     if "plain" in gathered:
         variants["plain"] = gathered["plain"]
     return variants

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pid_lightning.hub import find_model
 from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
 from pid_lightning.weights import ModelInfo, load_model
 
@@ -63,13 +64,13 @@ def named(name: str) -> ModelInfo:
 
 
 def find(name: str, model: str | None) -> tuple[PiD | None, ModelInfo]:
-    """A model file's network and what it is; of a name only the latter.
+    """A model's network and what it is; of one of `CONFIGS` only the latter.
 
     Raises:
-        FileNotFoundError: no such model file.
+        FileNotFoundError: no such model.
         ValueError: a file that is no model.
     """
-    return (None, named(name)) if model is None else load_model(model)
+    return (None, named(name)) if model is None else load_model(find_model(model))
 
 
 def check_sizes(info: ModelInfo, sizes: list[int]) -> None:

@@ -32,6 +32,7 @@ COLUMNS = (
     ("peak_mebibytes", "peak MiB", "{:.0f}"),
     ("first_seconds", "first s", "{:.3g}"),
     ("relative_error", "error", "{:.1e}"),
+    ("psnr", "PSNR dB", "{:.1f}"),
 )
 
 

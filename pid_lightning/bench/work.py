@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from pid_lightning import flow, losses
 from pid_lightning.bench.networks import Inputs
 from pid_lightning.decoding import decode_latents
+from pid_lightning.memory import weight_bytes
+from pid_lightning.quantisation import quantise
 from pid_lightning.sampling import STUDENT_TIMES
 from pid_lightning.weights import ModelInfo
 
@@ -55,16 +57,21 @@ class Networks:
                 twins[name].compile(dynamic=False, fullgraph=True)
         return Networks(**{**vars(self), **twins})
 
+    def quantised(self, activations: bool) -> Networks:
+        """The denoiser alone with linear layers in 8 bits."""
+        denoiser = copy.deepcopy(self.denoiser)
+        quantise(denoiser, activations)
+        return Networks(denoiser)
+
     def held_bytes(self) -> int:
         """Bytes of weights and optimisers' states."""
-        weights = [p for network in self._networks() for p in network.parameters()]
         states = [t for o in (self.optimizer, self.critics_optimizer) for t in state_tensors(o)]
-        return num_bytes([*weights, *states])
+        return sum(map(weight_bytes, self._networks())) + num_bytes(states)
 
     def read_bytes(self) -> int:
         """Bytes of the weights that a call computes with."""
         networks = [network for network in self._networks() if network is not self.average]
-        return num_bytes(p for network in networks for p in network.parameters())
+        return sum(map(weight_bytes, networks))
 
     def _networks(self) -> list[nn.Module]:
         return [part for part in vars(self).values() if isinstance(part, nn.Module)]

@@ -18,6 +18,8 @@ from pid_lightning.nn.condition import Condition, TextEmbedding, position_tables
 from pid_lightning.nn.config import PiDConfig
 from pid_lightning.nn.layers import RMSNorm, TimeEmbedding
 
+MOST_KEPT_SIZES = 8  # of output, whose position tables are kept
+
 
 class PiD(nn.Module):
     """`velocity = PiD(x_t, t, text, latents, latent_sigma)` (arXiv 2605.23902).
@@ -48,6 +50,7 @@ class PiD(nn.Module):
         self.scale = scale
         self.chunk_size = 1024  # patches a pixel block modulates at a time without gradient
         self.activation_checkpointing = False
+        self._tables_of: dict[tuple, tuple] = {}
 
         pixels = 3 * config.patch_size**2
         self.patch_embedding = nn.Linear(pixels, config.width)
@@ -227,8 +230,13 @@ class PiD(nn.Module):
         device, dtype = self.out.weight.device, self.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        length = 0 if text is None else text.shape[1]
-        return position_tables(self.config, height, width, length, device, dtype)
+        size = (height, width, 0 if text is None else text.shape[1], device, dtype)
+        if size not in self._tables_of:
+            if len(self._tables_of) == MOST_KEPT_SIZES:
+                del self._tables_of[next(iter(self._tables_of))]
+            with torch.inference_mode(False):  # training may ask for them next
+                self._tables_of[size] = position_tables(self.config, *size)
+        return self._tables_of[size]
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The velocity at `x_t`.

@@ -1,0 +1,72 @@
+"""8-bit weights: near the exact picture, half the memory, what stays exact, what is refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pid_lightning import PiDDecoder
+from pid_lightning.hub import BUNDLED_MODELS
+from pid_lightning.memory import weight_bytes
+from pid_lightning.pictures import read_picture, reduce_picture
+from pid_lightning.quantisation import SMALLEST_WIDTH, is_quantised
+
+(NAME,) = BUNDLED_MODELS
+PHOTO = next((Path(BUNDLED_MODELS[NAME]).parent / "photos" / "test").glob("*.jpg"))
+
+
+def make(dtype: torch.dtype = torch.float32) -> PiDDecoder:
+    return PiDDecoder.from_pretrained(NAME, dtype)
+
+
+def picture(decoder: PiDDecoder) -> Tensor:
+    photo = read_picture(PHOTO)[None, :, :128, :128]
+    return decoder.decode(decoder.encode(reduce_picture(photo, 4)), seed=0, progress=False)
+
+
+@pytest.mark.parametrize("activations", [False, True])
+def test_pictures_are_near_the_exact_ones(activations: bool) -> None:
+    exact, rounded = picture(make()), picture(make().quantise(activations))
+    psnr = 10 * torch.log10(4 / (exact - rounded).square().mean())
+    assert 50 < psnr < 80
+
+
+def test_a_weight_is_rounded_to_a_127th_of_its_rows_largest() -> None:
+    exact, rounded = make().denoiser, make().quantise().denoiser
+    num_rounded = 0
+    for (name, weight), now in zip(exact.named_parameters(), rounded.parameters(), strict=True):
+        wide = weight.ndim == 2 and min(weight.shape) >= SMALLEST_WIDTH
+        assert is_quantised(now) == (wide and not name.startswith("time_embedding"))
+        if is_quantised(now):
+            num_rounded += 1
+            step = weight.abs().amax(dim=1, keepdim=True) / 127
+            assert ((now.dequantize() - weight).abs() <= 0.51 * step).all()
+        else:
+            assert torch.equal(now, weight)
+    assert num_rounded > 20
+
+
+def test_weights_take_half_the_memory_of_bf16() -> None:
+    exact, rounded = make(torch.bfloat16), make(torch.bfloat16).quantise()
+    linear = sum(p.numel() for p in rounded.denoiser.parameters() if is_quantised(p))
+    saved = weight_bytes(exact.denoiser) - weight_bytes(rounded.denoiser)
+    assert 0.9 * linear < saved < linear  # a byte a weight, less what the scales take
+    estimates = [decoder.estimate_memory(128, 128) for decoder in (exact, rounded)]
+    assert estimates[0] - estimates[1] == saved
+
+
+def test_mistakes_are_told_in_one_sentence(tmp_path: Path, monkeypatch) -> None:
+    decoder = make().quantise()
+    with pytest.raises(ValueError, match=r"^quantise: .* in 8 bits already\.$"):
+        decoder.quantise()
+    with pytest.raises(ValueError, match=r"^dtype: torch.bfloat16 comes too late, .* quantise\.$"):
+        decoder.to(dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="weights in 8 bits are not saved"):
+        decoder.save_pretrained(tmp_path / "model")
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(ModuleNotFoundError, match=r"^8-bit weights need torchao: pip install"):
+        make().quantise()
