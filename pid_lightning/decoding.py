@@ -14,9 +14,9 @@ from pid_lightning.tiling import Tile, Tiles, blended_velocity
 
 TEACHER_STEPS = 25
 
-# Conditions of tiles are held from step to step up to this many bytes, a few million pixels' worth;
-# beyond that a tile's latents pass the adapter again, since the picture's would not fit.
-HELD_BYTES = 2**28
+# Conditions of tiles are held from step to step up to a few million pixels' worth, and of a larger
+# picture up to twice its own bytes. Beyond that a tile's latents pass the adapter again.
+HELD_BYTES, HELD_PICTURES = 2**28, 2
 
 
 @torch.no_grad()
@@ -68,14 +68,16 @@ def decode_latents(
     def velocity_of(condition: Condition) -> sampling.Velocity:
         return conditioned_velocity(denoiser, condition, null_text, guidance_scale, on_forward)
 
+    shape = (latents.shape[0], 3, height, width)
     held: dict[tuple[int, int], Condition] = {}
+    most_held = most_held_bytes(shape)
 
     def velocity_of_tile(place: Tile) -> sampling.Velocity:
         corner = (place.rows.start, place.columns.start)
         condition = held.get(corner)
         if condition is None:
             condition = condition_tile(denoiser, latents, latent_sigma, text, tiles, place)
-            if (len(held) + 1) * condition.num_bytes <= HELD_BYTES:
+            if (len(held) + 1) * condition.num_bytes <= most_held:
                 held[corner] = condition
         return velocity_of(condition)
 
@@ -83,7 +85,6 @@ def decode_latents(
         velocity = velocity_of(denoiser.condition(latents, latent_sigma, text))
     else:
         velocity = blended_velocity(velocity_of_tile, tiles)
-    shape = (latents.shape[0], 3, height, width)
     if student_times is not None:
         x0 = sampling.sample_few_steps(
             velocity,
@@ -106,6 +107,11 @@ def decode_latents(
             on_step=on_step,
         )
     return x0.clamp_(-1, 1)
+
+
+def most_held_bytes(shape: Sequence[int]) -> int:
+    """What conditions of tiles may take together beside a picture of `shape` in fp32."""
+    return max(HELD_BYTES, HELD_PICTURES * 4 * math.prod(shape))
 
 
 def condition_tile(

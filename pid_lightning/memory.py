@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pid_lightning import sampling
-from pid_lightning.decoding import HELD_BYTES, condition_tile, tiles_for
+from pid_lightning.decoding import condition_tile, most_held_bytes, tiles_for
 from pid_lightning.nn import Condition
 from pid_lightning.quantisation import is_quantised
 from pid_lightning.tiling import Tile, Tiles
@@ -78,8 +78,11 @@ def _estimate(
                 return denoiser.condition(latents, t, text)
             return condition_tile(denoiser, latents, t, text, tiles, place)
 
-        forward = peak_bytes(lambda: denoiser(x, t, condition()))
-        others = 0 if tiles is None else (len(tiles) - 1) * condition().num_bytes
+        one = condition()
+        making = peak_bytes(condition)
+        running = peak_bytes(lambda: denoiser(x, t, one))
+        shared = sum(t.numel() * t.element_size() for t in tree_leaves(one) if _is_tensor(t))
+        shared -= one.num_bytes
     picture = torch.empty(batch_size, 3, height, width, device="meta")
 
     def sample() -> Tensor:
@@ -91,11 +94,16 @@ def _estimate(
             student_times=times,
         )
 
-    # While the network runs, the sampler holds x; with tiles also their sum and the conditions of
-    # other tiles.
-    held = (1 if tiles is None else 2) * picture.numel() * picture.element_size()
-    held += min(others, HELD_BYTES)
-    return max(peak_bytes(sample), held + forward)
+    one_picture = picture.numel() * picture.element_size()
+    if tiles is None:
+        held = shared + one.num_bytes
+        return max(making, held + max(peak_bytes(sample), one_picture + running))
+    num_held = min(len(tiles), most_held_bytes(picture.shape) // one.num_bytes)
+    held = shared + num_held * one.num_bytes
+    if num_held < len(tiles):
+        running += one.num_bytes
+    # While the network runs on a tile, there are x and the sum of the tiles' velocities.
+    return held + max(peak_bytes(sample), 2 * one_picture + max(making, running))
 
 
 def _seen_area(tile: Tile, tiles: Tiles) -> int:

@@ -55,13 +55,10 @@ def few_step_times(student_times: Sequence[float], steps: int) -> tuple[float, .
     return tuple(student_times[i * trained // steps] for i in range(steps))
 
 
-def renoise(
-    x_t: Tensor, velocity: Tensor, now: float, after: float, generator: Generators
-) -> Tensor:
-    """`x0 = x - a v`, then `(1-b) x0 + b eps` with fresh noise: a stochastic step from a to b."""
-    x0 = flow.x0_from_velocity(x_t, velocity, x_t.new_full((len(x_t),), now))
-    eps = draw_noise(x_t.shape, generator, x_t.device)
-    return flow.add_noise(x0, eps, x_t.new_full((len(x_t),), after))
+def renoise(x0: Tensor, time: float, generator: Generators) -> Tensor:
+    """`(1-t) x0 + t eps` with fresh noise: to `time`, where a stochastic step goes on."""
+    eps = draw_noise(x0.shape, generator, x0.device)
+    return flow.add_noise(x0, eps, x0.new_full((len(x0),), time))
 
 
 def sample_few_steps(
@@ -93,15 +90,17 @@ def sample_few_steps(
     """
     times = (*few_step_times(student_times, steps), 0.0)
     x = noise.float()
-    del noise  # like v below: a large picture's are not to be held for nothing
+    del noise  # a large picture's tensors are let go as soon as they were read
     for step, (now, after) in enumerate(itertools.pairwise(times), start=1):
         t = x.new_full((len(x),), now)
         v = velocity(x, t)
         if after > 0 and stochastic:
-            x = renoise(x, v, now, after, generator)
+            x = flow.x0_from_velocity(x, v, t)
+            del v
+            x = renoise(x, after, generator)
         else:
             x = x.add(v, alpha=after - now)
-        del v
+            del v
         if on_step is not None:
             on_step(step, x)
     return x

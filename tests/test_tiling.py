@@ -198,9 +198,16 @@ def test_latents_pass_the_adapter_once_a_tile_where_memory_allows(
     held = decode(denoiser, latents, 64)
     assert len(passes) == num_tiles > 4
     passes.clear()
-    monkeypatch.setattr(decoding, "HELD_BYTES", 0)
+    monkeypatch.setattr(decoding, "most_held_bytes", lambda shape: 0)
     assert torch.equal(decode(denoiser, latents, 64), held)
     assert len(passes) == num_tiles * len(TIMES)
+
+
+def test_held_conditions_grow_with_a_large_picture_only() -> None:
+    shape = (2, 3, 4096, 4096)
+    picture = torch.empty(shape, device="meta")
+    assert decoding.most_held_bytes(shape) == 2 * picture.numel() * 4
+    assert decoding.most_held_bytes((1, 3, 512, 512)) == decoding.HELD_BYTES
 
 
 def test_cells_larger_and_smaller_than_patches_align() -> None:

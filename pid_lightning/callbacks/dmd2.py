@@ -310,9 +310,10 @@ class DMD2(Callback):
         x, seed = noise, module.training_settings.seed
         for i in range(steps):
             now, after = self.student_times[i : i + 2]
-            velocity = module.denoiser(x, x.new_full((len(x),), now), condition)
+            t = x.new_full((len(x),), now)
+            x0 = flow.x0_from_velocity(x, module.denoiser(x, t, condition), t)
             generators = sample_generators(seed, f"rollout {i}", sample.numbers, x.device)
-            x = sampling.renoise(x, velocity, now, after, generators)
+            x = sampling.renoise(x0, after, generators)
         return x
 
     def _teacher_x0(
