@@ -13,9 +13,9 @@ SMALLEST_WIDTH = 64  # of layers that are worth it, on both sides
 def quantise(denoiser: PiD, activations: bool = False) -> None:
     """Hold the weights of the wide linear layers in 8 bits, one scale a row, in place.
 
-    Such a network is for inference in the type it has now, and cannot be saved. The adapter's
-    convolutions, the colours' narrow layers and the time embedding, which is never computed in
-    less than fp32, stay exact.
+    Such a network is for inference in the type it has now, and cannot be saved. What stays exact:
+    the adapter's convolutions, the colours' narrow layers, the pixel blocks' modulations, which
+    are read in parts, and the time embedding, which is never computed in less than fp32.
 
     Args:
         denoiser: the network.
@@ -38,7 +38,8 @@ def quantise(denoiser: PiD, activations: bool = False) -> None:
         ) from fault
     if any(map(is_quantised, denoiser.parameters())):
         raise ValueError("quantise: this network's weights are in 8 bits already.")
-    exact = set(denoiser.time_embedding.modules())
+    exact = {block.modulation for block in denoiser.pixel_blocks}
+    exact.update(denoiser.time_embedding.modules())
 
     def is_wide(module: nn.Module, name: str) -> bool:
         return (

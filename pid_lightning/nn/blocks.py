@@ -136,33 +136,37 @@ class PixelBlock(nn.Module):
             chunk_size: patches modulated at a time; the result does not depend on it.
         """
         batch_size = pixels.shape[0]
+        # Split, not sliced: a slice's gradient is a whole weight of zeros around it.
+        rows = self.modulation.weight.shape[0] // 6
+        weights, biases = (p.split((2 * rows, 4 * rows)) for p in self.modulation.parameters())
         pixel_chunks = pixels.flatten(0, 1).split(chunk_size)  # (B*N, P*P, C) in chunks
         condition_chunks = condition.flatten(0, 1).split(chunk_size)
 
         pairs = zip(pixel_chunks, condition_chunks, strict=True)
-        compact = torch.cat([self._compact(*pair) for pair in pairs])
+        compact = torch.cat([self._compact(*pair, weights[0], biases[0]) for pair in pairs])
         compact = rearrange(compact, "(b n) d -> b n d", b=batch_size)
         attended = self.attention_out(attend(*self.qkv(compact), table))
 
         attended_chunks = attended.flatten(0, 1).split(chunk_size)
         triples = zip(pixel_chunks, condition_chunks, attended_chunks, strict=True)
-        updated = torch.cat([self._update(*triple) for triple in triples])
+        updated = torch.cat([self._update(*triple, weights[1], biases[1]) for triple in triples])
         return updated.view(pixels.shape)
 
-    def _modulate(self, condition: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
-        """Parts `first` to `last` of the six, each (M, P*P, C), without computing the others."""
-        rows = self.modulation.weight.shape[0] // 6
-        part = slice(first * rows, last * rows)
-        values = F.linear(condition, self.modulation.weight[part], self.modulation.bias[part])
-        return values.view(-1, last - first, rows // self.pixel_width, self.pixel_width).unbind(1)
+    def _modulation(self, condition: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        """The parts of the six that these rows of the modulation make, each (M, P*P, C)."""
+        num = 6 * weight.shape[0] // self.modulation.weight.shape[0]
+        values = F.linear(condition, weight, bias).unflatten(-1, (num, -1, self.pixel_width))
+        return values.unbind(1)
 
-    def _compact(self, pixels: Tensor, condition: Tensor) -> Tensor:
+    def _compact(self, pixels: Tensor, condition: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """(M, P*P, C) to one token a patch (M, D_attn)."""
-        shift, scale = self._modulate(condition, 0, 2)
+        shift, scale = self._modulation(condition, weight, bias)
         return self.compress(self.attention_norm.modulated(pixels, shift, scale).flatten(1))
 
-    def _update(self, pixels: Tensor, condition: Tensor, attended: Tensor) -> Tensor:
-        attention_gate, shift, scale, mlp_gate = self._modulate(condition, 2, 6)
+    def _update(
+        self, pixels: Tensor, condition: Tensor, attended: Tensor, weight: Tensor, bias: Tensor
+    ) -> Tensor:
+        attention_gate, shift, scale, mlp_gate = self._modulation(condition, weight, bias)
         pixels = torch.addcmul(pixels, attention_gate, self.expand(attended).view(pixels.shape))
         hidden = self.mlp(self.mlp_norm.modulated(pixels, shift, scale))
         return torch.addcmul(pixels, mlp_gate, hidden)
