@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
@@ -180,7 +179,7 @@ def measure_rows(
     from pid_lightning.bench.estimate import weights_dtype
     from pid_lightning.bench.networks import build_random
     from pid_lightning.bench.rates import measure_rates
-    from pid_lightning.bench.work import gather
+    from pid_lightning.bench.work import duplicate, gather
 
     generator = torch.Generator().manual_seed(0)
     sources = {"eager": denoiser if denoiser is not None else build_random(info, generator)}
@@ -191,7 +190,7 @@ def measure_rows(
         for name in given.work:
             kept = weights_dtype(name, getattr(torch, dtype))
             gathered = {
-                mode: gather(name, copy.deepcopy(source).to(device, kept), info)
+                mode: gather(name, duplicate(source, kept, True).to(device), info)
                 for mode, source in sources.items()
             }
             if name not in LEARNING:
