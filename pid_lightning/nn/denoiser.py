@@ -21,6 +21,12 @@ from pid_lightning.nn.layers import RMSNorm, TimeEmbedding
 MOST_KEPT_SIZES = 8  # of output, whose position tables are kept
 
 
+def default_chunk_size(device: torch.device) -> int:
+    """Patches that a pixel block modulates at a time without gradient: so few that a CPU's caches
+    hold them, or enough to keep a GPU busy."""
+    return 256 if device.type == "cpu" else 1024
+
+
 class PiD(nn.Module):
     """`velocity = PiD(x_t, t, text, latents, latent_sigma)` (arXiv 2605.23902).
 
@@ -48,7 +54,7 @@ class PiD(nn.Module):
         self.latent_channels = latent_channels
         self.latent_stride = latent_stride
         self.scale = scale
-        self.chunk_size = 1024  # patches a pixel block modulates at a time without gradient
+        self.chunk_size: int | None = None  # None is `default_chunk_size`
         self.activation_checkpointing = False
         self._tables_of: dict[tuple, tuple] = {}
 
@@ -313,8 +319,9 @@ class PiD(nn.Module):
         grid = pixels.shape[1:3]
         pixels = rearrange(pixels, "b h w p q c -> b (h w) (p q) c")
 
-        whole = pixels.shape[0] * pixels.shape[1]
-        chunk_size = whole if torch.is_grad_enabled() else self.chunk_size
+        chunk_size = pixels.shape[0] * pixels.shape[1]
+        if not torch.is_grad_enabled():
+            chunk_size = self.chunk_size or default_chunk_size(x_t.device)
         for block in self.pixel_blocks:
             pixels = self._run(block, pixels, s, condition.pixel_table, chunk_size)
         rgb = self.out(self.out_norm(pixels))
