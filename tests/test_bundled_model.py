@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
 
-from pid_lightning import PiDDecoder, hub
+from pid_lightning import PiDDecoder, hub, tiling
 from pid_lightning.noising import add_latent_noise
 from pid_lightning.pictures import enlarge_picture, read_picture, reduce_picture
 from pid_lightning.sources import BUNDLED_PHOTOS
@@ -44,6 +46,46 @@ def test_noisy_latents_decode_better_than_natively() -> None:
         assert _psnr(ours, photos) > _psnr(native, photos) + gain
 
 
+@pytest.mark.slow
+def test_tiles_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients across the borders of tiles are those at the same places of the same picture
+    decoded with its tiles elsewhere, within 2%."""
+    decoder, at_borders, elsewhere = PiDDecoder.from_pretrained(NAME, torch.float32), [], []
+    for path in sorted((BUNDLED_PHOTOS / "test").glob("*.jpg")):
+        latents = decoder.encode(reduce_picture(_centre(path, 480), decoder.scale))
+        gradients, borders = [], []
+        for overlap in (32, 64):
+            monkeypatch.setattr(
+                tiling, "default_overlap", lambda tile, step, overlap=overlap: overlap
+            )
+            picture = decoder.decode(latents, seed=0, tile=SIDE, progress=False)
+            gradients.append(picture.diff(dim=-1).abs().mean(dim=(0, 1, 2)))
+            tiles = tiling.Tiles(480, 480, SIDE, 32)
+            sides = {side for t in tiles for side in (t.columns.start, t.columns.stop)}
+            borders.append(sides - {0, 480})
+        for mine, other in ((0, 1), (1, 0)):
+            for column in borders[mine] - borders[other]:
+                at_borders.append(gradients[mine][column - 1])
+                elsewhere.append(gradients[other][column - 1])
+    assert len(at_borders) > 30
+    assert sum(at_borders) / sum(elsewhere) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.slow
+def test_tiles_are_near_the_whole() -> None:
+    """Half of the trained size in tiles against the whole, on clean latents: above 33 dB."""
+    decoder = PiDDecoder.from_pretrained(NAME, torch.float32)
+    photos = torch.cat([_centre(path) for path in sorted((BUNDLED_PHOTOS / "test").glob("*.jpg"))])
+    latents = decoder.encode(reduce_picture(photos, decoder.scale))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # half of the trained size is within what it copes with
+        whole, tiled = (
+            decoder.decode(latents, seed=0, tile=tile, progress=False) for tile in (None, SIDE // 2)
+        )
+    assert not torch.equal(whole, tiled)
+    assert _psnr(whole, tiled) > 33
+
+
 def test_a_picture_is_enlarged_by_one_command(tmp_path: Path) -> None:
     from pid_lightning.__main__ import main
 
@@ -54,10 +96,10 @@ def test_a_picture_is_enlarged_by_one_command(tmp_path: Path) -> None:
     assert told["model"] == NAME
 
 
-def _centre(path: Path) -> torch.Tensor:
+def _centre(path: Path, side: int = SIDE) -> torch.Tensor:
     picture = read_picture(path)
-    top, left = ((side - SIDE) // 2 for side in picture.shape[-2:])
-    return picture[None, :, top : top + SIDE, left : left + SIDE]
+    top, left = ((length - side) // 2 for length in picture.shape[-2:])
+    return picture[None, :, top : top + side, left : left + side]
 
 
 def _psnr(images: torch.Tensor, others: torch.Tensor) -> float:

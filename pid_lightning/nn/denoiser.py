@@ -23,8 +23,8 @@ MOST_KEPT_SIZES = 8  # of output, whose position tables are kept
 
 def default_chunk_size(device: torch.device) -> int:
     """Patches that a pixel block modulates at a time without gradient: so few that a CPU's caches
-    hold them, or enough to keep a GPU busy."""
-    return 256 if device.type == "cpu" else 1024
+    hold them, or enough to keep a GPU busy and a compiled graph, which repeats them all, short."""
+    return 256 if device.type == "cpu" and not torch.compiler.is_compiling() else 1024
 
 
 class PiD(nn.Module):
