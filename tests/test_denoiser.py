@@ -566,10 +566,14 @@ def with_null(case: Case) -> PiD:
     return network
 
 
-def test_attention_by_rows_is_softmax_attention() -> None:
-    """The CPU's way in bf16 loses no more than bf16's own rounding of scores and weights."""
+@pytest.mark.parametrize("cached", [2**21, 2 * 64 * 150, 64 * 150, 1])
+def test_attention_by_rows_is_softmax_attention(cached: int, monkeypatch) -> None:
+    """The CPU's way in bf16 loses no more than bf16's own rounding of scores and weights, in
+    whichever parts: all at once, two heads, one, and parts of its rows."""
+    from pid_lightning.nn import layers
     from pid_lightning.nn.layers import _attend_by_rows
 
+    monkeypatch.setattr(layers, "CACHED_SCORES", cached)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 150, 12, generator=generator).bfloat16() for _ in range(3))
     exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pid_lightning.nn.rope import rotate
 
 EPS = 1e-6
-CACHED_ROWS = 64
+CACHED_SCORES = 2**21  # of attention, as many as a CPU's caches hold
 MOST_KEPT_KEYS = 1024  # above, the scores kept for a backward pass take more than they save
 
 
@@ -65,13 +65,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, table: tuple[Tensor, Tensor]) -> Ten
 
 
 def _attend_by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention, without gradient so few queries at a time that their scores stay in the
-    cache."""
+    """Softmax attention, without gradient so few heads and queries at a time that their scores stay
+    in the cache."""
     keys = (k * k.shape[-1] ** -0.5).transpose(-1, -2)
     if torch.is_grad_enabled():
         return (q @ keys).softmax(dim=-1) @ v
-    rows = q.split(CACHED_ROWS, dim=2)
-    return torch.cat([(part @ keys).softmax(dim=-1) @ v for part in rows], dim=2)
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    # A compiled graph repeats its code for every part: it takes heads only.
+    fitting = num_queries if torch.compiler.is_compiling() else max(64, CACHED_SCORES // num_keys)
+    num_rows = min(num_queries, fitting)
+    num_heads = max(1, CACHED_SCORES // (num_rows * num_keys))
+    heads = zip(*(x.flatten(0, 1).split(num_heads) for x in (q, keys, v)), strict=True)
+    attended = [
+        torch.cat([(part @ keys).softmax(dim=-1) @ v for part in q.split(num_rows, dim=1)], dim=1)
+        for q, keys, v in heads
+    ]
+    return torch.cat(attended).view(q.shape)
 
 
 class SwiGLU(nn.Module):
