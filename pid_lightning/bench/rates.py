@@ -26,7 +26,7 @@ class Rates:
         return max(flops / self.flops_per_second, num_bytes / self.bytes_per_second)
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype, repeat: int = 5) -> Rates:
+def measure_rates(device: torch.device, dtype: torch.dtype, repeat: int = 30) -> Rates:
     """The best of `repeat` products and copies, after one that does not count."""
     on_gpu = device.type == "cuda"
     side, length = (8192, 2**28) if on_gpu else (2048, 2**26)  # copies of 1 GiB and 256 MiB
