@@ -152,7 +152,8 @@ def sample_solver(
 def guided(with_text: Velocity, without_text: Velocity, guidance_scale: float) -> Velocity:
     """Classifier-free guidance on the text: `v_null + g (v_text - v_null)` (arXiv 2207.12598).
 
-    The latents are given to both branches.
+    The latents are given to both branches. Two evaluations, not one of a doubled batch: from 512
+    pixels a side on they take the same time, and half the memory.
     """
     if guidance_scale == 1.0:
         return with_text
