@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
 from typing import Any
 
 import pytest
@@ -595,3 +596,8 @@ def test_tables_are_made_once_a_size_and_may_be_trained_with() -> None:
     network(x_t, torch.ones(1), again).sum().backward()
     assert network.out.bias.grad is not None
     assert network.condition(latents.repeat(1, 1, 2, 1), sigma).rows is not first.rows
+    held = weakref.ref(first.rows)
+    del first, again
+    assert held() is not None
+    torch.nn.Sequential(network).double()
+    assert held() is None

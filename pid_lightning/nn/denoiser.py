@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -124,6 +125,11 @@ class PiD(nn.Module):
         self.adapter.reset_parameters()
         for gate in self.gates:
             gate.reset_parameters()
+
+    def _apply(self, *arguments: Any) -> PiD:
+        """Whoever moves the network away wants its memory back, that of tables too."""
+        self._tables_of.clear()
+        return super()._apply(*arguments)
 
     @property
     def dtype(self) -> torch.dtype:
