@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -126,10 +125,10 @@ class PiD(nn.Module):
         for gate in self.gates:
             gate.reset_parameters()
 
-    def _apply(self, *arguments: Any) -> PiD:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PiD:
         """Whoever moves the network away wants its memory back, that of tables too."""
         self._tables_of.clear()
-        return super()._apply(*arguments)
+        return super()._apply(fn, recurse)
 
     @property
     def dtype(self) -> torch.dtype:
