@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pid_lightning import flow, losses, sampling
@@ -26,8 +27,8 @@ class Vectors:
     """One file: its inputs, parameters, expected outputs and metadata."""
 
     def __init__(self, file: Path) -> None:
+        tensors = load_file(file)
         with safe_open(file, "pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             self.metadata = opened.metadata() or {}
         self.file = file
         self.inputs = self._group(tensors, "in.")
