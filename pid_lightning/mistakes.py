@@ -13,10 +13,11 @@ PACKAGE = Path(__file__).parent
 
 @contextmanager
 def told_in_one_sentence() -> Iterator[None]:
-    """Print the sentence of a ValueError or OSError that a raise statement here made, and exit."""
+    """Print the sentence of a ValueError, OSError or ModuleNotFoundError that a raise statement here
+    made, and exit."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         frames = traceback.extract_tb(error.__traceback__)
         if PACKAGE not in Path(frames[-1].filename).parents:
             raise

@@ -19,8 +19,8 @@ def quantise(denoiser: PiD, activations: bool = False) -> None:
 
     Args:
         denoiser: the network.
-        activations: multiply in 8 bits too, inputs rounded with one scale a token: faster where the
-            compiled product is (a GPU), slower in eager mode on a CPU.
+        activations: multiply in 8 bits too, inputs rounded with one scale a token; in eager mode
+            on a CPU that is slower.
 
     Raises:
         ModuleNotFoundError: torchao is not installed.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pid_lightning import PiDDecoder
+from pid_lightning.__main__ import main
 from pid_lightning.hub import BUNDLED_MODELS
 from pid_lightning.memory import weight_bytes
 from pid_lightning.pictures import read_picture, reduce_picture
@@ -72,3 +73,12 @@ def test_mistakes_are_told_in_one_sentence(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(ModuleNotFoundError, match=r"^8-bit weights need torchao: pip install"):
         make().quantise()
+
+
+def test_a_missing_torchao_is_told_by_the_command(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(SystemExit) as stopped:
+        main(["decode", str(PHOTO), "--int8", "--output", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("pid: 8-bit weights need torchao: pip install")
+    assert not (tmp_path / "out").exists()
