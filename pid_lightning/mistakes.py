@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parent
 
 @contextmanager
 def told_in_one_sentence() -> Iterator[None]:
-    """Print the sentence of a ValueError, OSError or ModuleNotFoundError that a raise statement here
-    made, and exit."""
+    """Print the sentence of a ValueError, OSError or ModuleNotFoundError that a raise statement
+    here made, and exit."""
     try:
         yield
     except (ValueError, OSError, ModuleNotFoundError) as error:
