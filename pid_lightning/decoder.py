@@ -19,7 +19,7 @@ from pid_lightning.nn import PiD
 from pid_lightning.quantisation import is_quantised, quantise
 from pid_lightning.randomness import sample_generators
 from pid_lightning.sampling import Generators, few_step_times
-from pid_lightning.text import CachedText, TextEncoder, cache_captions, cache_file
+from pid_lightning.text import TextEncoder, encode_prompts
 from pid_lightning.tile_choice import TileChoice
 from pid_lightning.weights import ModelInfo, load_model
 
@@ -233,27 +233,10 @@ class PiDDecoder:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         unknown = [p for p in dict.fromkeys(prompts) if p not in self._prompts]
         if unknown:
-            self._prompts.update(zip(unknown, self._encode_new(unknown, cache), strict=True))
+            width = self.info.config.text_width
+            features = encode_prompts(self.text_encoder, unknown, width, cache)
+            self._prompts.update(zip(unknown, features, strict=True))
         return torch.stack([self._prompts[p] for p in prompts]).to(self.device)
-
-    def _encode_new(self, prompts: list[str], cache: str | Path | None) -> Tensor:
-        width = self.info.config.text_width
-        if cache is not None and all(cache_file(cache, p).exists() for p in prompts):
-            return CachedText(str(cache), width).encode(prompts)
-        if self.text_encoder is None:
-            raise ValueError(
-                f"prompt: {prompts[0]!r} needs a language model: set decoder.text_encoder, e.g. to "
-                "pid_lightning.LanguageModelText, or give text features or a cache that has it."
-            )
-        self.text_encoder.load()
-        if cache is not None:
-            cache_captions(self.text_encoder, prompts, cache)
-            return CachedText(str(cache), width).encode(prompts)
-        features = self.text_encoder.encode(prompts)
-        if features is None or features.shape[-1] != width:
-            made = "no features" if features is None else f"features {features.shape[-1]} wide"
-            raise ValueError(f"prompt: text_encoder makes {made}, this model reads {width}.")
-        return features
 
     # Decoding.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,7 @@ def _estimate(
         one = condition()
         making = peak_bytes(condition)
         running = peak_bytes(lambda: denoiser(x, t, one))
-        shared = sum(t.numel() * t.element_size() for t in tree_leaves(one) if _is_tensor(t))
-        shared -= one.num_bytes
+        whole = num_bytes(filter(_is_tensor, tree_leaves(one)))
     picture = torch.empty(batch_size, 3, height, width, device="meta")
 
     def sample() -> Tensor:
@@ -94,12 +93,11 @@ def _estimate(
             student_times=times,
         )
 
-    one_picture = picture.numel() * picture.element_size()
+    one_picture = num_bytes([picture])
     if tiles is None:
-        held = shared + one.num_bytes
-        return max(making, held + max(peak_bytes(sample), one_picture + running))
+        return max(making, whole + max(peak_bytes(sample), one_picture + running))
     num_held = min(len(tiles), most_held_bytes(picture.shape) // one.num_bytes)
-    held = shared + num_held * one.num_bytes
+    held = whole + (num_held - 1) * one.num_bytes  # tables and text are there once
     if num_held < len(tiles):
         running += one.num_bytes
     # While the network runs on a tile, there are x and the sum of the tiles' velocities.
@@ -111,13 +109,18 @@ def _seen_area(tile: Tile, tiles: Tiles) -> int:
     return (rows.stop - rows.start) * (columns.stop - columns.start)
 
 
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the elements, a tensor that comes twice counted once."""
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+
+
 def weight_bytes(network: nn.Module) -> int:
     """Bytes of a network's weights as they are held, those in 8 bits too."""
     parts = []
     for weight in network.parameters():
         names = weight.data.__tensor_flatten__()[0] if is_quantised(weight) else ["data"]
         parts += [getattr(weight, name) for name in names]
-    return sum(part.numel() * part.element_size() for part in parts)
+    return num_bytes(parts)
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -178,6 +178,41 @@ class CachedText(TextEncoder):
         return load_file(file)["features"]
 
 
+def encode_prompts(
+    encoder: TextEncoder | None,
+    prompts: list[str],
+    text_width: int,
+    cache: str | Path | None = None,
+) -> Tensor:
+    """Features (B, L, D_text) of a decoder's prompts.
+
+    Args:
+        encoder: the decoder's; None has only the cache.
+        prompts: B of them.
+        text_width: width D_text that the denoiser reads.
+        cache: a folder of `cache_captions`; new prompts are added to it.
+
+    Raises:
+        ValueError: no encoder for a prompt that is not in the cache, or one of another width.
+    """
+    if cache is not None and all(cache_file(cache, prompt).exists() for prompt in prompts):
+        return CachedText(str(cache), text_width).encode(prompts)
+    if encoder is None:
+        raise ValueError(
+            f"prompt: {prompts[0]!r} needs a language model: set decoder.text_encoder, e.g. to "
+            "pid_lightning.LanguageModelText, or give text features or a cache that has it."
+        )
+    encoder.load()
+    if cache is not None:
+        cache_captions(encoder, prompts, cache)
+        return CachedText(str(cache), text_width).encode(prompts)
+    features = encoder.encode(prompts)
+    if features is None or features.shape[-1] != text_width:
+        made = "no features" if features is None else f"features {features.shape[-1]} wide"
+        raise ValueError(f"prompt: text_encoder makes {made}, this model reads {text_width}.")
+    return features
+
+
 class LanguageModelText(TextEncoder):
     """Features of a frozen language model: its last hidden state after the final norm.
 

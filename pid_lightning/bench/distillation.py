@@ -17,9 +17,9 @@ from pid_lightning.bench.work import (
     duplicate,
     learn,
     move_average,
-    num_bytes,
 )
 from pid_lightning.callbacks.dmd2 import DMD2, freeze_unused
+from pid_lightning.memory import num_bytes
 from pid_lightning.modules.objective import Sample
 from pid_lightning.modules.settings import Training
 from pid_lightning.nn import Discriminator

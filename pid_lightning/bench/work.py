@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pid_lightning import flow, losses
 from pid_lightning.bench.networks import Inputs
 from pid_lightning.decoding import decode_latents
-from pid_lightning.memory import weight_bytes
+from pid_lightning.memory import num_bytes, weight_bytes
 from pid_lightning.quantisation import quantise
 from pid_lightning.sampling import STUDENT_TIMES
 from pid_lightning.weights import ModelInfo
@@ -114,11 +114,6 @@ class Work:
         if self.moves_average:
             total += 2 * num_bytes(self.networks.average.parameters())
         return total
-
-
-def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the elements, a tensor that comes twice counted once."""
-    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
 def state_tensors(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
