@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pid_lightning import decoding, hub, memory, tile_choice
+from pid_lightning.compilation import compile_for_inference
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.families import build_encoder
 from pid_lightning.latent_spaces import warn_if_not_normalised
@@ -165,8 +166,9 @@ class PiDDecoder:
         return self
 
     def compile(self) -> PiDDecoder:
-        """Compile the network; each new size of output or tile compiles once more."""
-        self.denoiser.compile(dynamic=False, fullgraph=True)
+        """Compile the network; each new size of output or tile compiles once more, which on a CPU
+        takes the memory of the weights each time; see `compilation.compile_for_inference`."""
+        compile_for_inference(self.denoiser)
         return self
 
     def quantise(self, activations: bool = False) -> PiDDecoder:
@@ -324,7 +326,8 @@ class PiDDecoder:
     def estimate_memory(
         self, height: int, width: int, tile: int | None = None, batch_size: int = 1
     ) -> int:
-        """Peak bytes of decoding to height x width pixels, weights included; see `memory`."""
+        """Peak bytes of decoding to height x width pixels, weights included but not those that a
+        compiled graph holds; see `memory`."""
         working = memory.estimate_working_memory(
             self.info, height, width, tile, self.dtype, batch_size
         )

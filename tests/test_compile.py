@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -44,9 +46,14 @@ def test_one_graph_a_size_whatever_the_steps_and_tiles() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_decodes_as_eager() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_decodes_as_eager_and_sees_weights_that_change(dtype: torch.dtype) -> None:
     torch._dynamo.reset()
-    decoder, latents = make_decoder(), draw_latents(2, 3)
-    eager = decoder.decode(latents, seed=0, progress=False)
-    compiled = decoder.compile().decode(latents, seed=0, progress=False)
-    assert (compiled - eager).square().mean() < 1e-8
+    decoder, latents = make_decoder().to(dtype=dtype).compile(), draw_latents(2, 3)
+    changes = (lambda: None, lambda: decoder.denoiser.out.bias.add_(0.1), decoder.denoiser.double)
+    for change in changes:
+        change()
+        compiled = decoder.decode(latents, seed=0, progress=False)
+        twin = PiDDecoder(copy.deepcopy(decoder.denoiser), decoder.info)  # is not compiled
+        eager = twin.decode(latents, seed=0, progress=False)
+        assert (compiled - eager).square().mean() < (1e-7 if dtype == torch.bfloat16 else 1e-12)

@@ -17,6 +17,8 @@ from pid_lightning.memory import weight_bytes
 from pid_lightning.pictures import read_picture, reduce_picture
 from pid_lightning.quantisation import SMALLEST_WIDTH, is_quantised
 
+pytest.importorskip("torchao", reason="8-bit weights are the extra int8's")
+
 (NAME,) = BUNDLED_MODELS
 PHOTO = next((Path(BUNDLED_MODELS[NAME]).parent / "photos" / "test").glob("*.jpg"))
 

@@ -24,7 +24,8 @@ class Measured:
     Attributes:
         seconds: median of the calls after the first.
         first_seconds: of the first call, compilation and warm-up included.
-        held_bytes: kept between calls: weights, optimisers' states, inputs.
+        held_bytes: kept between calls: weights, optimisers' states, inputs; not what a compiled
+            graph keeps.
         peak_bytes: with everything that the piece keeps; None where it cannot be counted.
     """
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pid_lightning import flow, losses
 from pid_lightning.bench.networks import Inputs
+from pid_lightning.compilation import compile_for_inference
 from pid_lightning.decoding import decode_latents
 from pid_lightning.memory import num_bytes, weight_bytes
 from pid_lightning.quantisation import quantise
@@ -53,7 +54,9 @@ class Networks:
                 continue
             twins[name] = copy.copy(network)  # shares its parameters
             twins[name].activation_checkpointing = activation_checkpointing
-            if compiled:
+            if compiled and self.optimizer is None:
+                compile_for_inference(twins[name])
+            elif compiled:
                 twins[name].compile(dynamic=False, fullgraph=True)
         return Networks(**{**vars(self), **twins})
 
