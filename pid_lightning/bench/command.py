@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
@@ -181,16 +182,21 @@ def measure_rows(
     from pid_lightning.bench.rates import measure_rates
     from pid_lightning.bench.work import duplicate, gather
 
+    kept = {
+        (name, dtype): weights_dtype(name, getattr(torch, dtype))
+        for name, dtype in itertools.product(given.work, given.dtype)
+    }
     generator = torch.Generator().manual_seed(0)
     sources = {"eager": denoiser if denoiser is not None else build_random(info, generator)}
     if given.baseline:
         sources["eager"], sources["plain"] = build_pair(sources["eager"].float(), info, generator)
+    for source in sources.values():
+        source.to(functools.reduce(torch.promote_types, kept.values()))  # no wider than is needed
     for dtype in given.dtype:
         rates[dtype] = measure_rates(device, getattr(torch, dtype))
         for name in given.work:
-            kept = weights_dtype(name, getattr(torch, dtype))
             gathered = {
-                mode: gather(name, duplicate(source, kept, True).to(device), info)
+                mode: gather(name, duplicate(source, kept[name, dtype], True).to(device), info)
                 for mode, source in sources.items()
             }
             if name not in LEARNING:
@@ -202,6 +208,7 @@ def measure_rows(
                 _tell(name, size, batch_size, dtype)
                 row = {"size": size, "batch_size": batch_size, "dtype": dtype}
                 yield from _measure_size(given, name, gathered, info, row, rates[dtype])
+            del gathered  # before the next are built beside
 
 
 def _measure_size(
