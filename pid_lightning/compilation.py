@@ -1,38 +1,49 @@
-"""Networks compiled for inference: one graph a size, on a CPU with its weights laid out inside."""
+"""Networks compiled for inference: one graph for each size of input."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
+MOST_GRAPHS = 64  # sizes that one network may meet; torch's own limit is 8, beyond it refuses
 
-def compile_for_inference(network: nn.Module) -> None:
-    """Compile a network whose weights stay as they are.
 
-    Each size of input becomes one graph at its first call. A graph for a CPU holds the weights,
-    laid out as its products read them, which saves those a tenth of their time and takes the
-    memory of the weights once more for each size; weights that change are compiled anew.
+def compile_for_inference(network: nn.Module, freeze: bool = False) -> None:
+    """Compile a network; each new size of input is compiled at its first call.
 
     Args:
         network: called under ``torch.no_grad`` or ``torch.inference_mode``.
+        freeze: the graphs hold the weights, on a CPU laid out as its products read them, which
+            saves those a tenth of their time. Until the process ends that takes the memory of
+            the weights once more for each size, and weights that change later are not seen.
     """
-    network.compile(dynamic=False, fullgraph=True)
+    # The option keeps graphs of both kinds apart, but is heard only when a graph was traced.
+    network.compile(dynamic=False, fullgraph=True, options={"freezing": freeze})
     compiled = network._compiled_call_impl
-    seen = None
 
-    def call(*inputs: object) -> Tensor:
-        nonlocal seen
-        weights = [(id(p), p.dtype, p.device, p._version) for p in network.parameters()]
-        if weights[0][2].type != "cpu":
-            return compiled(*inputs)
-        if seen not in (None, weights):
-            torch.compiler.reset()  # its graphs hold what the weights were
-        seen = weights
-        # As options of `compile` this would come too late, after the graph was traced.
-        from torch._inductor import config
+    def call(*inputs: object, **named: object) -> Tensor:
+        from torch._dynamo import config as tracing
+        from torch._inductor import config as generation
 
-        with config.patch(freezing=True):
-            return compiled(*inputs)
+        with tracing.patch(cache_size_limit=MOST_GRAPHS), generation.patch(freezing=freeze):
+            return compiled(*inputs, **named)
 
     # Where `compile` puts what it makes: copies of the network leave it behind.
     network._compiled_call_impl = call
+    call.holds_weights = freeze
+
+
+def check_not_frozen(network: nn.Module, asked: str) -> None:
+    """Refuse what compiled graphs would not see.
+
+    Args:
+        network: perhaps compiled.
+        asked: what would change its weights, for the message.
+
+    Raises:
+        ValueError: its graphs hold the weights.
+    """
+    if getattr(network._compiled_call_impl, "holds_weights", False):
+        raise ValueError(
+            f"{asked} comes too late, compiled graphs hold the weights; ask for it before "
+            "compile(freeze=True)."
+        )

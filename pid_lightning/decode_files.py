@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pid_lightning import decoding, weights
+from pid_lightning import weights
 from pid_lightning.colour import colour_shift, match_colour
 from pid_lightning.decoder import PiDDecoder
 from pid_lightning.hub import BUNDLED_MODELS
@@ -153,7 +153,7 @@ def _read(decoder: PiDDecoder, file: Path) -> tuple[Tensor, tuple[int, int]]:
     image = read_picture(file)
     # Whole cells for the encoder, whole patches for the output. The border is repeated and cut
     # off again, so that a picture keeps its shape.
-    step = math.lcm(decoder.latent_stride, decoding.alignment(decoder.denoiser) // decoder.scale)
+    step = math.lcm(decoder.latent_stride, decoder.denoiser.alignment // decoder.scale)
     height, width = image.shape[-2:]
     grown = F.pad(image[None], (0, -width % step, 0, -height % step), mode="replicate")[0]
     return grown, (height, width)

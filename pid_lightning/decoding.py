@@ -51,7 +51,8 @@ def decode_latents(
         guidance_scale: of text over no text; 1 is none.
         generator: one, or one a sample; the only source of randomness.
         tile: side of the tiles in output pixels, see `tiling.Tiles`; None decodes the whole.
-        on_step: called with (number of steps done, x) after each.
+        on_step: called with (number of steps done, x) after each; x may
+            change afterwards, copy what you keep.
         on_forward: called after each evaluation of the network: once a step, tile and branch.
 
     Returns:
@@ -162,11 +163,6 @@ def conditioned_velocity(
     )
 
 
-def alignment(denoiser: PiD) -> int:
-    """Output pixels that tiles are aligned to: whole patches and whole latent cells."""
-    return math.lcm(denoiser.config.patch_size, denoiser.latent_stride * denoiser.scale)
-
-
 def tiles_for(denoiser: PiD, height: int, width: int, tile: int | None) -> Tiles | None:
     """The tiles of a picture of height x width output pixels; None where one covers it.
 
@@ -176,7 +172,7 @@ def tiles_for(denoiser: PiD, height: int, width: int, tile: int | None) -> Tiles
     denoiser.check_size(height, width)
     if tile is None:
         return None
-    tiles = Tiles(height, width, tile, alignment(denoiser))
+    tiles = Tiles(height, width, tile, denoiser.alignment)
     return tiles if len(tiles) > 1 else None
 
 
@@ -184,5 +180,5 @@ def trained_tile(denoiser: PiD, height: int, width: int, image_size: int | None)
     """The trained size as a tile where a picture is larger than that, else None."""
     if image_size is None or max(height, width) <= image_size:
         return None
-    step = alignment(denoiser)
+    step = denoiser.alignment
     return max(image_size // step, 2) * step

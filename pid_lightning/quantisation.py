@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from pid_lightning.compilation import check_not_frozen
 from pid_lightning.nn import PiD
 
 SMALLEST_WIDTH = 64  # of layers that are worth it, on both sides
@@ -24,8 +25,9 @@ def quantise(denoiser: PiD, activations: bool = False) -> None:
 
     Raises:
         ModuleNotFoundError: torchao is not installed.
-        ValueError: it was done before.
+        ValueError: it was done before, or compiled graphs hold the weights.
     """
+    check_not_frozen(denoiser, "quantise")
     try:
         from torchao.quantization import (
             Int8DynamicActivationInt8WeightConfig,

@@ -29,6 +29,9 @@ def draw_noise(shape: Sequence[int], generator: Generators, device: torch.device
         generator: one for the batch, or one a sample, so that a sample's noise does not depend
             on the batch that it is in; None draws from torch's own.
         device: where the noise is wanted; it is drawn where the generator lives.
+
+    Raises:
+        ValueError: not as many generators as samples.
     """
     if isinstance(generator, Sequence):
         if len(generator) != shape[0]:
@@ -87,6 +90,9 @@ def sample_few_steps(
 
     Returns:
         x0 (B, 3, H, W) in fp32, near [-1, 1] and not yet clamped to it.
+
+    Raises:
+        ValueError: a number of steps that the student was not trained for.
     """
     times = (*few_step_times(student_times, steps), 0.0)
     x = noise.float()
@@ -129,6 +135,9 @@ def sample_solver(
 
     Returns:
         x0 (B, 3, H, W) in fp32, near [-1, 1] and not yet clamped to it.
+
+    Raises:
+        ValueError: fewer than one step.
     """
     from diffusers import DPMSolverMultistepScheduler
 

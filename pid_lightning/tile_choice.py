@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Literal
 
-from pid_lightning.decoding import alignment, trained_tile
+from pid_lightning.decoding import trained_tile
 from pid_lightning.memory import estimate_working_memory, free_memory
 from pid_lightning.nn import PiD
 from pid_lightning.weights import ModelInfo
@@ -48,7 +48,7 @@ def _fitting_tile(
     denoiser: PiD, info: ModelInfo, height: int, width: int, batch_size: int
 ) -> int | None:
     free = free_memory(denoiser.out.weight.device)
-    step = alignment(denoiser)
+    step = denoiser.alignment
     tile = first = trained_tile(denoiser, height, width, info.image_size)
     while free is not None:
         needed = estimate_working_memory(info, height, width, tile, denoiser.dtype, batch_size)

@@ -75,7 +75,7 @@ class Tiles:
                 f"overlap: {overlap} must be a multiple of {step} from 0 to below the tile's "
                 f"{tile} pixels."
             )
-        self.height, self.width, self.overlap, self.step = height, width, overlap, step
+        self.height, self.width, self.step = height, width, step
         self.shape = (min(height, tile), min(width, tile))  # of every tile
         self._rows = _windows(height, tile, overlap, step)
         self._columns = _windows(width, tile, overlap, step)

@@ -194,6 +194,14 @@ def test_a_decode_is_estimated_as_the_decoder_does() -> None:
     assert peak == pytest.approx(weights + working, rel=0.1)
 
 
+@pytest.mark.parametrize(("size", "gigabytes"), [(2048, 6), (4096, 12)])
+@pytest.mark.parametrize("network", ["full", "full_v15"])
+def test_the_published_size_decodes_untiled_within(network: str, size: int, gigabytes: int) -> None:
+    told = networks.named(network)
+    weights = weight_bytes(networks.build_meta(told).bfloat16())
+    assert weights + estimate_working_memory(told, size, size) < gigabytes * 1e9
+
+
 # ------------------------------------------------------------------- the baseline
 
 
@@ -311,6 +319,7 @@ def test_an_estimate_needs_no_measurement(model: Path, capsys: pytest.CaptureFix
         ("--estimate --baseline", "leave out --baseline"),
         ("--check --work train", "add one to --work"),
         ("--int8 weights --work dmd2", "add one to --work"),
+        ("--freeze --work train", "add one to --work"),
         ("--network quickstart --baseline", "take --network full or small"),
         ("--json no_such_folder/rows.json", "there is no folder no_such_folder"),
         ("--model no_such_model.safetensors", "was not found"),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import tiny
 import torch
 from torch._dynamo.testing import CompileCounter
 
 from pid_lightning import AdapterConfig, PiDDecoder
+from pid_lightning.compilation import compile_for_inference
 
 TEXTLESS = AdapterConfig(width=16, num_res_blocks=1, inject_pixels=True, sigma_plane=True)
 
@@ -47,13 +46,47 @@ def test_one_graph_a_size_whatever_the_steps_and_tiles() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_decodes_as_eager_and_sees_weights_that_change(dtype: torch.dtype) -> None:
+def test_compiled_decodes_as_eager(dtype: torch.dtype) -> None:
+    """Two networks of one shape, each compiled in both ways, in one process: four pictures."""
     torch._dynamo.reset()
-    decoder, latents = make_decoder().to(dtype=dtype).compile(), draw_latents(2, 3)
-    changes = (lambda: None, lambda: decoder.denoiser.out.bias.add_(0.1), decoder.denoiser.double)
-    for change in changes:
-        change()
-        compiled = decoder.decode(latents, seed=0, progress=False)
-        twin = PiDDecoder(copy.deepcopy(decoder.denoiser), decoder.info)  # is not compiled
-        eager = twin.decode(latents, seed=0, progress=False)
-        assert (compiled - eager).square().mean() < (1e-7 if dtype == torch.bfloat16 else 1e-12)
+    latents = draw_latents(2, 3)
+    near = 1e-7 if dtype == torch.bfloat16 else 1e-12
+    for shift in (0.0, 0.1):
+        for freeze in (False, True):
+            decoder = make_decoder().to(dtype=dtype)
+            decoder.denoiser.out.bias.add_(shift)
+            eager = decoder.decode(latents, seed=0, progress=False)
+            compiled = decoder.compile(freeze=freeze).decode(latents, seed=0, progress=False)
+            assert (compiled - eager).square().mean() < near
+
+
+@pytest.mark.slow
+def test_only_frozen_graphs_do_not_see_weights_that_change() -> None:
+    torch._dynamo.reset()
+    latents = draw_latents(2, 2)
+    for freeze in (False, True):
+        decoder = make_decoder().compile(freeze=freeze)
+        before = decoder.decode(latents, seed=0, progress=False)
+        decoder.denoiser.out.bias.add_(0.1)
+        after = decoder.decode(latents, seed=0, progress=False)
+        assert torch.equal(before, after) == freeze
+
+
+def test_what_frozen_graphs_would_not_see_is_refused() -> None:
+    decoder = make_decoder().compile(freeze=True)
+    told = "comes too late, compiled graphs hold the weights"
+    with pytest.raises(ValueError, match=rf"^dtype: torch.bfloat16 {told}"):
+        decoder.to(dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=rf"^quantise {told}"):
+        decoder.quantise()
+    make_decoder().compile().to(dtype=torch.bfloat16)
+
+
+def test_many_sizes_are_compiled() -> None:
+    """torch itself stops with an error at the ninth."""
+    torch._dynamo.reset()
+    network = torch.nn.Linear(2, 2)
+    compile_for_inference(network)
+    with torch.no_grad():
+        for size in range(1, 12):
+            network(torch.ones(size, 2))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pid_lightning import decoding
-from pid_lightning.decoding import alignment, condition_tile, decode_latents, trained_tile
+from pid_lightning.decoding import condition_tile, decode_latents, trained_tile
 from pid_lightning.nn import PiD
 from pid_lightning.randomness import sample_generators
 from pid_lightning.sampling import Velocity, sample_few_steps
@@ -179,7 +179,7 @@ def test_features_at_a_tiles_border_have_seen_the_margin() -> None:
     far[..., 6:, :] += 1
 
     def first_tile(latents: Tensor) -> Tensor:
-        tiles = Tiles(192, 64, 64, alignment(denoiser))
+        tiles = Tiles(192, 64, 64, denoiser.alignment)
         args = (torch.zeros(1), None, tiles, next(iter(tiles)))
         return condition_tile(denoiser, latents, *args).features[0]
 
@@ -194,7 +194,7 @@ def test_latents_pass_the_adapter_once_a_tile_where_memory_allows(
     denoiser, latents = network(), noise(1, 4, 8, 8)
     passes = []
     denoiser.adapter.register_forward_hook(lambda *_: passes.append(1))
-    num_tiles = len(Tiles(128, 128, 64, alignment(denoiser)))
+    num_tiles = len(Tiles(128, 128, 64, denoiser.alignment))
     held = decode(denoiser, latents, 64)
     assert len(passes) == num_tiles > 4
     passes.clear()
@@ -213,7 +213,7 @@ def test_held_conditions_grow_with_a_large_picture_only() -> None:
 def test_cells_larger_and_smaller_than_patches_align() -> None:
     for stride, scale, step in ((8, 4, 32), (4, 2, 16), (4, 4, 16), (8, 1, 16)):
         denoiser = PiD(tiny.config(), 4, stride, scale).eval().requires_grad_(False)
-        assert alignment(denoiser) == step
+        assert denoiser.alignment == step
         cells = 6 * step // (stride * scale)
         assert decode(denoiser, noise(1, 4, cells, cells), 2 * step).shape[-1] == 6 * step
 

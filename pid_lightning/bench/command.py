@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pid_lightning.bench import LEARNING, WAYS, WORK
+
 # torch is imported when the arguments are known to be right: help and mistakes shall be quick.
 if TYPE_CHECKING:
     import torch
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
     from pid_lightning.weights import ModelInfo
 
 NETWORKS = ("full", "full_v15", "small", "quickstart")
-WORK = ("forward", "decode", "train", "dmd2")
-LEARNING = WORK[2:]
 RECOMPUTED = " recomputed"  # ends the mode of rows with activation checkpointing
 INT8 = ("weights", "products")
 MEBIBYTE = 2**20
@@ -97,6 +97,11 @@ def parser() -> argparse.ArgumentParser:
         help="Of train and dmd2: recompute blocks in the backward pass.",
     )
     add("--compile", action="store_true", help="Add rows of one compiled graph.")
+    add(
+        "--freeze",
+        action="store_true",
+        help="Of forward and decode: add rows of one compiled graph that holds the weights.",
+    )
     add("--baseline", action="store_true", help="Add rows of tests/plain.py, taken in turn.")
     add(
         "--int8",
@@ -125,10 +130,10 @@ def _check(given: argparse.Namespace) -> None:
             raise ValueError(f"--{name}: {value} must be at least 1.")
     if given.json is not None and not given.json.parent.is_dir():
         raise FileNotFoundError(f"--json: there is no folder {given.json.parent}, make it first.")
-    for name in ("compile", "baseline", "check", "int8"):
+    for name in ("compile", "freeze", "baseline", "check", "int8"):
         if given.estimate and getattr(given, name):
             raise ValueError(f"--estimate runs nothing: leave out --{name}, or --estimate.")
-    for name, told in (("check", "compares"), ("int8", "is for")):
+    for name, told in (("check", "compares"), ("int8", "is for"), ("freeze", "is for")):
         if getattr(given, name) and not set(given.work) - set(LEARNING):
             raise ValueError(f"--{name} {told} forward passes and decodes: add one to --work.")
 
@@ -190,8 +195,10 @@ def measure_rows(
     sources = {"eager": denoiser if denoiser is not None else build_random(info, generator)}
     if given.baseline:
         sources["eager"], sources["plain"] = build_pair(sources["eager"].float(), info, generator)
+    widest = functools.reduce(torch.promote_types, kept.values())
     for source in sources.values():
-        source.to(functools.reduce(torch.promote_types, kept.values()))  # no wider than is needed
+        if next(source.parameters()).dtype.itemsize > widest.itemsize:
+            source.to(widest)
     for dtype in given.dtype:
         rates[dtype] = measure_rates(device, getattr(torch, dtype))
         for name in given.work:
@@ -273,12 +280,13 @@ def _variants(
     import torch
 
     variants = {}
-    ways = ("eager", "compiled") if given.compile else ("eager",)
+    asked = (True, given.compile, given.freeze and name not in LEARNING)
+    ways = list(itertools.compress(WAYS, asked))
     torch.compiler.reset()  # each size is a compilation of its own, and their number is limited
     ours = [mode for mode in gathered if mode != "plain"]
     for mode, way, recomputes in itertools.product(ours, ways, _recomputes(given, name)):
         told = mode.replace("eager", way) + (RECOMPUTED if recomputes else "")
-        variants[told] = gathered[mode].variant(way == "compiled", recomputes)
+        variants[told] = gathered[mode].variant(way, recomputes)
     if "plain" in gathered:
         variants["plain"] = gathered["plain"]
     return variants

@@ -12,15 +12,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from pid_lightning.bench import LEARNING
 from pid_lightning.bench.networks import build_meta, draw_inputs
-from pid_lightning.bench.work import TRAINS, Work, assemble, gather
-from pid_lightning.memory import peak_bytes
+from pid_lightning.bench.work import Work, assemble, gather
+from pid_lightning.memory import counted_dtype, peak_bytes
 from pid_lightning.weights import ModelInfo
 
 
 def weights_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """Type of the denoiser's weights: what learns is kept in fp32."""
-    return torch.float32 if name in TRAINS else dtype
+    return torch.float32 if name in LEARNING else dtype
 
 
 def estimate_peaks(
@@ -33,10 +34,10 @@ def estimate_peaks(
 ) -> dict[str, tuple[int, int]]:
     """(bytes kept between calls, peak bytes with them) of each piece.
 
-    Counted for the CPU's operations, whose attention is fused as a GPU's is, once every optimiser
-    has its state. An allocator's own waste and a library's workspaces are not counted.
+    Counted with attention as one operation, as on a GPU, once every optimiser has its state. An
+    allocator's own waste and a library's workspaces are not counted.
     """
-    options = (name, info, size, batch_size, dtype, activation_checkpointing)
+    options = (name, info, size, batch_size, counted_dtype(dtype), activation_checkpointing)
     with without_data(*options) as pieces:
         for work in pieces.values():
             if work.optimizer is not None:

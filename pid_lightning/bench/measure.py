@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pid_lightning.bench import WAYS
 from pid_lightning.bench.networks import Inputs
 from pid_lightning.bench.rates import time_call
 from pid_lightning.bench.work import Work, forward
@@ -62,7 +63,7 @@ def measure(
                 statistics.median(seconds[mode]),
                 first[piece, mode],
                 work.held_bytes(),
-                peak_of(work, "compiled" in mode, device),
+                peak_of(work, mode.startswith(WAYS[1:]), device),
             )
     return figures
 

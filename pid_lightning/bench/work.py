@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pid_lightning import flow, losses
+from pid_lightning.bench import LEARNING
 from pid_lightning.bench.networks import Inputs
 from pid_lightning.compilation import compile_for_inference
 from pid_lightning.decoding import decode_latents
@@ -19,8 +20,6 @@ from pid_lightning.quantisation import quantise
 from pid_lightning.sampling import STUDENT_TIMES
 from pid_lightning.weights import ModelInfo
 
-WORK = ("forward", "decode", "train", "dmd2")
-TRAINS = ("train", "dmd2")  # weights in fp32, under autocast where the type is a smaller one
 CLIP = 0.1
 RGB_LOSS_WEIGHT = 0.8
 
@@ -45,8 +44,8 @@ class Networks:
     discriminator: nn.Module | None = None
     critics_optimizer: torch.optim.Optimizer | None = None
 
-    def variant(self, compiled: bool, activation_checkpointing: bool) -> Networks:
-        """The same weights and optimisers, evaluated in another way (compiled: as one graph)."""
+    def variant(self, way: str, activation_checkpointing: bool) -> Networks:
+        """The same weights and optimisers, evaluated in one of `WAYS`."""
         twins = {}
         for name in ("denoiser", "fake_score", "teacher"):
             network = getattr(self, name)
@@ -54,9 +53,9 @@ class Networks:
                 continue
             twins[name] = copy.copy(network)  # shares its parameters
             twins[name].activation_checkpointing = activation_checkpointing
-            if compiled and self.optimizer is None:
-                compile_for_inference(twins[name])
-            elif compiled:
+            if way != "eager" and self.optimizer is None:
+                compile_for_inference(twins[name], freeze=way == "frozen")
+            elif way != "eager":
                 twins[name].compile(dynamic=False, fullgraph=True)
         return Networks(**{**vars(self), **twins})
 
@@ -127,7 +126,7 @@ def state_tensors(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
 
 def gather(name: str, denoiser: nn.Module, info: ModelInfo) -> Networks:
     """What the work of that name needs beside its denoiser (fp32 where it learns)."""
-    if name not in TRAINS:
+    if name not in LEARNING:
         return Networks(denoiser.eval().requires_grad_(False))
     if name == "dmd2":
         from pid_lightning.bench.distillation import gather_distillation

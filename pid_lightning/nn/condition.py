@@ -18,7 +18,7 @@ class Condition(NamedTuple):
 
     Attributes:
         text: text tokens (B, L, D), None without a text stream.
-        features: adapter features (B, N, D), one an injection; empty without latents.
+        features: adapter features (B, N, D), one an injection.
         openness: what `SigmaGate.openness` says of each feature.
         joint_table: rotations of text and patches for the patch blocks.
         pixel_table: rotations of patches for the pixel blocks.

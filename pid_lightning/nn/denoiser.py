@@ -135,13 +135,18 @@ class PiD(nn.Module):
         """Type of the weights; inputs are brought to it, velocities leave in fp32."""
         return self.patch_embedding.weight.dtype
 
+    @property
+    def alignment(self) -> int:
+        """Output pixels that every size is a multiple of: whole patches and whole latent cells."""
+        return math.lcm(self.config.patch_size, self.scale * self.latent_stride)
+
     def check_size(self, height: int, width: int) -> None:
         """Refuse output sizes that are not whole patches and whole latent cells.
 
         Raises:
             ValueError: naming the side and what it must be a multiple of.
         """
-        step = math.lcm(self.config.patch_size, self.scale * self.latent_stride)
+        step = self.alignment
         if height % step or width % step:
             raise ValueError(
                 f"output size {height} x {width} is not a multiple of {step} (patch_size and "
@@ -169,7 +174,8 @@ class PiD(nn.Module):
             with_rgb: also predict the low-resolution image (training).
 
         Raises:
-            ValueError: latents of another number of channels, or that do not make whole patches.
+            ValueError: latents of another number of channels, or that do not make whole patches;
+                text for a network without it, or none for one that has learned no null.
         """
         batch_size, channels, *cells = latents.shape
         if channels != self.latent_channels:
@@ -259,16 +265,19 @@ class PiD(nn.Module):
 
         Returns:
             Velocity (B, 3, H, W) in fp32 at least.
+
+        Raises:
+            ValueError: `x_t` of another size than the condition's.
         """
         height, width = condition.rows.shape[0], condition.columns.shape[0]
         if x_t.shape[-2:] != (height, width):
             raise ValueError(
                 f"x_t is {x_t.shape[-2]} x {x_t.shape[-1]}, but its latents make an output of "
-                f"{height} x {width}."
+                f"{height} x {width}: draw it of that size."
             )
         t_emb = self.time_embedding(t).to(self.dtype)  # (B, 1, D)
-        tokens = self._run_patch_blocks(x_t, t_emb, condition, len(self.patch_blocks))[-1]
-        s = F.silu(t_emb + tokens)
+        last = len(self.patch_blocks) - 1
+        s = F.silu(t_emb + self._run_patch_blocks(x_t, t_emb, condition, (last,))[last])
         num_gated = self._num_patch_gates
         if len(condition.features) > num_gated:
             s = self.gates[num_gated](s, condition.features[-1], condition.openness[-1])
@@ -286,7 +295,7 @@ class PiD(nn.Module):
         Runs no further than the last of them: these feed the discriminator.
         """
         t_emb = self.time_embedding(t).to(self.dtype)
-        after = self._run_patch_blocks(x_t, t_emb, condition, max(blocks) + 1)
+        after = self._run_patch_blocks(x_t, t_emb, condition, blocks)
         rows = x_t.shape[-2] // self.config.patch_size
         return [rearrange(after[i], "b (h w) d -> b d h w", h=rows) for i in blocks]
 
@@ -295,33 +304,31 @@ class PiD(nn.Module):
         return len(self.gates) - self.config.adapter.inject_pixels
 
     def _run_patch_blocks(
-        self, x_t: Tensor, t_emb: Tensor, condition: Condition, num_blocks: int
-    ) -> list[Tensor]:
-        """Patch tokens (B, N, D) after each of the first `num_blocks` blocks."""
+        self, x_t: Tensor, t_emb: Tensor, condition: Condition, wanted: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """Patch tokens (B, N, D) after each of the wanted blocks."""
         side = self.config.patch_size
         patches = rearrange(x_t, "b c (h p) (w q) -> b (h w) (c p q)", p=side, q=side)
         tokens = self.patch_embedding(patches.to(self.dtype))  # (B, N, D)
-        text, after = condition.text, []
+        text, after = condition.text, {}
         silu_t = F.silu(t_emb)
-        for i, block in enumerate(self.patch_blocks[:num_blocks]):
+        for i, block in enumerate(self.patch_blocks[: max(wanted) + 1]):
             injection, rest = divmod(i, self.config.adapter.interval)
-            if rest == 0 and condition.features:
+            if rest == 0:
                 tokens = self.gates[injection](
                     tokens, condition.features[injection], condition.openness[injection]
                 )
             tokens, text = self._run(block, tokens, text, silu_t, condition.joint_table)
-            after.append(tokens)
+            if i in wanted:
+                after[i] = tokens
         return after
 
     def _run_pixel_blocks(self, x_t: Tensor, s: Tensor, condition: Condition) -> Tensor:
         """Pixel tokens from x_t, refined under the patch condition s (B, N, D), to an image."""
         side = self.config.patch_size
-        columns = rearrange(condition.columns, "(w q) c -> w 1 q c", q=side)
-        rows = rearrange(condition.rows, "(h p) c -> h 1 p 1 c", p=side)
-        position = torch.cat(torch.broadcast_tensors(columns, rows), dim=-1)  # (h, w, P, P, C)
         image = rearrange(x_t, "b c (h p) (w q) -> b h w p q c", p=side, q=side)
-        pixels = self.pixel_embedding(image.to(self.dtype)) + position
-        grid = pixels.shape[1:3]
+        pixels = self.pixel_embedding(image.to(self.dtype)) + self._pixel_positions(condition)
+        num_rows = pixels.shape[1]
         pixels = rearrange(pixels, "b h w p q c -> b (h w) (p q) c")
 
         chunk_size = pixels.shape[0] * pixels.shape[1]
@@ -329,10 +336,23 @@ class PiD(nn.Module):
             chunk_size = self.chunk_size or default_chunk_size(x_t.device)
         for block in self.pixel_blocks:
             pixels = self._run(block, pixels, s, condition.pixel_table, chunk_size)
-        rgb = self.out(self.out_norm(pixels))
+        chunks = pixels.flatten(0, 1).split(chunk_size)
+        rgb = torch.cat([self.out(self.out_norm(chunk)) for chunk in chunks])
         return rearrange(
-            rgb, "b (h w) (p q) c -> b c (h p) (w q)", h=grid[0], w=grid[1], p=side, q=side
+            rgb,
+            "(b h w) (p q) c -> b c (h p) (w q)",
+            b=pixels.shape[0],
+            h=num_rows,
+            p=side,
+            q=side,
         )
+
+    def _pixel_positions(self, condition: Condition) -> Tensor:
+        """Of every pixel of every patch, (h, w, P, P, C)."""
+        side = self.config.patch_size
+        columns = rearrange(condition.columns, "(w q) c -> w 1 q c", q=side)
+        rows = rearrange(condition.rows, "(h p) c -> h 1 p 1 c", p=side)
+        return torch.cat(torch.broadcast_tensors(columns, rows), dim=-1)
 
     def _run(self, block: nn.Module, *inputs: object) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():

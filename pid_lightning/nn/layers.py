@@ -67,20 +67,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, table: tuple[Tensor, Tensor]) -> Ten
 def _attend_by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention, without gradient so few heads and queries at a time that their scores stay
     in the cache."""
-    keys = (k * k.shape[-1] ** -0.5).transpose(-1, -2)
     if torch.is_grad_enabled():
-        return (q @ keys).softmax(dim=-1) @ v
+        return _attend_at_once(q, k, v)
     num_queries, num_keys = q.shape[2], k.shape[2]
     # A compiled graph repeats its code for every part: it takes heads only.
     fitting = num_queries if torch.compiler.is_compiling() else max(64, CACHED_SCORES // num_keys)
     num_rows = min(num_queries, fitting)
     num_heads = max(1, CACHED_SCORES // (num_rows * num_keys))
-    heads = zip(*(x.flatten(0, 1).split(num_heads) for x in (q, keys, v)), strict=True)
-    attended = [
-        torch.cat([(part @ keys).softmax(dim=-1) @ v for part in q.split(num_rows, dim=1)], dim=1)
-        for q, keys, v in heads
+    heads = zip(*(x.flatten(0, 1).split(num_heads) for x in (q, k, v)), strict=True)
+    parts = [
+        torch.cat([_attend_at_once(rows, *of_head) for rows in q.split(num_rows, dim=1)], dim=1)
+        for q, *of_head in heads
     ]
-    return torch.cat(attended).view(q.shape)
+    return torch.cat(parts).view(q.shape)
+
+
+def _attend_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
+    return scores.softmax(dim=-1) @ v
 
 
 class SwiGLU(nn.Module):
