@@ -74,12 +74,14 @@ def _attend_by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     fitting = num_queries if torch.compiler.is_compiling() else max(64, CACHED_SCORES // num_keys)
     num_rows = min(num_queries, fitting)
     num_heads = max(1, CACHED_SCORES // (num_rows * num_keys))
-    heads = zip(*(x.flatten(0, 1).split(num_heads) for x in (q, k, v)), strict=True)
-    parts = [
-        torch.cat([_attend_at_once(rows, *of_head) for rows in q.split(num_rows, dim=1)], dim=1)
-        for q, *of_head in heads
-    ]
-    return torch.cat(parts).view(q.shape)
+    # Small results kept one by one between large passing scores would leave holes in memory.
+    attended = q.new_empty(q.shape)
+    parts = (x.flatten(0, 1).split(num_heads) for x in (attended, q, k, v))
+    for result, head_q, head_k, head_v in zip(*parts, strict=True):
+        rows = zip(result.split(num_rows, dim=1), head_q.split(num_rows, dim=1), strict=True)
+        for result_rows, q_rows in rows:
+            result_rows.copy_(_attend_at_once(q_rows, head_k, head_v))
+    return attended
 
 
 def _attend_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
