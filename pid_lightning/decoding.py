@@ -51,8 +51,8 @@ def decode_latents(
         guidance_scale: of text over no text; 1 is none.
         generator: one, or one a sample; the only source of randomness.
         tile: side of the tiles in output pixels, see `tiling.Tiles`; None decodes the whole.
-        on_step: called with (number of steps done, x) after each; x may
-            change afterwards, copy what you keep.
+        on_step: called with (number of steps done, x) after each; x may change afterwards, copy
+            what you keep.
         on_forward: called after each evaluation of the network: once a step, tile and branch.
 
     Returns:

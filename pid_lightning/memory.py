@@ -33,8 +33,9 @@ def estimate_working_memory(
 ) -> int:
     """Peak bytes of decoding one batch, besides the weights of the denoiser.
 
-    Counted with attention as one operation, as on a GPU; bf16 on a CPU takes up to 8 MiB of its
-    scores more. An allocator's own waste and a library's workspaces are not counted.
+    Counted with attention as one operation, as on a GPU; bf16 on a CPU takes some MiB of its
+    scores more (`nn.layers.CACHED_SCORES`). An allocator's own waste and a library's workspaces
+    are not counted.
 
     Args:
         info: the model.

@@ -82,11 +82,28 @@ def test_what_frozen_graphs_would_not_see_is_refused() -> None:
     make_decoder().compile().to(dtype=torch.bfloat16)
 
 
-def test_many_sizes_are_compiled() -> None:
+class OneProduct(torch.nn.Module):
+    """Not one of torch's own modules, which old versions do not compile by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
+def test_many_sizes_are_compiled_each_once() -> None:
     """torch itself stops with an error at the ninth."""
     torch._dynamo.reset()
-    network = torch.nn.Linear(2, 2)
+    network = OneProduct()
     compile_for_inference(network)
+    batches = [torch.ones(size, 2) for size in range(1, 13)]
     with torch.no_grad():
-        for size in range(1, 12):
-            network(torch.ones(size, 2))
+        for batch in batches[:-1]:
+            network(batch)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for batch in batches[:-1]:
+                network(batch)
+            with pytest.raises(RuntimeError, match="fail_on_recompile"):
+                network(batches[-1])
