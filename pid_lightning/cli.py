@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pid_lightning.callbacks.dmd2 import DMD2
 from pid_lightning.callbacks.last_checkpoint import LastCheckpoint
 from pid_lightning.checkpointing import AtomicCheckpointIO, find_last_checkpoint, read_checkpoint
+from pid_lightning.freed_memory import keep_freed_memory
 from pid_lightning.modules.base import PiDModule
 
 PACKAGE = Path(__file__).parent
@@ -157,6 +158,7 @@ def _move_baseline(config: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a mistake of the user's is one sentence and exit status 2."""
+    keep_freed_memory()
     try:
         PiDCLI(
             LightningModule,

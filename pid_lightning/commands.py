@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from pid_lightning.freed_memory import keep_freed_memory
 from pid_lightning.mistakes import told_in_one_sentence
 
 # Libraries are imported by the command that uses them: help and mistakes shall be quick.
@@ -90,6 +91,7 @@ def decode(arguments: Sequence[str]) -> None:
     settings = DecodeSettings(**{field.name: given[field.name] for field in fields(DecodeSettings)})
     from pid_lightning.decode_files import decode_files
 
+    keep_freed_memory()
     try:
         decode_files(given.inputs, given.model, Path(given.output), settings)
     except KeyboardInterrupt:

@@ -68,6 +68,11 @@ def decode_files(
         if path.resolve() in own:
             raise ValueError(f"{path} would replace the input: give another --output.")
     decoder = open_decoder(model, settings)
+    described = describe(decoder, model, settings)  # before its weights take another form
+    if decoder.info.student_times is not None:
+        decoder.fix_times()
+    if settings.int8:
+        decoder.quantise()
     if (settings.compare or settings.match_colour) and not decoder.encoder.has_decoder:
         raise ValueError(
             f"compare and match_colour need a native decoder, {decoder.latent_space} has none."
@@ -77,7 +82,7 @@ def decode_files(
     with tqdm(zip(files, paths, strict=True), total=len(files), unit="picture") as bar:
         for file, path in bar:
             bar.set_description(file.name)
-            _decode_file(decoder, model, file, path, settings)
+            _decode_file(decoder, file, path, settings, described)
     print(f"{len(files)} pictures in {folder}")
     return paths
 
@@ -97,12 +102,15 @@ def open_decoder(model: str, settings: DecodeSettings) -> PiDDecoder:
             )
         decoder.encode_prompt([settings.prompt, ""], settings.text_cache)
         decoder.text_encoder = None
-    decoder.to(device)
-    return decoder.quantise() if settings.int8 else decoder
+    return decoder.to(device)
 
 
 def _decode_file(
-    decoder: PiDDecoder, model: str, file: Path, path: Path, settings: DecodeSettings
+    decoder: PiDDecoder,
+    file: Path,
+    path: Path,
+    settings: DecodeSettings,
+    described: dict[str, Any],
 ) -> None:
     """Decode one file and write its picture and JSON, and the comparison where asked."""
     source, size = _read(decoder, file)
@@ -122,7 +130,7 @@ def _decode_file(
         guidance_scale=settings.guidance_scale,
     )[0]
     height, width = (side * decoder.scale for side in size)
-    metadata = {"input": str(file), **describe(decoder, model, settings), "tile": tile}
+    metadata = {"input": str(file), **described, "tile": tile}
     metadata["size"] = [height, width]
     if settings.compare or settings.match_colour:
         native = decoder.encoder.decode(latents.float())[0]

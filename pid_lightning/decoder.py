@@ -14,6 +14,7 @@ from pid_lightning import decoding, hub, memory, tile_choice
 from pid_lightning.compilation import check_not_frozen, compile_for_inference
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.families import build_encoder
+from pid_lightning.fixed_times import fix_times
 from pid_lightning.latent_spaces import warn_if_not_normalised
 from pid_lightning.nn import PiD
 from pid_lightning.progress import progress_bar
@@ -177,6 +178,16 @@ class PiDDecoder:
         compile_for_inference(self.denoiser, freeze)
         return self
 
+    def fix_times(self) -> PiDDecoder:
+        """Hold a student's modulations in place of the weights that make them, for the same
+        pictures: the published size weighs 29 % less; see `fixed_times.fix_times`.
+
+        Raises:
+            ValueError: a teacher, or it was done before, or the weights are frozen.
+        """
+        fix_times(self.denoiser, self.info.student_times)
+        return self
+
     def quantise(self, activations: bool = False) -> PiDDecoder:
         """Hold weights in 8 bits, half the memory of bf16, near the exact picture; see
         `quantisation.quantise`. Not undone by anything but `from_pretrained`.
@@ -192,10 +203,8 @@ class PiDDecoder:
         return self
 
     def release(self) -> None:
-        """Give memory back: forget encoders and prompts, and move the network to the CPU.
-
-        `to` brings the network back; the encoder is built again when it is needed.
-        """
+        """Give memory back: forget encoders (built again when needed) and prompts, and move the
+        network to the CPU; `to` brings it back."""
         self._encoder = self.text_encoder = None
         self._prompts.clear()
         was = self.device

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pid_lightning.fixed_times import has_fixed_times
 from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
 from pid_lightning.pictures import replaced_file
 from pid_lightning.quantisation import is_quantised
@@ -111,7 +112,7 @@ def save_model(
         description: words for whoever opens the file: how it was trained, on what, its licence.
 
     Raises:
-        ValueError: another suffix, or weights in 8 bits.
+        ValueError: another suffix, or weights in 8 bits or for fixed times.
     """
     from safetensors.torch import save_file
 
@@ -120,6 +121,8 @@ def save_model(
         raise ValueError(f"{path}: the file's name must end in .safetensors.")
     if any(map(is_quantised, denoiser.parameters())):
         raise ValueError(f"{path}: weights in 8 bits are not saved; save the network they came of.")
+    if has_fixed_times(denoiser):
+        raise ValueError(f"{path}: times are fixed, part of the weights is gone; save before.")
     state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in denoiser.state_dict().items()}
     told = {METADATA_KEY: json.dumps(info.to_plain())}
     if description:

@@ -28,9 +28,12 @@ def draw_latents(rows: int, columns: int) -> torch.Tensor:
     return torch.randn(1, 16, rows, columns, generator=torch.Generator().manual_seed(0))
 
 
-def test_one_graph_a_size_whatever_the_steps_and_tiles() -> None:
+@pytest.mark.parametrize("fixed", [False, True])
+def test_one_graph_a_size_whatever_the_steps_and_tiles(fixed: bool) -> None:
     torch._dynamo.reset()
     decoder, counter = make_decoder(), CompileCounter()
+    if fixed:
+        decoder.fix_times()
     latents = draw_latents(2, 2)
     eager = decoder.decode(latents, seed=0, progress=False)
     decoder.denoiser.compile(backend=counter, fullgraph=True, dynamic=False)

@@ -24,7 +24,7 @@ MOST_KEPT_SIZES = 8  # of output, whose position tables are kept
 def default_chunk_size(device: torch.device) -> int:
     """Patches that a pixel block modulates at a time without gradient: so few that a CPU's caches
     hold them, or enough to keep a GPU busy and a compiled graph, which repeats them all, short."""
-    return 256 if device.type == "cpu" and not torch.compiler.is_compiling() else 1024
+    return 256 if device.type == "cpu" else 1024
 
 
 class PiD(nn.Module):
@@ -61,6 +61,7 @@ class PiD(nn.Module):
         pixels = 3 * config.patch_size**2
         self.patch_embedding = nn.Linear(pixels, config.width)
         self.time_embedding = TimeEmbedding(config.width)
+        self.block_condition: nn.Module = nn.SiLU()  # `fixed_times` puts another in its place
         with_text = config.text_length > 0
         self.text_embedding = (
             TextEmbedding(config.text_width, config.width, config.text_length, config.learned_null)
@@ -311,14 +312,14 @@ class PiD(nn.Module):
         patches = rearrange(x_t, "b c (h p) (w q) -> b (h w) (c p q)", p=side, q=side)
         tokens = self.patch_embedding(patches.to(self.dtype))  # (B, N, D)
         text, after = condition.text, {}
-        silu_t = F.silu(t_emb)
+        block_condition = self.block_condition(t_emb)
         for i, block in enumerate(self.patch_blocks[: max(wanted) + 1]):
             injection, rest = divmod(i, self.config.adapter.interval)
             if rest == 0:
                 tokens = self.gates[injection](
                     tokens, condition.features[injection], condition.openness[injection]
                 )
-            tokens, text = self._run(block, tokens, text, silu_t, condition.joint_table)
+            tokens, text = self._run(block, tokens, text, block_condition, condition.joint_table)
             if i in wanted:
                 after[i] = tokens
         return after
