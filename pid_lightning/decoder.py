@@ -39,8 +39,7 @@ class PiDDecoder:
 
     Attributes:
         denoiser, info: as given.
-        text_encoder: a `text.TextEncoder` for prompts given as words; None until it is set, since
-            a model's file does not say which language model it was trained with.
+        text_encoder: for prompts given as words; None until it is set: no model's file names it.
 
     Raises:
         ValueError: a network of another geometry than `info` tells.
@@ -172,8 +171,7 @@ class PiDDecoder:
         """Compile the network; each new size of output or tile compiles once more.
 
         Args:
-            freeze: let the graphs hold the weights, for a CPU: faster by a tenth, for the memory
-                of the weights once more a size; see `compilation.compile_for_inference`.
+            freeze: faster by a tenth on a CPU, for memory; see `compilation.compile_for_inference`.
         """
         compile_for_inference(self.denoiser, freeze)
         return self
@@ -391,8 +389,6 @@ class PiDDecoder:
     def _text(self, prompt: str | list[str] | Tensor | None, batch_size: int) -> Tensor | None:
         if prompt is None:
             return None
-        if isinstance(prompt, str):
-            prompt = [prompt] * batch_size
         text = prompt if isinstance(prompt, Tensor) else self.encode_prompt(prompt)
         text = text[None] if text.ndim == 2 else text
         width = self.info.config.text_width
