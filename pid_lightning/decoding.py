@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,10 +12,6 @@ from pid_lightning.nn import Condition, PiD
 from pid_lightning.tiling import Tile, Tiles, blended_velocity
 
 TEACHER_STEPS = 25
-
-# Conditions of tiles are held from step to step up to a few million pixels' worth, and of a larger
-# picture up to twice its own bytes. Beyond that a tile's latents pass the adapter again.
-HELD_BYTES, HELD_PICTURES = 2**28, 2
 
 
 @torch.no_grad()
@@ -70,17 +65,14 @@ def decode_latents(
         return conditioned_velocity(denoiser, condition, null_text, guidance_scale, on_forward)
 
     shape = (latents.shape[0], 3, height, width)
-    held: dict[tuple[int, int], Condition] = {}
-    most_held = most_held_bytes(shape)
+    # Held from step to step: about a picture altogether, where whole conditions are several.
+    adapted: dict[tuple[int, int], Tensor] = {}
 
     def velocity_of_tile(place: Tile) -> sampling.Velocity:
         corner = (place.rows.start, place.columns.start)
-        condition = held.get(corner)
-        if condition is None:
-            condition = condition_tile(denoiser, latents, latent_sigma, text, tiles, place)
-            if (len(held) + 1) * condition.num_bytes <= most_held:
-                held[corner] = condition
-        return velocity_of(condition)
+        if corner not in adapted:
+            adapted[corner] = adapt_tile(denoiser, latents, latent_sigma, tiles, place)
+        return velocity_of(denoiser.condition_on(adapted[corner], latent_sigma, text))
 
     if tiles is None:
         velocity = velocity_of(denoiser.condition(latents, latent_sigma, text))
@@ -110,29 +102,19 @@ def decode_latents(
     return x0.clamp_(-1, 1)
 
 
-def most_held_bytes(shape: Sequence[int]) -> int:
-    """What conditions of tiles may take together beside a picture of `shape` in fp32."""
-    return max(HELD_BYTES, HELD_PICTURES * 4 * math.prod(shape))
-
-
-def condition_tile(
-    denoiser: PiD,
-    latents: Tensor,
-    latent_sigma: Tensor,
-    text: Tensor | None,
-    tiles: Tiles,
-    place: Tile,
-) -> Condition:
-    """What the network is told of one tile; its latents and those of a margin pass the adapter."""
+def adapt_tile(
+    denoiser: PiD, latents: Tensor, latent_sigma: Tensor, tiles: Tiles, place: Tile
+) -> Tensor:
+    """What `PiD.adapt` makes of one tile, whose latents pass it together with a margin."""
     seen = place.widened(tiles.step, tiles.height, tiles.width)
     cell, side = denoiser.latent_stride * denoiser.scale, denoiser.config.patch_size
     cells = (slice(span.start // cell, span.stop // cell) for span in seen)
-    condition = denoiser.condition(latents[(..., *cells)], latent_sigma, text)
-    patches = (
+    adapted, _ = denoiser.adapt(latents[(..., *cells)], latent_sigma)
+    rows, columns = (
         slice((span.start - wide.start) // side, (span.stop - wide.start) // side)
         for span, wide in zip((place.rows, place.columns), seen, strict=True)
     )
-    return denoiser.crop(condition, *patches)
+    return adapted[:, rows, columns].contiguous()
 
 
 def conditioned_velocity(

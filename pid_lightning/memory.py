@@ -16,8 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pid_lightning import sampling
-from pid_lightning.decoding import condition_tile, most_held_bytes, tiles_for
-from pid_lightning.nn import Condition
+from pid_lightning.decoding import adapt_tile, tiles_for
 from pid_lightning.quantisation import is_quantised
 from pid_lightning.tiling import Tile, Tiles
 from pid_lightning.weights import ModelInfo
@@ -81,15 +80,17 @@ def _estimate(
             text = torch.empty(batch_size, config.text_length, config.text_width, dtype=dtype)
         x = torch.empty(batch_size, 3, *seen)
 
-        def condition() -> Condition:
+        def adapt() -> Tensor:
             if tiles is None:
-                return denoiser.condition(latents, t, text)
-            return condition_tile(denoiser, latents, t, text, tiles, place)
+                return denoiser.adapt(latents, t)[0]
+            return adapt_tile(denoiser, latents, t, tiles, place)
 
-        one = condition()
-        making = peak_bytes(condition)
-        running = peak_bytes(lambda: denoiser(x, t, one))
-        whole = num_bytes(filter(_is_tensor, tree_leaves(one)))
+        adapted = adapt()
+        condition = denoiser.condition_on(adapted, t, text)
+        adapting = peak_bytes(adapt)
+        conditioning = peak_bytes(lambda: denoiser.condition_on(adapted, t, text))
+        whole = num_bytes(filter(_is_tensor, tree_leaves(condition)))
+        running = whole + peak_bytes(lambda: denoiser(x, t, condition))
     picture = torch.empty(batch_size, 3, height, width, device="meta")
 
     def sample() -> Tensor:
@@ -103,13 +104,11 @@ def _estimate(
 
     one_picture = num_bytes([picture])
     if tiles is None:
-        return max(making, whole + max(peak_bytes(sample), one_picture + running))
-    num_held = min(len(tiles), most_held_bytes(picture.shape) // one.num_bytes)
-    held = whole + (num_held - 1) * one.num_bytes  # tables and text are there once
-    if num_held < len(tiles):
-        running += one.num_bytes
+        making = max(adapting, num_bytes([adapted]) + conditioning)
+        return max(making, whole + peak_bytes(sample), one_picture + running)
     # While the network runs on a tile, there are x and the sum of the tiles' velocities.
-    return held + max(peak_bytes(sample), 2 * one_picture + max(making, running))
+    held = len(tiles) * num_bytes([adapted])
+    return held + max(peak_bytes(sample), 2 * one_picture + max(adapting, conditioning, running))
 
 
 def _seen_area(tile: Tile, tiles: Tiles) -> int:

@@ -34,6 +34,12 @@ def random_adapter(
     return adapter
 
 
+def features_of(
+    adapter: LatentAdapter, latents: torch.Tensor, sigma: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    return adapter.features(adapter(latents, sigma)[0])
+
+
 def same_weights(adapter: LatentAdapter, other: LatentAdapter) -> LatentAdapter:
     other.load_state_dict(adapter.state_dict())
     return other
@@ -58,9 +64,10 @@ def test_features_lie_on_the_patch_grid(
     channels: int, stride: int, scale: int, grid: tuple[int, int], patches: tuple[int, int]
 ) -> None:
     adapter = random_adapter(V1, channels, stride, scale)
-    features, rgb = adapter(torch.randn(2, channels, *grid, dtype=torch.float64), torch.zeros(2))
+    tokens, rgb = adapter(torch.randn(2, channels, *grid, dtype=torch.float64), torch.zeros(2))
     assert rgb is None
-    assert [tuple(f.shape) for f in features] == [(2, math.prod(patches), 12)] * 3
+    assert tokens.shape == (2, *patches, V1.width)
+    assert [tuple(f.shape) for f in adapter.features(tokens)] == [(2, math.prod(patches), 12)] * 3
 
 
 def test_upsampling_repeats_cells() -> None:
@@ -68,7 +75,8 @@ def test_upsampling_repeats_cells() -> None:
     twice = random_adapter(V1, 4, 8, 4)
     once = same_weights(twice, random_adapter(V1, 4, 8, 2))
     repeated = latents.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    for a, b in zip(twice(latents, CLEAN)[0], once(repeated, CLEAN)[0], strict=True):
+    pair = features_of(twice, latents, CLEAN), features_of(once, repeated, CLEAN)
+    for a, b in zip(*pair, strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 
@@ -77,9 +85,9 @@ def test_folding_orders_channel_row_column() -> None:
     folded = random_adapter(V1, 4, 8, 1)
     equal = same_weights(folded, random_adapter(V1, 16, 8, 2))
     cells = latents.view(1, 4, 3, 2, 2, 2).permute(0, 1, 3, 5, 2, 4)  # (1, c, p, q, h, w)
-    for a, b in zip(
-        folded(latents, CLEAN)[0], equal(cells.reshape(1, 16, 3, 2), CLEAN)[0], strict=True
-    ):
+    cells = cells.reshape(1, 16, 3, 2)
+    pair = features_of(folded, latents, CLEAN), features_of(equal, cells, CLEAN)
+    for a, b in zip(*pair, strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-12)
 
 
@@ -89,7 +97,8 @@ def test_unpacking_is_the_inverse_of_flux2s_packing() -> None:
     plain = random_adapter(V1, 4, 8, 4)
     unpacking = dataclasses.replace(V1, unpack=2)
     unpacking = same_weights(plain, random_adapter(unpacking, 16, 16, 4))
-    for a, b in zip(unpacking(packed, CLEAN)[0], plain(latents, CLEAN)[0], strict=True):
+    pair = features_of(unpacking, packed, CLEAN), features_of(plain, latents, CLEAN)
+    for a, b in zip(*pair, strict=True):
         assert torch.equal(a, b)
 
 
@@ -100,7 +109,7 @@ def test_replicate_padding_sees_no_edge() -> None:
     spread = {}
     for padding in ("zeros", "replicate"):
         config = dataclasses.replace(V1, padding=padding)
-        feature = random_adapter(config, 4, 8, 2)(latents, CLEAN)[0][0]
+        feature = features_of(random_adapter(config, 4, 8, 2), latents, CLEAN)[0]
         spread[padding] = float((feature - feature[:, 12:13]).abs().max())  # the middle of 25
     assert spread["replicate"] < 1e-10
     assert spread["zeros"] > 1e-3
@@ -202,8 +211,8 @@ def test_only_learned_upsampling_tells_the_patches_of_a_cell_apart() -> None:
     latents = torch.full((1, 4, 7, 7), 0.7, dtype=torch.float64)
     for upsampling, differ in (("nearest", False), ("shuffle", True)):
         config = dataclasses.replace(V1, padding="replicate", upsampling=upsampling)
-        features = random_adapter(config, 4, 8, 4)(latents, CLEAN)[0][0]
-        cell = features.view(14, 14, 12)[6:8, 6:8]  # the four patches of the middle cell
+        features = features_of(random_adapter(config, 4, 8, 4), latents, CLEAN)
+        cell = features[0].view(14, 14, 12)[6:8, 6:8]  # the four patches of the middle cell
         assert bool((cell - cell[:1, :1]).abs().max() > 1e-3) == differ
 
 
@@ -214,7 +223,7 @@ def test_learned_upsampling_moves_with_the_latents() -> None:
     adapter = random_adapter(config, 4, 8, 4)
     latents = torch.randn(1, 4, 9, 9, dtype=torch.float64)
     here, there = (
-        adapter(z, CLEAN)[0][0].view(18, 18, 12)
+        features_of(adapter, z, CLEAN)[0].view(18, 18, 12)
         for z in (latents, latents.roll((1, 1), dims=(2, 3)))
     )
     assert torch.allclose(here[6:10, 6:10], there[8:12, 8:12], rtol=0, atol=1e-12)
@@ -227,7 +236,7 @@ def test_only_a_sigma_plane_tells_the_adapter_the_noise_level(upsampling: str) -
     for sigma_plane in (False, True):
         config = dataclasses.replace(V1, upsampling=upsampling, sigma_plane=sigma_plane)
         adapter = random_adapter(config, 4, 8, 4)
-        told, clean = adapter(latents, sigma)[0][0], adapter(latents, torch.zeros(2))[0][0]
+        told, clean = (features_of(adapter, latents, s)[0] for s in (sigma, torch.zeros(2)))
         assert torch.equal(told[0], clean[0])
         assert torch.equal(told[1], clean[1]) != sigma_plane
 
@@ -266,10 +275,10 @@ def test_a_head_norm_keeps_features_in_bounds_whatever_the_convolutions_grow_to(
 
     def grown(config: AdapterConfig) -> tuple[torch.Tensor, torch.Tensor]:
         adapter = random_adapter(config, 4, 8, 4)
-        features = adapter(latents, CLEAN)[0][0]
+        features = features_of(adapter, latents, CLEAN)[0]
         for parameter in adapter.stem[-1].parameters():
             parameter.data.mul_(100)
-        return features, adapter(latents, CLEAN)[0][0]
+        return features, features_of(adapter, latents, CLEAN)[0]
 
     assert torch.allclose(*grown(config), rtol=1e-2)
     before, after = grown(dataclasses.replace(config, head_norm=False))
@@ -292,7 +301,8 @@ def test_a_fresh_adapter_injects_nothing() -> None:
         latent_stride=8,
         scale=4,
     )
-    features, rgb = network.adapter(torch.randn(1, 4, 2, 2), torch.zeros(1), with_rgb=True)
+    tokens, rgb = network.adapt(torch.randn(1, 4, 2, 2), torch.zeros(1), with_rgb=True)
+    features = network.adapter.features(tokens)
     assert len(features) == len(network.gates) == 3  # before blocks 0 and 2, and the pixel blocks
     assert not any(feature.any() for feature in features)
     assert rgb.any()

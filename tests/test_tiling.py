@@ -10,8 +10,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from pid_lightning import decoding
-from pid_lightning.decoding import condition_tile, decode_latents, trained_tile
+from pid_lightning.decoding import adapt_tile, decode_latents, trained_tile
 from pid_lightning.nn import PiD
 from pid_lightning.randomness import sample_generators
 from pid_lightning.sampling import Velocity, sample_few_steps
@@ -149,7 +148,8 @@ def seam_ratio(denoiser: PiD, latents: Tensor, tiles: Tiles) -> float:
     sigma = torch.zeros(len(latents))
 
     def velocity_of(tile: Tile) -> Velocity:
-        condition = condition_tile(denoiser, latents, sigma, None, tiles, tile)
+        adapted = adapt_tile(denoiser, latents, sigma, tiles, tile)
+        condition = denoiser.condition_on(adapted, sigma)
         own = 0.4 * (-1) ** places[tile.rows.start, tile.columns.start]
         return lambda x_t, t: denoiser(x_t, t, condition) + own
 
@@ -180,34 +180,20 @@ def test_features_at_a_tiles_border_have_seen_the_margin() -> None:
 
     def first_tile(latents: Tensor) -> Tensor:
         tiles = Tiles(192, 64, 64, denoiser.alignment)
-        args = (torch.zeros(1), None, tiles, next(iter(tiles)))
-        return condition_tile(denoiser, latents, *args).features[0]
+        return adapt_tile(denoiser, latents, torch.zeros(1), tiles, next(iter(tiles)))
 
-    assert first_tile(latents).shape[1] == 16
+    assert first_tile(latents).shape[1:3] == (4, 4)
     assert not torch.equal(first_tile(near), first_tile(latents))
     assert torch.equal(first_tile(far), first_tile(latents))
 
 
-def test_latents_pass_the_adapter_once_a_tile_where_memory_allows(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_latents_pass_the_adapter_once_a_tile() -> None:
     denoiser, latents = network(), noise(1, 4, 8, 8)
     passes = []
     denoiser.adapter.register_forward_hook(lambda *_: passes.append(1))
     num_tiles = len(Tiles(128, 128, 64, denoiser.alignment))
-    held = decode(denoiser, latents, 64)
+    decode(denoiser, latents, 64)
     assert len(passes) == num_tiles > 4
-    passes.clear()
-    monkeypatch.setattr(decoding, "most_held_bytes", lambda shape: 0)
-    assert torch.equal(decode(denoiser, latents, 64), held)
-    assert len(passes) == num_tiles * len(TIMES)
-
-
-def test_held_conditions_grow_with_a_large_picture_only() -> None:
-    shape = (2, 3, 4096, 4096)
-    picture = torch.empty(shape, device="meta")
-    assert decoding.most_held_bytes(shape) == 2 * picture.numel() * 4
-    assert decoding.most_held_bytes((1, 3, 512, 512)) == decoding.HELD_BYTES
 
 
 def test_cells_larger_and_smaller_than_patches_align() -> None:

@@ -230,8 +230,8 @@ class LatentAdapter(nn.Module):
 
     def forward(
         self, latents: Tensor, latent_sigma: Tensor, with_rgb: bool = False
-    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """One pass.
+    ) -> tuple[Tensor, Tensor | None]:
+        """One pass of everything but the heads.
 
         Args:
             latents: (B, C, h, w), normalised.
@@ -239,8 +239,8 @@ class LatentAdapter(nn.Module):
             with_rgb: run the RGB head too, where there is one.
 
         Returns:
-            One feature (B, N, D) an injection point, and the predicted low-resolution image
-            (B, 3, H/scale, W/scale) in [-1, 1], or None.
+            A token a patch (B, H/P, W/P, width), for `features`, and the predicted
+            low-resolution image (B, 3, H/scale, W/scale) in [-1, 1], or None.
         """
         x = self._to_patch_grid(latents)
         if self.sigma_plane:
@@ -253,11 +253,15 @@ class LatentAdapter(nn.Module):
             x = block(x)
             if number == self.rgb_head_block:
                 tapped = x
-        tokens = rearrange(x, "b c h w -> b (h w) c")
-        features = self.heads(self.head_norm(tokens)).chunk(self.num_injections, dim=-1)
+        tokens = rearrange(x, "b c h w -> b h w c")
         if self.rgb_head is None or not with_rgb:
-            return features, None
-        return features, self._predict_rgb(x if tapped is None else tapped)
+            return tokens, None
+        return tokens, self._predict_rgb(x if tapped is None else tapped)
+
+    def features(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """The heads, in one product: tokens (B, h, w, width) to one (B, h*w, D) an injection."""
+        heads = self.heads(self.head_norm(tokens.flatten(1, 2)))
+        return heads.chunk(self.num_injections, dim=-1)
 
     def _to_patch_grid(self, latents: Tensor) -> Tensor:
         unpacked = rearrange(

@@ -35,12 +35,6 @@ class Condition(NamedTuple):
     rows: Tensor
     rgb: Tensor | None = None
 
-    @property
-    def num_bytes(self) -> int:
-        """What a sample or a tile holds for itself; tables are shared by all of a size."""
-        own = (*self.features, *self.openness)
-        return sum(tensor.numel() * tensor.element_size() for tensor in own)
-
 
 class TextEmbedding(nn.Module):
     """Caption features to text tokens: Linear, RMSNorm, plus learned positions."""

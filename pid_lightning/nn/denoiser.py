@@ -167,27 +167,63 @@ class PiD(nn.Module):
         """Everything that all sampling steps of a sample share: adapter, text, position tables.
 
         Args:
-            latents: (B, C, h, w), normalised; the output is h*latent_stride*scale high.
-            latent_sigma: noise level (B,) of the latents in [0, 1].
-            text: caption features (B, L, D_text); None is the learned null.
-            keep_latents: (B,) bool, False drops a sample's latents: nothing is injected.
-            keep_text: (B,) bool, False replaces a sample's text by the learned null.
-            with_rgb: also predict the low-resolution image (training).
+            latents, latent_sigma, with_rgb: see `adapt`.
+            text, keep_latents, keep_text: see `condition_on`.
 
         Raises:
-            ValueError: latents of another number of channels, or that do not make whole patches;
-                text for a network without it, or none for one that has learned no null.
+            ValueError: see `adapt` and `condition_on`.
         """
-        batch_size, channels, *cells = latents.shape
+        adapted, rgb = self.adapt(latents, latent_sigma, with_rgb)
+        condition = self.condition_on(adapted, latent_sigma, text, keep_latents, keep_text)
+        return condition._replace(rgb=rgb)
+
+    def adapt(
+        self, latents: Tensor, latent_sigma: Tensor, with_rgb: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The adapter's convolutions, the dear part of a condition and the small one to hold.
+
+        Args:
+            latents: (B, C, h, w), normalised; the output is h*latent_stride*scale high.
+            latent_sigma: noise level (B,) of the latents in [0, 1].
+            with_rgb: also predict the low-resolution image (training).
+
+        Returns:
+            A token a patch (B, H/P, W/P, adapter width), and the image or None.
+
+        Raises:
+            ValueError: latents of another number of channels, or that do not make whole patches.
+        """
+        channels, *cells = latents.shape[1:]
         if channels != self.latent_channels:
             raise ValueError(
                 f"latents have {channels} channels, but this network was built for "
                 f"{self.latent_channels}: they come from another latent family."
             )
-        height, width = (side * self.latent_stride * self.scale for side in cells)
-        self.check_size(height, width)
+        self.check_size(*(side * self.latent_stride * self.scale for side in cells))
+        return self.adapter(latents.to(self.dtype), latent_sigma, with_rgb)
 
-        features, rgb = self.adapter(latents.to(self.dtype), latent_sigma, with_rgb)
+    def condition_on(
+        self,
+        adapted: Tensor,
+        latent_sigma: Tensor,
+        text: Tensor | None = None,
+        keep_latents: Tensor | None = None,
+        keep_text: Tensor | None = None,
+    ) -> Condition:
+        """The condition of what `adapt` made, or of a part of it as a picture of its own: the part
+        has seen what lies around it, its positions begin anew.
+
+        Args:
+            adapted: (B, H/P, W/P, adapter width).
+            latent_sigma: noise level (B,) of the latents in [0, 1].
+            text: caption features (B, L, D_text); None is the learned null.
+            keep_latents: (B,) bool, False drops a sample's latents: nothing is injected.
+            keep_text: (B,) bool, False replaces a sample's text by the learned null.
+
+        Raises:
+            ValueError: text for a network without it, or none for one that has learned no null.
+        """
+        features = self.adapter.features(adapted)
         if keep_latents is not None:
             keep = keep_latents.view(-1, 1, 1)
             features = tuple(feature * keep for feature in features)
@@ -197,12 +233,11 @@ class PiD(nn.Module):
         )
         embedded = None
         if self.text_embedding is not None:
-            embedded = self.text_embedding(text, keep_text, batch_size)
+            embedded = self.text_embedding(text, keep_text, len(adapted))
         elif text is not None:
             raise ValueError("text: this network was built without a text stream, pass None.")
-        return Condition(
-            embedded, features, openness, *self._tables(height, width, embedded), rgb=rgb
-        )
+        height, width = (side * self.config.patch_size for side in adapted.shape[1:3])
+        return Condition(embedded, features, openness, *self._tables(height, width, embedded))
 
     def without_text(self, condition: Condition, null_text: Tensor | None = None) -> Condition:
         """The same condition with the null text: the second branch of guidance.
@@ -219,29 +254,6 @@ class PiD(nn.Module):
         height, width = condition.rows.shape[0], condition.columns.shape[0]
         return Condition(
             text, condition.features, condition.openness, *self._tables(height, width, text)
-        )
-
-    def crop(self, condition: Condition, rows: slice, columns: slice) -> Condition:
-        """The condition of a part as a picture of its own: its features have seen what lies
-        around it, its positions begin anew.
-
-        Args:
-            condition: of the larger picture.
-            rows, columns: the part, in patches.
-        """
-        side = self.config.patch_size
-        num_rows = condition.rows.shape[0] // side
-
-        def cut(values: Tensor) -> Tensor:
-            grid = rearrange(values, "b (h w) d -> b h w d", h=num_rows)[:, rows, columns]
-            return rearrange(grid, "b h w d -> b (h w) d")
-
-        height, width = ((span.stop - span.start) * side for span in (rows, columns))
-        return Condition(
-            condition.text,
-            tuple(map(cut, condition.features)),
-            tuple(map(cut, condition.openness)),
-            *self._tables(height, width, condition.text),
         )
 
     def _tables(self, height: int, width: int, text: Tensor | None) -> tuple:
