@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pid_lightning.bench import LEARNING, WAYS, WORK
+from pid_lightning.bench import ATTENTION, LEARNING, WAYS, WORK
 
 # torch is imported when the arguments are known to be right: help and mistakes shall be quick.
 if TYPE_CHECKING:
@@ -41,8 +41,11 @@ def bench(arguments: Sequence[str]) -> None:
 
     from pid_lightning.bench import report
     from pid_lightning.bench.networks import build_meta, check_sizes, find
+    from pid_lightning.bench.rates import measure_rates
 
     device = _device(given.device)
+    if given.cuda_graphs and device.type != "cuda":
+        raise ValueError("--cuda_graphs: a CPU has none, leave it out.")
     denoiser, info = find(given.network, given.model)
     check_sizes(info, given.sizes)
     told = {
@@ -52,8 +55,9 @@ def bench(arguments: Sequence[str]) -> None:
     if given.estimate:
         rows = list(estimate_rows(given, info))
     else:
-        rates: dict[str, Rates] = {}
-        rows = list(measure_rows(given, denoiser, info, device, rates))
+        rates = {dtype: measure_rates(device, getattr(torch, dtype)) for dtype in given.dtype}
+        rows = [*measure_attention(given, info, device, rates)]
+        rows += measure_rows(given, denoiser, info, device, rates)
         told["machine"] = report.describe_machine(
             device, {name: vars(rate) for name, rate in rates.items()}
         )
@@ -78,7 +82,14 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--network", choices=NETWORKS, default="small", help="Sizes; the weights are random.")
     add("--model", help="As of pid decode, instead; --baseline takes only its sizes.")
-    add("--work", nargs="+", choices=WORK, default=list(WORK), help="What to measure.")
+    add(
+        "--work",
+        nargs="+",
+        choices=(*WORK, ATTENTION),
+        default=list(WORK),
+        help="What to measure; attention: that of one block of each kind, by each of torch's "
+        "kernels.",
+    )
     add("--sizes", nargs="+", type=int, default=[512], help="Sides of the output in pixels.")
     add("--batch_size", nargs="+", type=int, default=[1], help="Pictures at a time.")
     add(
@@ -101,6 +112,11 @@ def parser() -> argparse.ArgumentParser:
         "--freeze",
         action="store_true",
         help="Of forward and decode: add rows of one compiled graph that holds the weights.",
+    )
+    add(
+        "--cuda_graphs",
+        action="store_true",
+        help="Of forward and decode on a GPU: add rows of one compiled graph replayed as a whole.",
     )
     add("--baseline", action="store_true", help="Add rows of tests/plain.py, taken in turn.")
     add(
@@ -130,11 +146,18 @@ def _check(given: argparse.Namespace) -> None:
             raise ValueError(f"--{name}: {value} must be at least 1.")
     if given.json is not None and not given.json.parent.is_dir():
         raise FileNotFoundError(f"--json: there is no folder {given.json.parent}, make it first.")
-    for name in ("compile", "freeze", "baseline", "check", "int8"):
+    for name in ("compile", "freeze", "cuda_graphs", "baseline", "check", "int8"):
         if given.estimate and getattr(given, name):
             raise ValueError(f"--estimate runs nothing: leave out --{name}, or --estimate.")
-    for name, told in (("check", "compares"), ("int8", "is for"), ("freeze", "is for")):
-        if getattr(given, name) and not set(given.work) - set(LEARNING):
+    if given.estimate and ATTENTION in given.work:
+        raise ValueError("--estimate runs nothing: leave attention out of --work, or --estimate.")
+    for name, told in (
+        ("check", "compares"),
+        ("int8", "is for"),
+        ("freeze", "is for"),
+        ("cuda_graphs", "is for"),
+    ):
+        if getattr(given, name) and not {"forward", "decode"} & set(given.work):
             raise ValueError(f"--{name} {told} forward passes and decodes: add one to --work.")
 
 
@@ -178,18 +201,20 @@ def measure_rows(
     device: torch.device,
     rates: dict[str, Rates],
 ) -> Iterator[Row]:
-    """Figures of every row; `rates` takes what the machine was seen to do in each type."""
+    """Figures of every row but those of attention alone."""
     import torch
 
     from pid_lightning.bench.baseline import build_pair
     from pid_lightning.bench.estimate import weights_dtype
     from pid_lightning.bench.networks import build_random
-    from pid_lightning.bench.rates import measure_rates
     from pid_lightning.bench.work import duplicate, gather
 
+    names = [name for name in given.work if name != ATTENTION]
+    if not names:
+        return
     kept = {
         (name, dtype): weights_dtype(name, getattr(torch, dtype))
-        for name, dtype in itertools.product(given.work, given.dtype)
+        for name, dtype in itertools.product(names, given.dtype)
     }
     generator = torch.Generator().manual_seed(0)
     sources = {"eager": denoiser if denoiser is not None else build_random(info, generator)}
@@ -200,8 +225,7 @@ def measure_rows(
         if next(source.parameters()).dtype.itemsize > widest.itemsize:
             source.to(widest)
     for dtype in given.dtype:
-        rates[dtype] = measure_rates(device, getattr(torch, dtype))
-        for name in given.work:
+        for name in names:
             gathered = {
                 mode: gather(name, duplicate(source, kept[name, dtype], True).to(device), info)
                 for mode, source in sources.items()
@@ -216,6 +240,23 @@ def measure_rows(
                 row = {"size": size, "batch_size": batch_size, "dtype": dtype}
                 yield from _measure_size(given, name, gathered, info, row, rates[dtype])
             del gathered  # before the next are built beside
+
+
+def measure_attention(
+    given: argparse.Namespace, info: ModelInfo, device: torch.device, rates: dict[str, Rates]
+) -> Iterator[Row]:
+    """Figures of attention alone, where asked for."""
+    import torch
+
+    from pid_lightning.bench.attention import attention_rows
+
+    if ATTENTION not in given.work:
+        return
+    for dtype, size, batch_size in itertools.product(given.dtype, given.sizes, given.batch_size):
+        _tell(ATTENTION, size, batch_size, dtype)
+        row = {"size": size, "batch_size": batch_size, "dtype": dtype}
+        asked = (size, batch_size, getattr(torch, dtype), device, rates[dtype], given.repeat)
+        yield from (row | figures for figures in attention_rows(info, *asked))
 
 
 def _measure_size(
@@ -280,7 +321,8 @@ def _variants(
     import torch
 
     variants = {}
-    asked = (True, given.compile, given.freeze and name not in LEARNING)
+    infers = name not in LEARNING
+    asked = (True, given.compile, given.freeze and infers, given.cuda_graphs and infers)
     ways = list(itertools.compress(WAYS, asked))
     torch.compiler.reset()  # each size is a compilation of its own, and their number is limited
     ours = [mode for mode in gathered if mode != "plain"]

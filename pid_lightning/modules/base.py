@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from pid_lightning.encoders.base import Encoder
 from pid_lightning.modules.evaluation import Report, read_baseline
 from pid_lightning.modules.initialisation import initialise_from
 from pid_lightning.modules.objective import FlowMatching, Objective, draw_sample
-from pid_lightning.modules.optimizers import make_optimizer
+from pid_lightning.modules.optimizers import freeze_untrained, make_optimizer
 from pid_lightning.modules.prediction import PredictionWriter
 from pid_lightning.modules.settings import Evaluation, Training
+from pid_lightning.modules.side_stream import SideStream
 from pid_lightning.nn import PiD, PiDConfig
 from pid_lightning.text import NoText, TextEncoder
 
@@ -78,6 +80,7 @@ class PiDModule(LightningModule):
         self.image_size: int | None = None
         self.objective: Objective = FlowMatching()
         self._batch_end: float | None = None
+        self._side_stream: SideStream | None = None
         needs = denoiser.text_width
         if text is not None and denoiser.text_length and text.text_width != needs:
             raise ValueError(
@@ -140,6 +143,9 @@ class PiDModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Log what the run is as hyper-parameters, plain values; compile where asked for."""
+        # FSDP gathers the encoder's weights for the training's stream.
+        if self.device.type == "cuda" and not isinstance(self.trainer.strategy, FSDPStrategy):
+            self._side_stream = SideStream(self.device)
         if self.training_settings.compile:
             self.denoiser.compile(dynamic=False, fullgraph=True)
         if self.logger is not None:
@@ -231,7 +237,17 @@ class PiDModule(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         """One step of the objective."""
-        return self.objective.training_step(self, draw_sample(self, batch, "train"))
+        draw = partial(draw_sample, self, batch, "train")
+        sample = draw() if self._side_stream is None else self._side_stream.run(draw)
+        return self.objective.training_step(self, sample)
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Copy a batch, one to train on beside the training of the last."""
+        copy = partial(super().transfer_batch_to_device, batch, device, dataloader_idx)
+        beside = self._side_stream is not None and self.trainer.training
+        return self._side_stream.run(copy) if beside else copy()
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         """Log the pace: pictures of the global batch over the seconds since the last one ended."""
@@ -243,6 +259,8 @@ class PiDModule(LightningModule):
     def on_validation_end(self) -> None:
         """Leave validation out of the pace."""
         self._batch_end = time.perf_counter()
+        if self._side_stream is not None:
+            self._side_stream.catch_up()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """The flow-matching loss of the average, on the same draws every time."""
@@ -367,27 +385,6 @@ class PiDModule(LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Path]:
         """Decode pictures or latents; returns the files written."""
         return self.writer.write(batch)
-
-
-def freeze_untrained(denoiser: PiD, train: str) -> None:
-    """Leave gradients to the parts that `Training.train` names.
-
-    Raises:
-        ValueError: the RGB head is to be trained, and the adapter has none.
-    """
-    if train == "all":
-        return
-    denoiser.requires_grad_(False)
-    denoiser.adapter.requires_grad_(True)
-    if train == "adapter":
-        denoiser.gates.requires_grad_(True)
-    elif denoiser.adapter.rgb_head is None:
-        raise ValueError(
-            "training.train: rgb_head needs an adapter with one, set denoiser.adapter.rgb_head to "
-            "true."
-        )
-    else:
-        denoiser.adapter.heads.requires_grad_(False)
 
 
 def _forgive_frozen(module: PiDModule, incompatible: Any) -> None:

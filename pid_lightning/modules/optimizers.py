@@ -1,4 +1,5 @@
-"""What steps the denoiser: AdamW, or Muon for its matrices and AdamW for the rest."""
+"""What of the denoiser learns, and what steps it: AdamW, or Muon for its matrices and AdamW for
+the rest."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from pid_lightning.nn import PiD
 
 OPTIMIZERS = ("adamw", "muon")
 
@@ -99,3 +102,24 @@ def orthogonalised(matrix: Tensor) -> Tensor:
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x.T if is_tall else x
+
+
+def freeze_untrained(denoiser: PiD, train: str) -> None:
+    """Leave gradients to the parts that `Training.train` names.
+
+    Raises:
+        ValueError: the RGB head is to be trained, and the adapter has none.
+    """
+    if train == "all":
+        return
+    denoiser.requires_grad_(False)
+    denoiser.adapter.requires_grad_(True)
+    if train == "adapter":
+        denoiser.gates.requires_grad_(True)
+    elif denoiser.adapter.rgb_head is None:
+        raise ValueError(
+            "training.train: rgb_head needs an adapter with one, set denoiser.adapter.rgb_head to "
+            "true."
+        )
+    else:
+        denoiser.adapter.heads.requires_grad_(False)

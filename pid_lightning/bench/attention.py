@@ -1,0 +1,115 @@
+"""Attention of one block of each kind, by each of torch's kernels that takes its head size."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from pid_lightning.bench.rates import Rates, time_call
+from pid_lightning.nn.condition import position_tables
+from pid_lightning.nn.layers import attend
+from pid_lightning.nn.rope import rotate
+from pid_lightning.weights import ModelInfo
+
+# Not torch's plain one, which holds all scores at once: tens of gigabytes at 2048 x 2048.
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+PADDED_TO = 16  # head sizes are tried padded to the next multiple too: 72 to 80
+
+
+class Heads(NamedTuple):
+    """One block's q, k and v (B, heads, N, d) and the rotations of its positions."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    table: tuple[Tensor, Tensor]
+
+
+def attention_rows(
+    info: ModelInfo,
+    size: int,
+    batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    rates: Rates,
+    repeat: int,
+) -> Iterator[dict[str, Any]]:
+    """Rows of a patch block's attention and a pixel block's, without their projections.
+
+    The mode ``eager`` is what the network runs. All take turns; a kernel that does not take the
+    head size, the type or the device has no row.
+    """
+    for piece, heads in draw_heads(info, size, batch_size, dtype, device).items():
+        run = torch.no_grad()(partial(attend, *heads))
+        calls = {"eager": run} | dict(_kernels(heads))
+        first = {mode: time_call(call, device) for mode, call in calls.items()}
+        seconds: dict[str, list[float]] = {mode: [] for mode in calls}
+        for _ in range(repeat):
+            for mode, call in calls.items():
+                seconds[mode].append(time_call(call, device))
+        flops = 4 * heads.q.numel() * heads.k.shape[2]
+        num_bytes = 4 * heads.q.numel() * heads.q.element_size()  # q, k, v and the result
+        floor = rates.floor_seconds(flops, num_bytes)
+        for mode in calls:
+            median = statistics.median(seconds[mode])
+            yield {
+                "work": piece,
+                "mode": mode,
+                "seconds": median,
+                "gflop": flops / 1e9,
+                "floor_seconds": floor,
+                "floor_share": floor / median,
+                "first_seconds": first[mode],
+            }
+
+
+def draw_heads(
+    info: ModelInfo, size: int, batch_size: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Heads]:
+    """Random q, k and v of both kinds of block, by the names of their rows."""
+    config = info.config
+    joint, pixel, _, _ = position_tables(config, size, size, config.text_length, device, dtype)
+    generator = torch.Generator().manual_seed(0)
+    drawn = {}
+    for piece, table, num_heads, width in (
+        ("patch attention", joint, config.num_heads, config.width),
+        ("pixel attention", pixel, config.pixel_num_heads, config.pixel_attention_width),
+    ):
+        shape = (3, batch_size, num_heads, table[0].shape[0], width // num_heads)
+        drawn[piece] = Heads(*torch.randn(shape, generator=generator).to(device, dtype), table)
+    return drawn
+
+
+def _kernels(heads: Heads) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Those that take these heads, as they are and padded."""
+    head_dim = heads.q.shape[-1]
+    padding = -head_dim % PADDED_TO
+    for name, kernel in KERNELS.items():
+        for more in (0, padding) if padding else (0,):
+            call = partial(_attend_by, kernel, heads, more)
+            try:
+                call()
+            except RuntimeError:  # "No available kernel"
+                continue
+            yield f"{name} padded to {head_dim + more}" if more else name, call
+
+
+def _attend_by(kernel: SDPBackend, heads: Heads, padding: int) -> Tensor:
+    """As `attend`: channels of zeros change no score, and are cut from the result."""
+    head_dim = heads.q.shape[-1]
+    q, k = rotate(heads.q, heads.table), rotate(heads.k, heads.table)
+    padded = (F.pad(x, (0, padding)) for x in (q, k, heads.v))
+    with sdpa_kernel(kernel):
+        attended = F.scaled_dot_product_attention(*padded, scale=head_dim**-0.5)
+    return attended[..., :head_dim].transpose(1, 2).flatten(2)
