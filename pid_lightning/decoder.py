@@ -110,9 +110,8 @@ class PiDDecoder:
         """Upload what `save_pretrained` writes; returns the address of the commit."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return hub.push_folder(
-                folder, repo_id, private=private, token=token, commit_message=commit_message
-            )
+            options = {"private": private, "token": token, "commit_message": commit_message}
+            return hub.push_folder(folder, repo_id, **options)
 
     # What it is, and where.
 
@@ -167,13 +166,14 @@ class PiDDecoder:
                 other.to(device=device)
         return self
 
-    def compile(self, freeze: bool = False) -> PiDDecoder:
-        """Compile the network; each new size of output or tile compiles once more.
+    def compile(self, freeze: bool = False, cuda_graphs: bool = False) -> PiDDecoder:
+        """Compile the network; each new size of output or tile compiles once more. `freeze` is for
+        CPUs, `cuda_graphs` for small pictures on a GPU: see `compilation.compile_for_inference`.
 
-        Args:
-            freeze: faster by a tenth on a CPU, for memory; see `compilation.compile_for_inference`.
+        Raises:
+            ValueError: CUDA graphs for a network that is not on a GPU.
         """
-        compile_for_inference(self.denoiser, freeze)
+        compile_for_inference(self.denoiser, freeze, cuda_graphs)
         return self
 
     def fix_times(self) -> PiDDecoder:

@@ -21,17 +21,18 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.device, dtype).view(-1, *[1] * (like.ndim - 1))
 
 
-def add_noise(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+def add_noise(x0: Tensor, eps: Tensor, t: Tensor, out: Tensor | None = None) -> Tensor:
     """`x_t = (1-t) x0 + t eps`.
 
     Args:
         x0: images (B, 3, H, W) in [-1, 1].
         eps: standard normal noise like `x0`.
         t: pixel times (B,) in [0, 1].
+        out: takes the result, `x0` itself if wished.
     """
     t = per_sample(t, x0)
     dtype = torch.promote_types(t.dtype, x0.dtype)
-    return torch.lerp(x0.to(dtype), eps.to(dtype), t.to(dtype))
+    return torch.lerp(x0.to(dtype), eps.to(dtype), t.to(dtype), out=out)
 
 
 def velocity_of(x0: Tensor, eps: Tensor) -> Tensor:
@@ -39,11 +40,11 @@ def velocity_of(x0: Tensor, eps: Tensor) -> Tensor:
     return eps - x0
 
 
-def x0_from_velocity(x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
-    """`x0 = x_t - t velocity`, in fp32 at least."""
+def x0_from_velocity(x_t: Tensor, velocity: Tensor, t: Tensor, out: Tensor | None = None) -> Tensor:
+    """`x0 = x_t - t velocity`, in fp32 at least; `out` takes it, `x_t` itself if wished."""
     t = per_sample(t, x_t)
     dtype = torch.promote_types(t.dtype, x_t.dtype)
-    return torch.addcmul(x_t.to(dtype), t.to(dtype), velocity.to(dtype), value=-1)
+    return torch.addcmul(x_t.to(dtype), t.to(dtype), velocity.to(dtype), value=-1, out=out)
 
 
 def velocity_from_x0(x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:

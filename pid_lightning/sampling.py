@@ -59,9 +59,9 @@ def few_step_times(student_times: Sequence[float], steps: int) -> tuple[float, .
 
 
 def renoise(x0: Tensor, time: float, generator: Generators) -> Tensor:
-    """`(1-t) x0 + t eps` with fresh noise: to `time`, where a stochastic step goes on."""
+    """`(1-t) x0 + t eps` with fresh noise, in place: to `time`, where a stochastic step goes on."""
     eps = draw_noise(x0.shape, generator, x0.device)
-    return flow.add_noise(x0, eps, x0.new_full((len(x0),), time))
+    return flow.add_noise(x0, eps, x0.new_full((len(x0),), time), out=x0)
 
 
 def sample_few_steps(
@@ -86,7 +86,7 @@ def sample_few_steps(
         generator: source of the fresh noise.
         student_times: times the student was trained for, from noise to clean.
         stochastic: fresh noise at every step, or none.
-        on_step: called with (number of steps done, x) after each.
+        on_step: called with (number of steps done, x) after each; x changes afterwards.
 
     Returns:
         x0 (B, 3, H, W) in fp32, near [-1, 1] and not yet clamped to it.
@@ -101,7 +101,8 @@ def sample_few_steps(
         t = x.new_full((len(x),), now)
         v = velocity(x, t)
         if after > 0 and stochastic:
-            x = flow.x0_from_velocity(x, v, t)
+            # A large picture's fresh memory takes seconds: only the caller's noise is left alone.
+            x = flow.x0_from_velocity(x, v, t, out=None if step == 1 else x)
             del v
             x = renoise(x, after, generator)
         else:

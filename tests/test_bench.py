@@ -15,10 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pid_lightning.__main__ import main
-from pid_lightning.bench import baseline, estimate, measure, networks, report, work
+from pid_lightning.bench import attention, baseline, estimate, measure, networks, report, work
 from pid_lightning.bench.rates import Rates
 from pid_lightning.memory import estimate_working_memory, peak_bytes, weight_bytes
 from pid_lightning.nn import AdapterConfig, Discriminator, PiDConfig
+from pid_lightning.nn.layers import attend
 from pid_lightning.released import build_from_arguments
 from pid_lightning.weights import ModelInfo, save_model
 
@@ -302,6 +303,36 @@ def test_eight_bits_are_rows_beside_the_exact_picture(
         assert row["held_mebibytes"] < 0.7 * eager["held_mebibytes"]
 
 
+def test_attention_is_the_same_by_every_kernel() -> None:
+    """Heads of 8 padded to 16, and heads of 16 as they are."""
+    drawn = attention.draw_heads(info(), 96, 2, torch.float32, CPU)
+    modes = {"patch attention": {"flash", "flash padded to 16"}, "pixel attention": {"flash"}}
+    for piece, heads in drawn.items():
+        kernels = dict(attention.kernels_for(heads))
+        assert kernels.keys() == modes[piece]
+        for call in kernels.values():
+            assert torch.allclose(call(), attend(*heads), rtol=0, atol=1e-5)
+
+
+def test_attention_rows_are_asked_for(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "pid_lightning.bench.rates.measure_rates", lambda device, dtype: Rates(1e9, 1e9)
+    )
+    out = tmp_path / "bench.json"
+    options = "--work attention --sizes 64 --dtype float32 --device cpu --repeat 1 --json"
+    main(["bench", "--model", str(model), *options.split(), str(out)])
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["work"] for row in rows} == {"patch attention", "pixel attention"}
+    assert {"eager", "flash"} <= {row["mode"] for row in rows}
+    patches = 16
+    tokens = patches + TINY.text_length
+    flops = {row["work"]: row["gflop"] * 1e9 for row in rows}
+    assert flops["patch attention"] == pytest.approx(4 * tokens**2 * TINY.width)
+    assert flops["pixel attention"] == pytest.approx(4 * patches**2 * TINY.pixel_attention_width)
+
+
 def test_an_estimate_needs_no_measurement(model: Path, capsys: pytest.CaptureFixture) -> None:
     options = "--estimate --work forward --sizes 64"
     main(["bench", "--model", str(model), *options.split()])
@@ -320,6 +351,9 @@ def test_an_estimate_needs_no_measurement(model: Path, capsys: pytest.CaptureFix
         ("--check --work train", "add one to --work"),
         ("--int8 weights --work dmd2", "add one to --work"),
         ("--freeze --work train", "add one to --work"),
+        ("--cuda_graphs --work attention", "add one to --work"),
+        ("--cuda_graphs --device cpu", "a CPU has none"),
+        ("--estimate --work attention", "leave attention out of --work"),
         ("--network quickstart --baseline", "take --network full or small"),
         ("--json no_such_folder/rows.json", "there is no folder no_such_folder"),
         ("--model no_such_model.safetensors", "was not found"),

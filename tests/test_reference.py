@@ -130,7 +130,7 @@ def _samples(vectors: Vectors, monkeypatch: pytest.MonkeyPatch) -> dict[str, Ten
                 int(match[2]),
                 student_times=student_times,
                 stochastic=match[1] == "sde",
-                on_step=lambda _, x, states=states: states.append(x),
+                on_step=lambda _, x, states=states: states.append(x.clone()),
             )
             computed |= {
                 f"{name}.state.{i}": x

@@ -52,7 +52,7 @@ def attention_rows(
     """
     for piece, heads in draw_heads(info, size, batch_size, dtype, device).items():
         run = torch.no_grad()(partial(attend, *heads))
-        calls = {"eager": run} | dict(_kernels(heads))
+        calls = {"eager": run} | dict(kernels_for(heads))
         first = {mode: time_call(call, device) for mode, call in calls.items()}
         seconds: dict[str, list[float]] = {mode: [] for mode in calls}
         for _ in range(repeat):
@@ -91,8 +91,8 @@ def draw_heads(
     return drawn
 
 
-def _kernels(heads: Heads) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Those that take these heads, as they are and padded."""
+def kernels_for(heads: Heads) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """The calls by each kernel that takes these heads, as they are and padded."""
     head_dim = heads.q.shape[-1]
     padding = -head_dim % PADDED_TO
     for name, kernel in KERNELS.items():

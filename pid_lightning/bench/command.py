@@ -208,6 +208,8 @@ def measure_rows(
     from pid_lightning.bench.estimate import weights_dtype
     from pid_lightning.bench.networks import build_random
     from pid_lightning.bench.work import duplicate, gather
+    from pid_lightning.fixed_times import fix_times
+    from pid_lightning.sampling import STUDENT_TIMES
 
     names = [name for name in given.work if name != ATTENTION]
     if not names:
@@ -230,6 +232,9 @@ def measure_rows(
                 mode: gather(name, duplicate(source, kept[name, dtype], True).to(device), info)
                 for mode, source in sources.items()
             }
+            if name == "decode":  # as `pid decode` does
+                times = info.student_times or STUDENT_TIMES
+                fix_times(gathered["eager"].denoiser, times)
             if name not in LEARNING:
                 for extent in given.int8:
                     gathered[f"eager int8 {extent}"] = gathered["eager"].quantised(

@@ -15,9 +15,7 @@ from pid_lightning.bench import LEARNING
 from pid_lightning.bench.networks import Inputs
 from pid_lightning.compilation import compile_for_inference
 from pid_lightning.decoding import decode_latents
-from pid_lightning.fixed_times import fix_times
 from pid_lightning.memory import num_bytes, weight_bytes
-from pid_lightning.nn import PiD
 from pid_lightning.quantisation import quantise
 from pid_lightning.sampling import STUDENT_TIMES
 from pid_lightning.weights import ModelInfo
@@ -129,10 +127,7 @@ def state_tensors(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
 def gather(name: str, denoiser: nn.Module, info: ModelInfo) -> Networks:
     """What the work of that name needs beside its denoiser (fp32 where it learns)."""
     if name not in LEARNING:
-        denoiser.eval().requires_grad_(False)
-        if name == "decode" and isinstance(denoiser, PiD):  # as `pid decode`
-            fix_times(denoiser, info.student_times or STUDENT_TIMES)
-        return Networks(denoiser)
+        return Networks(denoiser.eval().requires_grad_(False))
     if name == "dmd2":
         from pid_lightning.bench.distillation import gather_distillation
 
