@@ -34,6 +34,8 @@ class DecodeSettings:
         device: null is the GPU where there is one.
         dtype: of the weights; null is as stored.
         int8: hold the weights of linear layers in 8 bits, half the memory of bf16 (torchao).
+        window: most pixels of the windows that patches attend inside of; null is no windows, the
+            exact picture.
         format: of the pictures; WebP is lossless.
         compare: also write NAME_compare with the native decode beside PiD's.
         match_colour: give the output the native decode's low frequencies.
@@ -52,6 +54,7 @@ class DecodeSettings:
     device: str | None = None
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     int8: bool = False
+    window: int | None = None
     format: Literal["png", "webp"] = "png"
     compare: bool = False
     match_colour: bool = False

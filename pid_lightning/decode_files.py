@@ -73,6 +73,7 @@ def decode_files(
         decoder.fix_times()
     if settings.int8:
         decoder.quantise()
+    decoder.attend_in_windows(settings.window)
     if (settings.compare or settings.match_colour) and not decoder.encoder.has_decoder:
         raise ValueError(
             f"compare and match_colour need a native decoder, {decoder.latent_space} has none."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,15 +11,15 @@ from torch import Tensor
 
 from pid_lightning import decoding, hub, memory, tile_choice
 from pid_lightning.compilation import check_not_frozen, compile_for_inference
+from pid_lightning.decode_inputs import check_inputs, text_features
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.families import build_encoder
 from pid_lightning.fixed_times import fix_times
-from pid_lightning.latent_spaces import warn_if_not_normalised
 from pid_lightning.nn import PiD
 from pid_lightning.progress import progress_bar
 from pid_lightning.quantisation import is_quantised, quantise
 from pid_lightning.randomness import sample_generators
-from pid_lightning.sampling import Generators, few_step_times
+from pid_lightning.sampling import Generators
 from pid_lightning.text import TextEncoder, encode_prompts
 from pid_lightning.tile_choice import TileChoice
 from pid_lightning.weights import ModelInfo, load_model
@@ -186,6 +185,16 @@ class PiDDecoder:
         fix_times(self.denoiser, self.info.student_times)
         return self
 
+    def attend_in_windows(self, size: int | None) -> PiDDecoder:
+        """Let patches attend inside windows of at most `size` pixels a side, near the exact
+        picture; None undoes it. See `nn.PiD.attend_in_windows`.
+
+        Raises:
+            ValueError: windows that are not several whole patches wide.
+        """
+        self.denoiser.attend_in_windows(size)
+        return self
+
     def quantise(self, activations: bool = False) -> PiDDecoder:
         """Hold weights in 8 bits, half the memory of bf16, near the exact picture; see
         `quantisation.quantise`. Not undone by anything but `from_pretrained`.
@@ -291,11 +300,15 @@ class PiDDecoder:
         Raises:
             ValueError: an argument that does not fit, in one sentence.
         """
-        sigma = self._check(latents, latent_sigma, steps, generator, seed)
+        sigma = check_inputs(
+            self.denoiser, self.info, latents, latent_sigma, steps, generator, seed
+        )
         height, width = self.output_size(latents)
         side = self.choose_tile(height, width, tile, len(latents))
-        text = self._text(prompt, len(latents))
-        null_text = None
+        text = null_text = None
+        if prompt is not None:
+            text = prompt if isinstance(prompt, Tensor) else self.encode_prompt(prompt)
+            text = text_features(text, self.info.config.text_width, len(latents)).to(self.device)
         if guidance_scale != 1.0 and not self.info.config.learned_null:
             null_text = self.encode_prompt([""] * len(latents))
         if seed is not None:
@@ -345,56 +358,3 @@ class PiDDecoder:
             self.info, height, width, tile, self.dtype, batch_size
         )
         return memory.weight_bytes(self.denoiser) + working
-
-    def _check(
-        self,
-        latents: Tensor,
-        latent_sigma: float | Sequence[float] | Tensor,
-        steps: int | None,
-        generator: Generators,
-        seed: int | None,
-    ) -> Tensor:
-        """Every argument's mistakes before the work; the noise levels as (B,)."""
-        info = self.info
-        if latents.ndim != 4 or latents.shape[1] != info.latent_channels or not latents.numel():
-            raise ValueError(
-                f"latents: shape {tuple(latents.shape)} is not (B, {info.latent_channels}, h, w) "
-                f"of normalised {info.latent_space} latents."
-            )
-        if not latents.isfinite().all():
-            raise ValueError("latents: they are not all finite, look at what made them.")
-        self.denoiser.check_size(*self.output_size(latents))
-        if steps is not None and info.student_times is not None:
-            few_step_times(info.student_times, steps)
-        elif steps is not None and steps < 1:
-            raise ValueError(f"steps: {steps} must be at least 1.")
-        if generator is not None and seed is not None:
-            raise ValueError("seed and generator were both given: give one of them.")
-        sigma = torch.as_tensor(latent_sigma, dtype=torch.float32).to(self.device).flatten()
-        if sigma.numel() not in (1, len(latents)) or not ((sigma >= 0) & (sigma <= 1)).all():
-            raise ValueError(
-                f"latent_sigma: {latent_sigma} must be one number between 0 (clean) and 1 (noise), "
-                f"or {len(latents)} of them, one a sample."
-            )
-        highest = sigma.max().item()
-        if highest > info.latent_sigma_max + 1e-6:
-            warnings.warn(
-                f"latent_sigma {highest:g} is beyond {info.latent_sigma_max:g}, the highest this "
-                "model was trained for: expect a picture of its own invention.",
-                stacklevel=4,
-            )
-        warn_if_not_normalised(latents, info.latent_space)
-        return sigma.expand(len(latents))
-
-    def _text(self, prompt: str | list[str] | Tensor | None, batch_size: int) -> Tensor | None:
-        if prompt is None:
-            return None
-        text = prompt if isinstance(prompt, Tensor) else self.encode_prompt(prompt)
-        text = text[None] if text.ndim == 2 else text
-        width = self.info.config.text_width
-        if text.ndim != 3 or text.shape[-1] != width or text.shape[0] not in (1, batch_size):
-            raise ValueError(
-                f"prompt: {tuple(text.shape)} does not fit, give one prompt or one a sample; "
-                f"features are (L, {width}) or ({batch_size}, L, {width})."
-            )
-        return text.expand(batch_size, -1, -1).to(self.device)

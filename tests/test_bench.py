@@ -284,7 +284,7 @@ def test_table_and_json_hold_the_same_rows(
     assert all(row["relative_error"] < 1e-4 for row in rows[:2])
 
 
-def test_eight_bits_are_rows_beside_the_exact_picture(
+def test_eight_bits_and_windows_are_rows_beside_the_exact_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torchao", reason="8-bit weights are the extra int8's")
@@ -293,11 +293,13 @@ def test_eight_bits_are_rows_beside_the_exact_picture(
     )
     out = tmp_path / "bench.json"
     options = "--work decode --sizes 64 --dtype float32 --device cpu --repeat 1 --check"
-    int8 = ["--int8", "weights", "products"]
+    int8 = ["--int8", "weights", "products", "--window", "32"]
     main(["bench", "--model", "pid-small-vae-4x", *options.split(), *int8, "--json", str(out)])
-    eager, *rounded = json.loads(out.read_text())["rows"]
+    eager, *rounded, windows = json.loads(out.read_text())["rows"]
     assert [row["mode"] for row in rounded] == ["eager int8 weights", "eager int8 products"]
     assert eager["psnr"] is None
+    assert windows["mode"] == "eager in windows"
+    assert 20 < windows["psnr"] < 60
     for row in rounded:
         assert 40 < row["psnr"] < 80
         assert row["held_mebibytes"] < 0.7 * eager["held_mebibytes"]
@@ -353,6 +355,8 @@ def test_an_estimate_needs_no_measurement(model: Path, capsys: pytest.CaptureFix
         ("--freeze --work train", "add one to --work"),
         ("--cuda_graphs --work attention", "add one to --work"),
         ("--cuda_graphs --device cpu", "a CPU has none"),
+        ("--window 100", "take 96"),
+        ("--window 64 --work train", "add one to --work"),
         ("--estimate --work attention", "leave attention out of --work"),
         ("--network quickstart --baseline", "take --network full or small"),
         ("--json no_such_folder/rows.json", "there is no folder no_such_folder"),

@@ -48,6 +48,7 @@ def bench(arguments: Sequence[str]) -> None:
         raise ValueError("--cuda_graphs: a CPU has none, leave it out.")
     denoiser, info = find(given.network, given.model)
     check_sizes(info, given.sizes)
+    build_meta(info).attend_in_windows(given.window)  # its mistakes, before weights are drawn
     told = {
         "network": given.model or given.network,
         "parameters": sum(p.numel() for p in build_meta(info).parameters()),
@@ -127,6 +128,12 @@ def parser() -> argparse.ArgumentParser:
         help="Of forward and decode: add rows of linear layers in 8 bits (torchao), their weights "
         "held so, or multiplied so too.",
     )
+    add(
+        "--window",
+        type=int,
+        help="Of forward and decode: add rows of attention in windows of at "
+        "most so many pixels a side.",
+    )
     add("--repeat", type=int, default=5, help="Timed calls of each row, whose median counts.")
     add(
         "--check",
@@ -146,7 +153,7 @@ def _check(given: argparse.Namespace) -> None:
             raise ValueError(f"--{name}: {value} must be at least 1.")
     if given.json is not None and not given.json.parent.is_dir():
         raise FileNotFoundError(f"--json: there is no folder {given.json.parent}, make it first.")
-    for name in ("compile", "freeze", "cuda_graphs", "baseline", "check", "int8"):
+    for name in ("compile", "freeze", "cuda_graphs", "baseline", "check", "int8", "window"):
         if given.estimate and getattr(given, name):
             raise ValueError(f"--estimate runs nothing: leave out --{name}, or --estimate.")
     if given.estimate and ATTENTION in given.work:
@@ -156,6 +163,7 @@ def _check(given: argparse.Namespace) -> None:
         ("int8", "is for"),
         ("freeze", "is for"),
         ("cuda_graphs", "is for"),
+        ("window", "is for"),
     ):
         if getattr(given, name) and not {"forward", "decode"} & set(given.work):
             raise ValueError(f"--{name} {told} forward passes and decodes: add one to --work.")
@@ -240,6 +248,8 @@ def measure_rows(
                     gathered[f"eager int8 {extent}"] = gathered["eager"].quantised(
                         activations=extent == "products"
                     )
+                if given.window is not None:
+                    gathered["eager in windows"] = gathered["eager"].in_windows(given.window)
             for size, batch_size in itertools.product(given.sizes, given.batch_size):
                 _tell(name, size, batch_size, dtype)
                 row = {"size": size, "batch_size": batch_size, "dtype": dtype}

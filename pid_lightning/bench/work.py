@@ -65,6 +65,12 @@ class Networks:
         quantise(denoiser, activations)
         return Networks(denoiser)
 
+    def in_windows(self, size: int) -> Networks:
+        """The denoiser alone, its patches attending inside windows."""
+        denoiser = copy.copy(self.denoiser)  # shares its parameters
+        denoiser.attend_in_windows(size)
+        return Networks(denoiser)
+
     def held_bytes(self) -> int:
         """Bytes of weights and optimisers' states."""
         states = [t for o in (self.optimizer, self.critics_optimizer) for t in state_tensors(o)]

@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pid_lightning.nn.layers import QKV, RMSNorm, SwiGLU, attend
+from pid_lightning.nn.windows import Windows, attend_in_windows
 
 Table = tuple[Tensor, Tensor]
 
@@ -68,7 +69,12 @@ class PatchBlock(nn.Module):
                 unread.requires_grad_(False)
 
     def forward(
-        self, tokens: Tensor, text: Tensor | None, condition: Tensor, table: Table
+        self,
+        tokens: Tensor,
+        text: Tensor | None,
+        condition: Tensor,
+        table: Table,
+        windows: Windows | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One block.
 
@@ -77,22 +83,28 @@ class PatchBlock(nn.Module):
             text: text tokens (B, L, D), None without a text stream.
             condition: SiLU of the time embedding (B, 1, D).
             table: rotations of the L text positions followed by the N patches.
+            windows: what patches attend inside of; None is the whole picture.
 
         Returns:
             Updated patches and text.
         """
+
+        def attend_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if windows is None:
+                return attend(q, k, v, table)
+            return attend_in_windows(q, k, v, table, windows)
+
         image_modulation = self.image.modulate(condition)
         q, k, v = self.image.project(tokens, image_modulation)
         if self.text is None:
-            attended = attend(q, k, v, table)
-            return self.image.update(tokens, attended, image_modulation), None
+            return self.image.update(tokens, attend_all(q, k, v), image_modulation), None
 
         text_modulation = self.text.modulate(condition)
         text_q, text_k, text_v = self.text.project(text, text_modulation)
         k, v = torch.cat((text_k, k), dim=2), torch.cat((text_v, v), dim=2)
         if self.last:
-            return self.image.update(tokens, attend(q, k, v, table), image_modulation), text
-        attended = attend(torch.cat((text_q, q), dim=2), k, v, table)
+            return self.image.update(tokens, attend_all(q, k, v), image_modulation), text
+        attended = attend_all(torch.cat((text_q, q), dim=2), k, v)
         text_attended, image_attended = attended.split((text.shape[1], tokens.shape[1]), dim=1)
         tokens = self.image.update(tokens, image_attended, image_modulation)
         return tokens, self.text.update(text, text_attended, text_modulation)

@@ -17,6 +17,7 @@ from pid_lightning.nn.blocks import PatchBlock, PixelBlock
 from pid_lightning.nn.condition import Condition, TextEmbedding, position_tables
 from pid_lightning.nn.config import PiDConfig
 from pid_lightning.nn.layers import RMSNorm, TimeEmbedding
+from pid_lightning.nn.windows import Windows
 
 MOST_KEPT_SIZES = 8  # of output, whose position tables are kept
 
@@ -55,6 +56,7 @@ class PiD(nn.Module):
         self.latent_stride = latent_stride
         self.scale = scale
         self.chunk_size: int | None = None  # None is `default_chunk_size`
+        self.window_size: int | None = None  # patches; see `attend_in_windows`
         self.activation_checkpointing = False
         self._tables_of: dict[tuple, tuple] = {}
 
@@ -135,6 +137,25 @@ class PiD(nn.Module):
     def dtype(self) -> torch.dtype:
         """Type of the weights; inputs are brought to it, velocities leave in fp32."""
         return self.patch_embedding.weight.dtype
+
+    def attend_in_windows(self, size: int | None) -> None:
+        """Let patches attend inside windows only, every other block's shifted by half of one.
+
+        Another picture than the network was trained for, though near: cost grows with the pixels.
+
+        Args:
+            size: the most pixels of a window's side; None is the whole picture again.
+
+        Raises:
+            ValueError: windows that are not several whole patches wide.
+        """
+        side = self.config.patch_size
+        if size is not None and (size % side or size < 2 * side):
+            raise ValueError(
+                f"window: {size} pixels must be a multiple of {side} (patch_size) and at least "
+                f"{2 * side}; take {max(2, round(size / side)) * side}."
+            )
+        self.window_size = None if size is None else size // side
 
     @property
     def alignment(self) -> int:
@@ -325,13 +346,17 @@ class PiD(nn.Module):
         tokens = self.patch_embedding(patches.to(self.dtype))  # (B, N, D)
         text, after = condition.text, {}
         block_condition = self.block_condition(t_emb)
+        grid, windows = [n // side for n in x_t.shape[-2:]], (None, None)
+        if self.window_size is not None:
+            windows = tuple(Windows(*grid, self.window_size, shifted) for shifted in (False, True))
         for i, block in enumerate(self.patch_blocks[: max(wanted) + 1]):
             injection, rest = divmod(i, self.config.adapter.interval)
             if rest == 0:
                 tokens = self.gates[injection](
                     tokens, condition.features[injection], condition.openness[injection]
                 )
-            tokens, text = self._run(block, tokens, text, block_condition, condition.joint_table)
+            shared = (block_condition, condition.joint_table, windows[i % 2])
+            tokens, text = self._run(block, tokens, text, *shared)
             if i in wanted:
                 after[i] = tokens
         return after

@@ -55,13 +55,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, table: tuple[Tensor, Tensor]) -> Ten
 
     q may be of the last positions only.
     """
+    q, k = rotated(q, k, table)
+    return rearrange(softmax_attention(q, k, v), "b h n d -> b n (h d)")
+
+
+def rotated(q: Tensor, k: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """q of the last positions and k of all of them, turned by those."""
     cos, sin = table
-    q, k = rotate(q, (cos[-q.shape[2] :], sin[-q.shape[2] :])), rotate(k, table)
+    return rotate(q, (cos[-q.shape[2] :], sin[-q.shape[2] :])), rotate(k, table)
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(B, heads, N, d) by the fastest kernel for the device; on a GPU torch chooses among its own
+    by head size."""
     scores_fit = k.shape[2] <= MOST_KEPT_KEYS or not torch.is_grad_enabled()
     # Where torch has nothing fast: its kernels for bf16 on a CPU take twice the time of this.
     by_rows = q.device.type == "cpu" and q.dtype == torch.bfloat16 and scores_fit
-    attended = _attend_by_rows(q, k, v) if by_rows else F.scaled_dot_product_attention(q, k, v)
-    return rearrange(attended, "b h n d -> b n (h d)")
+    return _attend_by_rows(q, k, v) if by_rows else F.scaled_dot_product_attention(q, k, v)
 
 
 def _attend_by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,0 +1,80 @@
+"""What `PiDDecoder.decode` is given, checked before the work."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pid_lightning.latent_spaces import warn_if_not_normalised
+from pid_lightning.nn import PiD
+from pid_lightning.sampling import Generators, few_step_times
+from pid_lightning.weights import ModelInfo
+
+
+def check_inputs(
+    denoiser: PiD,
+    info: ModelInfo,
+    latents: Tensor,
+    latent_sigma: float | Sequence[float] | Tensor,
+    steps: int | None,
+    generator: Generators,
+    seed: int | None,
+) -> Tensor:
+    """Every argument of `PiDDecoder.decode` but its text.
+
+    Returns:
+        The noise levels (B,), on the network's device.
+
+    Raises:
+        ValueError: one that does not fit, in one sentence.
+    """
+    if latents.ndim != 4 or latents.shape[1] != info.latent_channels or not latents.numel():
+        raise ValueError(
+            f"latents: shape {tuple(latents.shape)} is not (B, {info.latent_channels}, h, w) "
+            f"of normalised {info.latent_space} latents."
+        )
+    if not latents.isfinite().all():
+        raise ValueError("latents: they are not all finite, look at what made them.")
+    cell = info.latent_stride * info.scale
+    denoiser.check_size(*(cells * cell for cells in latents.shape[-2:]))
+    if steps is not None and info.student_times is not None:
+        few_step_times(info.student_times, steps)
+    elif steps is not None and steps < 1:
+        raise ValueError(f"steps: {steps} must be at least 1.")
+    if generator is not None and seed is not None:
+        raise ValueError("seed and generator were both given: give one of them.")
+    sigma = (
+        torch.as_tensor(latent_sigma, dtype=torch.float32).to(denoiser.out.weight.device).flatten()
+    )
+    if sigma.numel() not in (1, len(latents)) or not ((sigma >= 0) & (sigma <= 1)).all():
+        raise ValueError(
+            f"latent_sigma: {latent_sigma} must be one number between 0 (clean) and 1 (noise), "
+            f"or {len(latents)} of them, one a sample."
+        )
+    highest = sigma.max().item()
+    if highest > info.latent_sigma_max + 1e-6:
+        warnings.warn(
+            f"latent_sigma {highest:g} is beyond {info.latent_sigma_max:g}, the highest this "
+            "model was trained for: expect a picture of its own invention.",
+            stacklevel=4,
+        )
+    warn_if_not_normalised(latents, info.latent_space)
+    return sigma.expand(len(latents))
+
+
+def text_features(text: Tensor, width: int, batch_size: int) -> Tensor:
+    """(L, D_text) or (B or 1, L, D_text) as (B, L, D_text).
+
+    Raises:
+        ValueError: features of another width or number.
+    """
+    text = text[None] if text.ndim == 2 else text
+    if text.ndim != 3 or text.shape[-1] != width or text.shape[0] not in (1, batch_size):
+        raise ValueError(
+            f"prompt: {tuple(text.shape)} does not fit, give one prompt or one a sample; "
+            f"features are (L, {width}) or ({batch_size}, L, {width})."
+        )
+    return text.expand(batch_size, -1, -1)
