@@ -139,9 +139,10 @@ class PiD(nn.Module):
         return self.patch_embedding.weight.dtype
 
     def attend_in_windows(self, size: int | None) -> None:
-        """Let patches attend inside windows only, every other block's shifted by half of one.
+        """Let the patch blocks attend inside windows only, every other one's shifted by half.
 
-        Another picture than the network was trained for, though near: cost grows with the pixels.
+        Another picture than the network was trained for, though near: their cost grows with the
+        pixels. The pixel blocks, which are few, go on seeing everything.
 
         Args:
             size: the most pixels of a window's side; None is the whole picture again.
