@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,8 @@ class PiDModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Check sizes, then bring pretrained weights: everything that can fail, before the work."""
         self.prepare(self.trainer.datamodule, stage)
+        # Lightning wonders that the module copies batches, not the data module: see `side_stream`.
+        warnings.filterwarnings("ignore", "You have overridden `transfer_batch_to_device`")
         if self.trainer.precision == "bf16-mixed":  # multiplied so in any case, and half the size
             self.encoder.bfloat16()
             self.text_encoder.bfloat16()
