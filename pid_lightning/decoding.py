@@ -28,7 +28,6 @@ def decode_latents(
     guidance_scale: float = 1.0,
     generator: sampling.Generators = None,
     tile: int | None = None,
-    on_step: sampling.OnStep | None = None,
     on_forward: Callable[[], None] | None = None,
 ) -> Tensor:
     """Pictures from latents.
@@ -46,8 +45,6 @@ def decode_latents(
         guidance_scale: of text over no text; 1 is none.
         generator: one, or one a sample; the only source of randomness.
         tile: side of the tiles in output pixels, see `tiling.Tiles`; None decodes the whole.
-        on_step: called with (number of steps done, x) after each; x may change afterwards, copy
-            what you keep.
         on_forward: called after each evaluation of the network: once a step, tile and branch.
 
     Returns:
@@ -85,7 +82,6 @@ def decode_latents(
             len(student_times) if steps is None else steps,
             generator,
             student_times=student_times,
-            on_step=on_step,
         )
     else:
         # The schedule of the size that the network sees, which was that of its training.
@@ -97,7 +93,6 @@ def decode_latents(
             TEACHER_STEPS if steps is None else steps,
             generator,
             shift=shift,
-            on_step=on_step,
         )
     return x0.clamp_(-1, 1)
 

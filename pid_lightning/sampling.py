@@ -16,7 +16,6 @@ from pid_lightning import flow
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Generators = torch.Generator | Sequence[torch.Generator] | None
-OnStep = Callable[[int, Tensor], None]
 
 STUDENT_TIMES = (0.999, 0.866, 0.634, 0.342)
 
@@ -72,7 +71,6 @@ def sample_few_steps(
     *,
     student_times: Sequence[float] = STUDENT_TIMES,
     stochastic: bool = True,
-    on_step: OnStep | None = None,
 ) -> Tensor:
     """The distilled student's sampler (DMD2, arXiv 2405.14867, section 4.5).
 
@@ -80,13 +78,12 @@ def sample_few_steps(
     (stochastic) or `x += (b-a) v` (deterministic); the last step gives x0.
 
     Args:
-        velocity: `velocity(x_t, t)` with t (B,).
+        velocity: `velocity(x_t, t)` with t (B,); x_t changes in place afterwards.
         noise: the start (B, 3, H, W), standard normal.
         steps: at most as many as `student_times`.
         generator: source of the fresh noise.
         student_times: times the student was trained for, from noise to clean.
         stochastic: fresh noise at every step, or none.
-        on_step: called with (number of steps done, x) after each; x changes afterwards.
 
     Returns:
         x0 (B, 3, H, W) in fp32, near [-1, 1] and not yet clamped to it.
@@ -108,8 +105,6 @@ def sample_few_steps(
         else:
             x = x.add(v, alpha=after - now)
             del v
-        if on_step is not None:
-            on_step(step, x)
     return x
 
 
@@ -120,7 +115,6 @@ def sample_solver(
     generator: Generators = None,
     *,
     shift: float,
-    on_step: OnStep | None = None,
 ) -> Tensor:
     """The teacher's sampler: DPM-Solver++ 2M (arXiv 2211.01095) on flow times, by diffusers.
 
@@ -132,7 +126,6 @@ def sample_solver(
         steps: evaluations of `velocity`.
         generator: unused.
         shift: see `flow.resolution_shift`.
-        on_step: called with (number of steps done, x) after each.
 
     Returns:
         x0 (B, 3, H, W) in fp32, near [-1, 1] and not yet clamped to it.
@@ -154,8 +147,6 @@ def sample_solver(
     for step, timestep in enumerate(scheduler.timesteps):
         t = x.new_full((len(x),), float(scheduler.sigmas[step]))
         x = scheduler.step(velocity(x, t), timestep, x).prev_sample
-        if on_step is not None:
-            on_step(step + 1, x)
     return x
 
 

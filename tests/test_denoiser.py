@@ -568,7 +568,7 @@ def with_null(case: Case) -> PiD:
     return network
 
 
-@pytest.mark.parametrize("cached", [2**21, 2 * 64 * 150, 64 * 150, 1])
+@pytest.mark.parametrize("cached", [2**21, 2 * 150 * 150, 150 * 150, 1])
 def test_attention_by_rows_is_softmax_attention(cached: int, monkeypatch) -> None:
     """The CPU's way in bf16 loses no more than bf16's own rounding of scores and weights, in
     whichever parts: all at once, two heads, one, and parts of its rows."""

@@ -123,18 +123,23 @@ def _samples(vectors: Vectors, monkeypatch: pytest.MonkeyPatch) -> dict[str, Ten
     for name in vectors.outputs:
         if match := re.fullmatch(r"(sde|ode)(\d+)", name):
             states = []
+
+            def recorded(x_t: Tensor, t: Tensor, states: list[Tensor] = states) -> Tensor:
+                states.append(x_t.clone())
+                return velocity(x_t, t)
+
             monkeypatch.setattr(sampling, "draw_noise", _recorded(inputs))
-            computed[name] = sampling.sample_few_steps(
-                velocity,
+            last = sampling.sample_few_steps(
+                recorded,
                 inputs["noise"],
                 int(match[2]),
                 student_times=student_times,
                 stochastic=match[1] == "sde",
-                on_step=lambda _, x, states=states: states.append(x.clone()),
             )
+            computed[name] = last
             computed |= {
                 f"{name}.state.{i}": x
-                for i, x in enumerate(states)
+                for i, x in enumerate([*states[1:], last])
                 if f"{name}.state.{i}" in vectors.outputs
             }
         elif match := re.fullmatch(r"dpm2m_(\d+)_shift([\d.]+)_cfg([\d.]+)", name):

@@ -13,6 +13,7 @@ from pid_lightning.nn.rope import rotate
 
 EPS = 1e-6
 CACHED_SCORES = 2**21  # of attention, as many as a CPU's caches hold
+FEWEST_QUERIES = 128  # at a time: every product packs all keys anew
 MOST_KEPT_KEYS = 1024  # above, the scores kept for a backward pass take more than they save
 
 
@@ -80,9 +81,9 @@ def _attend_by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return _attend_at_once(q, k, v)
     num_queries, num_keys = q.shape[2], k.shape[2]
+    fitting = max(FEWEST_QUERIES, CACHED_SCORES // num_keys)
     # A compiled graph repeats its code for every part: it takes heads only.
-    fitting = num_queries if torch.compiler.is_compiling() else max(64, CACHED_SCORES // num_keys)
-    num_rows = min(num_queries, fitting)
+    num_rows = num_queries if torch.compiler.is_compiling() else min(num_queries, fitting)
     num_heads = max(1, CACHED_SCORES // (num_rows * num_keys))
     # Small results kept one by one between large passing scores would leave holes in memory.
     attended = q.new_empty(q.shape)
