@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -162,7 +161,7 @@ def _read(decoder: PiDDecoder, file: Path) -> tuple[Tensor, tuple[int, int]]:
     image = read_picture(file)
     # Whole cells for the encoder, whole patches for the output. The border is repeated and cut
     # off again, so that a picture keeps its shape.
-    step = math.lcm(decoder.latent_stride, decoder.denoiser.alignment // decoder.scale)
+    step = decoder.denoiser.alignment // decoder.scale
     height, width = image.shape[-2:]
     grown = F.pad(image[None], (0, -width % step, 0, -height % step), mode="replicate")[0]
     return grown, (height, width)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pid_lightning.decoding import output_size
 from pid_lightning.latent_spaces import warn_if_not_normalised
 from pid_lightning.nn import PiD
 from pid_lightning.sampling import Generators, few_step_times
@@ -38,8 +39,7 @@ def check_inputs(
         )
     if not latents.isfinite().all():
         raise ValueError("latents: they are not all finite, look at what made them.")
-    cell = info.latent_stride * info.scale
-    denoiser.check_size(*(cells * cell for cells in latents.shape[-2:]))
+    denoiser.check_size(*output_size(denoiser, latents))
     if steps is not None and info.student_times is not None:
         few_step_times(info.student_times, steps)
     elif steps is not None and steps < 1:

@@ -337,8 +337,7 @@ class PiDDecoder:
 
     def output_size(self, latents: Tensor) -> tuple[int, int]:
         """(height, width) in pixels of what latents (B, C, h, w) decode to."""
-        cell = self.latent_stride * self.scale
-        return latents.shape[-2] * cell, latents.shape[-1] * cell
+        return decoding.output_size(self.denoiser, latents)
 
     def choose_tile(
         self, height: int, width: int, tile: TileChoice, batch_size: int = 1

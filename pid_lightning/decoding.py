@@ -53,9 +53,7 @@ def decode_latents(
     Raises:
         ValueError: latents, text, steps or tile that do not fit the network.
     """
-    cell = denoiser.latent_stride * denoiser.scale
-    height, width = (side * cell for side in latents.shape[-2:])
-
+    height, width = output_size(denoiser, latents)
     tiles = tiles_for(denoiser, height, width, tile)
 
     def velocity_of(condition: Condition) -> sampling.Velocity:
@@ -95,6 +93,12 @@ def decode_latents(
             shift=shift,
         )
     return x0.clamp_(-1, 1)
+
+
+def output_size(denoiser: PiD, latents: Tensor) -> tuple[int, int]:
+    """(height, width) in pixels of what latents (B, C, h, w) decode to."""
+    cell = denoiser.latent_stride * denoiser.scale
+    return latents.shape[-2] * cell, latents.shape[-1] * cell
 
 
 def adapt_tile(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ def estimate_working_memory(
     """Peak bytes of decoding one batch, besides the weights of the denoiser.
 
     Counted with attention as one operation, as on a GPU; bf16 on a CPU takes some MiB of its
-    scores more (`nn.layers.CACHED_SCORES`). An allocator's own waste and a library's workspaces
-    are not counted.
+    scores more (`nn.layers.CACHED_SCORES`), compiled a head's. Guidance, which holds one picture
+    more, an allocator's own waste and a library's workspaces are not counted.
 
     Args:
         info: the model.
@@ -89,26 +89,41 @@ def _estimate(
         condition = denoiser.condition_on(adapted, t, text)
         adapting = peak_bytes(adapt)
         conditioning = peak_bytes(lambda: denoiser.condition_on(adapted, t, text))
-        whole = num_bytes(filter(_is_tensor, tree_leaves(condition)))
-        running = whole + peak_bytes(lambda: denoiser(x, t, condition))
-    picture = torch.empty(batch_size, 3, height, width, device="meta")
+        held = num_bytes(filter(_is_tensor, tree_leaves(condition)))
+        running = peak_bytes(lambda: denoiser(x, t, condition))
+
+    if tiles is None:
+
+        def velocity(x_t: Tensor, t: Tensor) -> Tensor:
+            torch.empty(running, dtype=torch.uint8, device="meta")
+            return torch.empty_like(x_t)
+
+        making = max(adapting, num_bytes([adapted]) + conditioning)
+        return max(making, held + _sampling_bytes(info, (batch_size, 3, height, width), velocity))
+
+    making = max(adapting, conditioning, held + running)
+
+    def sum_of_tiles(x_t: Tensor, t: Tensor) -> Tensor:
+        total = torch.empty_like(x_t)
+        torch.empty(making, dtype=torch.uint8, device="meta")
+        return total
+
+    held = len(tiles) * num_bytes([adapted])
+    return held + _sampling_bytes(info, (batch_size, 3, height, width), sum_of_tiles)
+
+
+def _sampling_bytes(
+    info: ModelInfo, shape: tuple[int, ...], velocity: Callable[[Tensor, Tensor], Tensor]
+) -> int:
+    """Peak bytes of the model's own sampler, those that `velocity` takes and lets go included."""
 
     def sample() -> Tensor:
-        times = info.student_times or sampling.STUDENT_TIMES
-        return sampling.sample_few_steps(
-            lambda x_t, t: torch.empty_like(x_t),
-            torch.randn_like(picture),
-            len(times),
-            student_times=times,
-        )
+        noise, times = partial(torch.empty, shape, device="meta"), info.student_times
+        if times is None:
+            return sampling.sample_solver(velocity, noise(), shift=1.0)
+        return sampling.sample_few_steps(velocity, noise(), len(times), student_times=times)
 
-    one_picture = num_bytes([picture])
-    if tiles is None:
-        making = max(adapting, num_bytes([adapted]) + conditioning)
-        return max(making, whole + peak_bytes(sample), one_picture + running)
-    # While the network runs on a tile, there are x and the sum of the tiles' velocities.
-    held = len(tiles) * num_bytes([adapted])
-    return held + max(peak_bytes(sample), 2 * one_picture + max(adapting, conditioning, running))
+    return peak_bytes(sample)
 
 
 def _seen_area(tile: Tile, tiles: Tiles) -> int:

@@ -156,8 +156,6 @@ def guided(with_text: Velocity, without_text: Velocity, guidance_scale: float) -
     The latents are given to both branches. Two evaluations, not one of a doubled batch: from 512
     pixels a side on they take the same time, and half the memory.
     """
-    if guidance_scale == 1.0:
-        return with_text
 
     def velocity(x_t: Tensor, t: Tensor) -> Tensor:
         null = without_text(x_t, t)

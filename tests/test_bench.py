@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,9 +22,11 @@ from pid_lightning.memory import estimate_working_memory, peak_bytes, weight_byt
 from pid_lightning.nn import AdapterConfig, Discriminator, PiDConfig
 from pid_lightning.nn.layers import attend
 from pid_lightning.released import build_from_arguments
+from pid_lightning.sampling import STUDENT_TIMES
 from pid_lightning.weights import ModelInfo, save_model
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 TINY = PiDConfig(
     width=16,
     num_heads=2,
@@ -101,6 +104,30 @@ def test_operations_are_those_of_the_method(changes: dict) -> None:
     assert estimate.count_flops("decode", told, 96, 3) == {
         "decode": 3 * (condition + 4 * evaluation)
     }
+
+
+def test_windows_save_the_scores_of_other_windows() -> None:
+    told = info(text_length=0)
+    whole, parts = (
+        estimate.count_flops("forward", told, 96, 2, window)["forward"] for window in (None, 48)
+    )
+    # Of 6 x 6 patches: sides of 3 and 3 in the first block, shifted to 1, 3 and 2 in the second.
+    pairs = 2 * 36**2 - (3**2 + 3**2) ** 2 - (1 + 3**2 + 2**2) ** 2
+    assert whole - parts == 2 * 4 * told.config.width * pairs
+
+
+def test_the_quickstart_is_that_of_its_config() -> None:
+    config = yaml.safe_load(Path(ROOT, "configs/quickstart.yaml").read_text())
+    denoiser = config["model"]["init_args"]["denoiser"]
+    denoiser["adapter"] = AdapterConfig(**denoiser["adapter"])
+    assert networks.CONFIGS["quickstart"] == PiDConfig(**denoiser)
+
+
+@pytest.mark.parametrize("odd", [{"gate": "none"}, {"head_norm": True}])
+def test_what_the_plain_transcription_lacks_is_refused(odd: dict) -> None:
+    told = info(adapter=AdapterConfig(**odd))
+    with pytest.raises(ValueError, match=r"without adapter\.(gate: none|head_norm: true); take"):
+        baseline.published_arguments(told)
 
 
 def test_operations_agree_with_torchs_counter() -> None:
@@ -188,7 +215,7 @@ def test_an_estimate_is_what_a_run_holds(name: str) -> None:
 
 
 def test_a_decode_is_estimated_as_the_decoder_does() -> None:
-    told = info()
+    told = dataclasses.replace(info(), student_times=STUDENT_TIMES)
     ((_, peak),) = estimate.estimate_peaks("decode", told, 128, 2, torch.bfloat16, False).values()
     working = estimate_working_memory(told, 128, 128, None, batch_size=2)
     weights = weight_bytes(networks.build_meta(told).bfloat16())
@@ -300,6 +327,8 @@ def test_eight_bits_and_windows_are_rows_beside_the_exact_picture(
     assert eager["psnr"] is None
     assert windows["mode"] == "eager in windows"
     assert 20 < windows["psnr"] < 60
+    assert windows["gflop"] < eager["gflop"]
+    assert [row["floor_seconds"] is None for row in rounded] == [False, True]
     for row in rounded:
         assert 40 < row["psnr"] < 80
         assert row["held_mebibytes"] < 0.7 * eager["held_mebibytes"]
@@ -357,6 +386,8 @@ def test_an_estimate_needs_no_measurement(model: Path, capsys: pytest.CaptureFix
         ("--cuda_graphs --device cpu", "a CPU has none"),
         ("--window 100", "take 96"),
         ("--window 64 --work train", "add one to --work"),
+        ("--compile --work attention", "adds no rows to attention"),
+        ("--activation_checkpointing on --work decode", "is for train and dmd2"),
         ("--estimate --work attention", "leave attention out of --work"),
         ("--network quickstart --baseline", "take --network full or small"),
         ("--json no_such_folder/rows.json", "there is no folder no_such_folder"),

@@ -338,15 +338,16 @@ import test_decoder
 from pid_lightning.metrics import PeakMemory
 torch.set_num_threads(1)
 sizes = {"width": 64, "num_heads": 4, "pixel_width": 8}
-decoder = test_decoder.make(sizes=sizes, image_size=None)
-weights = sum(w.numel() * 4 for w in decoder.denoiser.parameters())
-test_decoder.decode(decoder, torch.randn(1, 4, 8, 8))
 figures = []
-for side, tile in ((384, None), (768, 256)):
-    latents = torch.randn(1, 4, side // 32, side // 32)
-    with PeakMemory(torch.device("cpu")) as measured:
-        test_decoder.decode(decoder, latents, tile=tile, steps=2)
-    figures.append((decoder.estimate_memory(side, side, tile) - weights, measured.peak_bytes))
+for changes in ({}, {"student_times": None}):
+    decoder = test_decoder.make(sizes=sizes, image_size=None, **changes)
+    weights = sum(w.numel() * 4 for w in decoder.denoiser.parameters())
+    test_decoder.decode(decoder, torch.randn(1, 4, 8, 8), steps=2)
+    for side, tile in ((384, None), (768, 256)):
+        latents = torch.randn(1, 4, side // 32, side // 32)
+        with PeakMemory(torch.device("cpu")) as measured:
+            test_decoder.decode(decoder, latents, tile=tile, steps=3)
+        figures.append((decoder.estimate_memory(side, side, tile) - weights, measured.peak_bytes))
 print(json.dumps(figures))
 """
 

@@ -213,6 +213,8 @@ def test_student_mean_moves_to_the_teachers() -> None:
         ({"student_every": 1}, r"student_every: 1 must be at least 2"),
         ({"student_input": "noise"}, r"'noise' is not one of rollout, noised_data\.$"),
         ({"student_steps": "first"}, r"student_steps: 'first' is not one of all, last\.$"),
+        ({"student_times": (0.9, 0.9)}, r"student_times: \(0\.9, 0\.9\) must fall"),
+        ({"teacher_dtype": "bf16"}, r"'bf16' is not one of bfloat16, float32\.$"),
         ({"student_times": (0.5, 0.9)}, r"student_times: \(0\.5, 0\.9\) must fall"),
         ({"time_clamp": (0.9, 0.1)}, r"time_clamp: \(0\.9, 0\.1\) must be two rising times"),
         ({"discriminator_depth": 0}, r"discriminator_depth: 0 must be at least 1\.$"),
@@ -238,6 +240,41 @@ def test_every_layer_of_a_discriminator_halves_sides_and_channels() -> None:
     features = [torch.randn(3, 64, 8, 4) for _ in range(2)]
     assert discriminator.heads[0](features[0]).shape == (3, 1, 2, 1)
     assert discriminator(features).shape == (3, 2)
+
+
+@pytest.mark.parametrize("learned_null", [True, False])
+@torch.no_grad()
+def test_the_teacher_is_guided_away_from_no_caption(learned_null: bool, tmp_path: Path) -> None:
+    module = tiny.module(text=tiny.Text(), learned_null=learned_null)
+    module.teacher, text = module.denoiser, module.text_encoder
+    for parameter in module.teacher.parameters():
+        parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    generator = torch.Generator().manual_seed(0)
+    x_t = torch.randn(2, 3, 64, 64, generator=generator)
+    latents, sigma = torch.randn(2, 16, 2, 2, generator=generator), torch.zeros(2)
+    t = torch.tensor([0.3, 0.8])
+    sample = Sample(x_t, x_t, latents, sigma, text.encode(["a", "b"]), None, None, numbers=[0, 1])
+    condition = sample.condition(module.teacher)
+    null = None if learned_null else text.encode(["", ""])
+    with_text = module.teacher(x_t, t, condition)
+    without = module.teacher(x_t, t, module.teacher.condition(latents, sigma, null))
+    guided = without + 3 * (with_text - without)
+    x0 = distillation(tmp_path)._teacher_x0(module, x_t, t, condition, sample)
+    torch.testing.assert_close(x0, flow.x0_from_velocity(x_t, guided, t))
+    assert not torch.allclose(x0, flow.x0_from_velocity(x_t, with_text, t), atol=1e-3)
+
+
+def test_what_passes_gradients_recomputes_where_the_run_does(teacher: Path, tmp_path: Path) -> None:
+    training = Training(learning_rate=1e-3, warmup_steps=2, activation_checkpointing=True)
+    fitted = tiny.fit(tmp_path, 2, distillation(teacher), fitted=tiny.module(training))
+    networks = (fitted.denoiser, fitted.fake_score, fitted.teacher)
+    assert all(network.activation_checkpointing for network in networks)
+
+
+def test_scaled_gradients_are_refused(teacher: Path) -> None:
+    trainer = SimpleNamespace(precision="16-mixed")
+    with pytest.raises(ValueError, match=r"trainer\.precision: DMD2 clips gradients itself"):
+        Turns(2).take_over(trainer)
 
 
 def test_times_stay_within_the_clamp(teacher: Path) -> None:

@@ -182,17 +182,6 @@ def test_guidance_is_its_formula() -> None:
         assert torch.allclose(guided, null + scale * (with_text(x_t, t) - null), atol=1e-5)
 
 
-def test_guidance_of_one_costs_one_evaluation() -> None:
-    calls = []
-
-    def never(x_t: Tensor, t: Tensor) -> Tensor:
-        calls.append(t)
-        return x_t
-
-    sampling.guided(point_mass(noise()), never, 1.0)(noise(), torch.ones(2))
-    assert not calls
-
-
 # --------------------------------------------------------------------- randomness
 
 

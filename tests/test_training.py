@@ -13,6 +13,7 @@ import torch
 from pid_lightning import EMA, AdapterConfig, Training, weights
 from pid_lightning.checkpointing import AtomicCheckpointIO
 from pid_lightning.modules.objective import draw_sample
+from pid_lightning.text import NoText
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +146,10 @@ def test_test_uses_the_average_with_or_without_the_callback(run: Path, tmp_path:
 
 
 def test_dropouts_and_noise_have_their_shares() -> None:
-    fitted = tiny.module(Training(latent_dropout=0.25, caption_dropout=0.5))
+    fitted = tiny.module(Training(latent_dropout=0.25, caption_dropout=0.5), tiny.Text())
     image = torch.zeros(1, 3, 64, 64).expand(2000, -1, -1, -1)
     batch = {"image": image, "caption": [""] * 2000, "number": torch.arange(2000)}
-    fitted.encode = lambda images, captions: (torch.zeros(2000, 1, 1, 1), None)
+    fitted.encode = lambda images, captions: (torch.zeros(2000, 1, 1, 1), torch.zeros(2000, 3, 6))
     sample = draw_sample(fitted, batch, "train")
     share = lambda mask: mask.float().mean().item()  # noqa: E731
     assert abs(share(sample.keep_latents) - 0.75) < 0.03
@@ -159,6 +160,50 @@ def test_dropouts_and_noise_have_their_shares() -> None:
     noisy = sample.latent_sigma > 0
     spread = (sample.latents.flatten()[noisy] / sample.latent_sigma[noisy]).std()
     assert abs(spread - 1) < 0.06
+
+
+def test_without_a_learned_null_a_dropped_caption_is_an_empty_one() -> None:
+    captions = [f"photograph {i}" for i in range(12)]
+    images = torch.zeros(12, 3, 64, 64)
+    batch = {"image": images, "caption": captions, "number": torch.arange(12)}
+    samples, asked = [], []
+    for learned_null in (True, False):
+        training = Training(caption_dropout=0.5)
+        fitted = tiny.module(training, tiny.Text(), learned_null=learned_null)
+        fitted.encoder.load()
+        samples.append(draw_sample(fitted, batch, "train"))
+        asked.append([*fitted.text_encoder.asked])
+        assert (fitted.null_text(2) is None) == learned_null
+    kept = samples[0].keep_text
+    assert 0 < kept.sum() < 12
+    assert asked[0] == captions
+    assert asked[1] == [c if keep else "" for c, keep in zip(captions, kept, strict=True)]
+    assert samples[1].keep_text is None
+    samples[1].condition(fitted.denoiser)  # does not ask for the null
+
+
+def test_published_weights_can_be_trained_with_captions_only(tmp_path: Path) -> None:
+    published = tiny.module(text=tiny.Text(), learned_null=False)
+    weights.save_model(
+        published.denoiser, published.info, tmp_path / "p.safetensors", torch.float32
+    )
+    training = Training(learning_rate=1e-3, warmup_steps=1, train="adapter", caption_dropout=0.5)
+    fitted = tiny.module(training, tiny.Text(), learned_null=False)
+    fitted.init_from = str(tmp_path / "p.safetensors")
+    tiny.fit(tmp_path, 2, fitted=fitted)
+    moved = {
+        name.split(".")[0]
+        for (name, after), before in zip(
+            fitted.denoiser.state_dict().items(),
+            published.denoiser.state_dict().values(),
+            strict=True,
+        )
+        if not torch.equal(after, before)
+    }
+    assert moved == {"adapter", "gates"}
+    for text in (None, NoText()):
+        with pytest.raises(ValueError, match="without a learned null, as the published weights"):
+            tiny.module(text=text, text_length=3, learned_null=False)
 
 
 def test_a_sample_depends_on_its_number_alone() -> None:

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from pid_lightning import EMA, AdapterConfig, Evaluation, ImageData, PiDConfig, Training, VAEPiD
+from pid_lightning.text import TextEncoder
 
 IMAGE_SIZE = 64
 
@@ -32,13 +33,34 @@ def config(**changes: Any) -> PiDConfig:
     return PiDConfig(**(settings | changes))
 
 
-def module(training: Training | None = None, **changes: Any) -> VAEPiD:
+class Text(TextEncoder):
+    """Three features a caption, drawn from its words; remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_width, self.description = 6, "tiny"
+        self.asked: list[str] = []
+
+    def load(self) -> None: ...
+
+    def encode(self, captions: list[str]) -> torch.Tensor:
+        self.asked += captions
+        drawn = [torch.Generator().manual_seed(sum(c.encode())) for c in captions]
+        return torch.stack([torch.randn(3, 6, generator=generator) for generator in drawn])
+
+
+def module(
+    training: Training | None = None, text: TextEncoder | None = None, **changes: Any
+) -> VAEPiD:
     """A `VAEPiD` behind the bundled autoencoder, with the same weights every time."""
+    if text is not None:
+        changes = {"text_width": text.text_width, "text_length": 3} | changes
     training = training or Training(learning_rate=1e-3, warmup_steps=2)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return VAEPiD(
             denoiser=config(**changes),
+            text=text,
             training=training,
             evaluation=Evaluation(latent_sigmas=[0.0, 0.8], steps=2),
         )

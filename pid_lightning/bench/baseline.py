@@ -48,6 +48,8 @@ def published_arguments(info: ModelInfo) -> dict[str, Any]:
         "prediction: x0": config.prediction != "velocity",
         "adapter.upsampling: shuffle": adapter.upsampling != "nearest",
         "adapter.sigma_plane: true": adapter.sigma_plane,
+        "adapter.head_norm: true": adapter.head_norm,
+        f"adapter.gate: {adapter.gate}": adapter.gate not in GATES.values(),
     }
     if any(odd.values()):
         told = ", ".join(name for name, is_odd in odd.items() if is_odd)
@@ -127,7 +129,7 @@ class Transcription(nn.Module):
     ) -> None:
         super().__init__()
         self.scale, self.latent_stride = info.scale, info.latent_stride
-        self.arguments = arguments
+        self.config, self.arguments = info.config, arguments
         # Functions, not their module: copies of this network shall share them.
         names = ("plain_velocity", "plain_features", "plain_tokens", "plain_rgb")
         self.plain = SimpleNamespace(**{name: getattr(plain, name) for name in names})
@@ -152,9 +154,10 @@ class Transcription(nn.Module):
             rgb = self.plain.plain_rgb(self._params(), self.arguments, latents)
         return Condition(latents, latent_sigma, text, rgb)
 
-    def without_text(self, condition: Condition) -> Condition:
-        """No text is text of zeros."""
-        return condition._replace(text=torch.zeros_like(condition.text))
+    def without_text(self, condition: Condition, null_text: Tensor | None = None) -> Condition:
+        """No text is text of zeros where none is given."""
+        null = torch.zeros_like(condition.text) if null_text is None else null_text
+        return condition._replace(text=null)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The velocity."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 NETWORKS = ("full", "full_v15", "small", "quickstart")
 RECOMPUTED = " recomputed"  # ends the mode of rows with activation checkpointing
+IN_WINDOWS = " in windows"  # ends the mode of rows of attention in windows
 INT8 = ("weights", "products")
 MEBIBYTE = 2**20
 
@@ -167,6 +168,11 @@ def _check(given: argparse.Namespace) -> None:
     ):
         if getattr(given, name) and not {"forward", "decode"} & set(given.work):
             raise ValueError(f"--{name} {told} forward passes and decodes: add one to --work.")
+    for name in ("compile", "baseline"):
+        if getattr(given, name) and set(given.work) == {ATTENTION}:
+            raise ValueError(f"--{name} adds no rows to attention: add other work to it.")
+    if "on" in given.activation_checkpointing and not set(LEARNING) & set(given.work):
+        raise ValueError("--activation_checkpointing is for train and dmd2: add one to --work.")
 
 
 def _device(name: str) -> torch.device:
@@ -249,7 +255,7 @@ def measure_rows(
                         activations=extent == "products"
                     )
                 if given.window is not None:
-                    gathered["eager in windows"] = gathered["eager"].in_windows(given.window)
+                    gathered["eager" + IN_WINDOWS] = gathered["eager"].in_windows(given.window)
             for size, batch_size in itertools.product(given.sizes, given.batch_size):
                 _tell(name, size, batch_size, dtype)
                 row = {"size": size, "batch_size": batch_size, "dtype": dtype}
@@ -299,6 +305,7 @@ def _measure_size(
     }
     figures = measure.measure(modes, device, given.repeat)
     flops = count_flops(name, info, size, batch_size)
+    flops_in_windows = count_flops(name, info, size, batch_size, given.window)
     exact = picture = None
     if given.check and name == "forward":
         exact = measure.exact_velocity(gathered["eager"].denoiser, inputs)
@@ -306,7 +313,10 @@ def _measure_size(
         picture = modes["eager"]["decode"].run()
     for (piece, mode), measured in figures.items():
         work = modes[mode][piece]
-        floor = rates.floor_seconds(flops[piece], work.traffic_bytes())
+        operations = (flops_in_windows if mode.endswith(IN_WINDOWS) else flops)[piece]
+        floor = rates.floor_seconds(operations, work.traffic_bytes())
+        if mode.endswith(INT8[1]):  # the rates are of products in `dtype`
+            floor = None
         plain = figures.get((piece, "plain"))
         peak = measured.peak_bytes
         decibels = None
@@ -318,9 +328,9 @@ def _measure_size(
             "mode": mode,
             "seconds": measured.seconds,
             "ratio_to_plain": None if plain is None else measured.seconds / plain.seconds,
-            "gflop": flops[piece] / 1e9,
+            "gflop": operations / 1e9,
             "floor_seconds": floor,
-            "floor_share": floor / measured.seconds,
+            "floor_share": None if floor is None else floor / measured.seconds,
             "held_mebibytes": measured.held_bytes / MEBIBYTE,
             "peak_mebibytes": None if peak is None else peak / MEBIBYTE,
             "first_seconds": measured.first_seconds,

@@ -2,52 +2,31 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pid_lightning import flow
 from pid_lightning.bench.networks import Inputs
-from pid_lightning.bench.work import (
-    Networks,
-    Work,
-    adamw,
-    autocast,
-    duplicate,
-    learn,
-    move_average,
-)
+from pid_lightning.bench.training import autocast, learn, move_average, sample_of, stand_in
+from pid_lightning.bench.work import Networks, Work, duplicate
 from pid_lightning.callbacks.dmd2 import DMD2, freeze_unused
 from pid_lightning.memory import num_bytes
-from pid_lightning.modules.objective import Sample
-from pid_lightning.modules.settings import Training
-from pid_lightning.nn import Discriminator
+from pid_lightning.nn import Discriminator, PiD
 from pid_lightning.weights import ModelInfo
 
 
-class LongestRollOut(DMD2):
-    """DMD2 whose student always starts from its own longest roll-out, where training draws its
-    length: a figure shall not depend on a draw, and the longest is the one to plan for."""
-
-    def _student_x0(self, module: SimpleNamespace, sample: Sample) -> Tensor:
-        condition = sample.condition(module.denoiser)
-        noise = self._noise(module, sample, "student input")
-        last = len(self.student_times) - 1
-        x_t = self._roll_out(module, sample, condition, noise, last)
-        t = x_t.new_full((len(x_t),), self.student_times[last])
-        return flow.x0_from_velocity(x_t, module.denoiser(x_t, t, condition), t)
-
-
 def distillation_of(info: ModelInfo) -> DMD2:
-    """The callback with its defaults; its one tap is the published one, halfway up."""
-    return LongestRollOut(teacher="", taps=(info.config.num_blocks // 2,))
+    """The callback with its defaults; its one tap is the published one, halfway up.
+
+    The student always starts from its own longest roll-out: a figure shall not depend on a draw,
+    and the longest is the one to plan for.
+    """
+    return DMD2(teacher="", taps=(info.config.num_blocks // 2,), student_steps="last")
 
 
 def gather_distillation(denoiser: nn.Module, info: ModelInfo) -> Networks:
     """Student, its average, fake score, frozen teacher and discriminator, and both optimisers."""
     dmd2 = distillation_of(info)
-    if hasattr(denoiser, "adapter"):  # the plain transcription holds nothing that is not used
+    if isinstance(denoiser, PiD):  # the plain transcription holds nothing that is not used
         freeze_unused(denoiser)
     with next(denoiser.parameters()).device:
         discriminator = Discriminator(info.config.width, len(dmd2.taps))
@@ -58,8 +37,9 @@ def gather_distillation(denoiser: nn.Module, info: ModelInfo) -> Networks:
         teacher=duplicate(denoiser, dmd2.teacher_dtype, learns=False),
         discriminator=discriminator,
     )
-    module = stand_in(networks)
-    (networks.optimizer, networks.critics_optimizer), _ = dmd2.configure_optimizers(module)
+    (networks.optimizer, networks.critics_optimizer), _ = dmd2.configure_optimizers(
+        stand_in(networks)
+    )
     return networks
 
 
@@ -67,19 +47,7 @@ def assemble_distillation(
     networks: Networks, inputs: Inputs, info: ModelInfo, dtype: torch.dtype
 ) -> dict[str, Work]:
     """The student's step and the critics'."""
-    dmd2, module = distillation_of(info), stand_in(networks)
-    batch_size = len(inputs.x0)
-    kept = torch.ones(batch_size, dtype=torch.bool, device=inputs.x0.device)
-    sample = Sample(
-        inputs.x0,
-        inputs.low_resolution,
-        inputs.latents,
-        inputs.latent_sigma,
-        inputs.text,
-        kept,
-        kept,
-        list(range(batch_size)),
-    )
+    dmd2, module, sample = distillation_of(info), stand_in(networks), sample_of(inputs)
     student = (networks.denoiser,)
     critics = (networks.fake_score, networks.discriminator)
 
@@ -99,14 +67,3 @@ def assemble_distillation(
         "dmd2 student": Work(student_step, *held, networks.optimizer, moves_average=True),
         "dmd2 critics": Work(critics_step, *held, networks.critics_optimizer),
     }
-
-
-def stand_in(networks: Networks) -> SimpleNamespace:
-    """What DMD2 asks of its module."""
-    return SimpleNamespace(
-        **vars(networks),
-        training_settings=Training(),
-        trainer=SimpleNamespace(global_step=0, precision="bf16-mixed"),
-        make_optimizer=lambda: adamw(networks.denoiser),
-        make_schedule=lambda optimizer: None,
-    )

@@ -49,12 +49,21 @@ def estimate_peaks(
         return figures
 
 
-def count_flops(name: str, info: ModelInfo, size: int, batch_size: int) -> dict[str, int]:
+def count_flops(
+    name: str, info: ModelInfo, size: int, batch_size: int, window: int | None = None
+) -> dict[str, int]:
     """Operations of each piece by torch's counter: matrix products and convolutions.
 
     What activation checkpointing computes again does not count.
+
+    Args:
+        name: of the work.
+        info: the network.
+        size: side of the output in pixels.
+        batch_size: pictures at a time.
+        window: side in pixels of the windows that patches attend in, None for none.
     """
-    with without_data(name, info, size, batch_size, torch.float32, False) as pieces:
+    with without_data(name, info, size, batch_size, torch.float32, False, window) as pieces:
         return {row: count_operations(work.run) for row, work in pieces.items()}
 
 
@@ -93,10 +102,12 @@ def without_data(
     batch_size: int,
     dtype: torch.dtype,
     activation_checkpointing: bool,
+    window: int | None = None,
 ) -> Iterator[dict[str, Work]]:
     """The pieces on tensors that hold nothing, to be run inside the context."""
     denoiser = build_meta(info)
     denoiser.activation_checkpointing = activation_checkpointing
+    denoiser.attend_in_windows(window)
     shapes = {key: weight.shape for key, weight in denoiser.state_dict().items()}
     with FakeTensorMode():
         kept = weights_dtype(name, dtype)

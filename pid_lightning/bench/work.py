@@ -10,7 +10,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pid_lightning import flow, losses
 from pid_lightning.bench import LEARNING
 from pid_lightning.bench.networks import Inputs
 from pid_lightning.compilation import compile_for_inference
@@ -19,9 +18,6 @@ from pid_lightning.memory import num_bytes, weight_bytes
 from pid_lightning.quantisation import quantise
 from pid_lightning.sampling import STUDENT_TIMES
 from pid_lightning.weights import ModelInfo
-
-CLIP = 0.1
-RGB_LOSS_WEIGHT = 0.8
 
 
 @dataclass
@@ -138,7 +134,9 @@ def gather(name: str, denoiser: nn.Module, info: ModelInfo) -> Networks:
         from pid_lightning.bench.distillation import gather_distillation
 
         return gather_distillation(denoiser, info)
-    return Networks(denoiser, duplicate(denoiser, torch.float32, False), adamw(denoiser))
+    from pid_lightning.bench.training import gather_training
+
+    return gather_training(denoiser)
 
 
 def duplicate(network: nn.Module, dtype: torch.dtype, learns: bool) -> nn.Module:
@@ -151,12 +149,6 @@ def duplicate(network: nn.Module, dtype: torch.dtype, learns: bool) -> nn.Module
     return copy.deepcopy(network, copies)
 
 
-def adamw(denoiser: nn.Module) -> torch.optim.Optimizer:
-    """The published recipe's optimiser of everything that learns."""
-    learning = [p for p in denoiser.parameters() if p.requires_grad]
-    return torch.optim.AdamW(learning, lr=1e-6, weight_decay=1e-3, fused=True)
-
-
 def assemble(
     name: str, networks: Networks, inputs: Inputs, info: ModelInfo, dtype: torch.dtype
 ) -> dict[str, Work]:
@@ -165,19 +157,11 @@ def assemble(
         from pid_lightning.bench.distillation import assemble_distillation
 
         return assemble_distillation(networks, inputs, info, dtype)
-    picture_bytes = num_bytes([inputs.x0])
-    denoiser, optimizer = networks.denoiser, networks.optimizer
     if name == "train":
-        return {
-            name: Work(
-                partial(training_step, networks, inputs, dtype),
-                networks,
-                inputs.tensors(),
-                picture_bytes,
-                optimizer,
-                moves_average=True,
-            )
-        }
+        from pid_lightning.bench.training import assemble_training
+
+        return assemble_training(networks, inputs, dtype)
+    picture_bytes, denoiser = num_bytes([inputs.x0]), networks.denoiser
     condition = [v for v in (inputs.latents, inputs.latent_sigma, inputs.text) if v is not None]
     if name == "decode":
         run = partial(decode, denoiser, inputs, info)
@@ -203,44 +187,3 @@ def decode(denoiser: nn.Module, inputs: Inputs, info: ModelInfo) -> Tensor:
         text=inputs.text,
         generator=torch.Generator(inputs.latents.device).manual_seed(0),
     )
-
-
-def training_step(networks: Networks, inputs: Inputs, dtype: torch.dtype) -> None:
-    """Flow matching, and the RGB head's loss where there is one: backward, clip, step, average."""
-    denoiser = networks.denoiser
-    with autocast(inputs.x0.device, dtype):
-        x_t = flow.add_noise(inputs.x0, inputs.eps, inputs.t)
-        # As in training, where a dropped caption leads to the learned null.
-        keep_text = None if inputs.text is None else torch.ones_like(inputs.t, dtype=torch.bool)
-        condition = denoiser.condition(
-            inputs.latents, inputs.latent_sigma, inputs.text, keep_text=keep_text, with_rgb=True
-        )
-        velocity = denoiser(x_t, inputs.t, condition)
-        loss = losses.flow_matching_loss(velocity, inputs.x0, inputs.eps)
-        if condition.rgb is not None:
-            loss = loss + RGB_LOSS_WEIGHT * losses.rgb_alignment_loss(
-                condition.rgb, inputs.low_resolution, inputs.latent_sigma
-            )
-    learn(loss, networks.optimizer)
-    move_average(networks)
-
-
-def learn(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Backward, clip, step."""
-    loss.backward()
-    learning = [p for group in optimizer.param_groups for p in group["params"]]
-    torch.nn.utils.clip_grad_norm_(learning, CLIP)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-@torch.no_grad()
-def move_average(networks: Networks) -> None:
-    """One update of the average."""
-    currents = [p.detach() for p in networks.denoiser.parameters()]
-    torch._foreach_lerp_(list(networks.average.parameters()), currents, 1e-3)
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Mixed precision, off for fp32."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pid_lightning import flow, losses, sampling, weights
 from pid_lightning.callbacks.turns import Turns
+from pid_lightning.decoding import conditioned_velocity
 from pid_lightning.hub import find_model
 from pid_lightning.modules.base import PiDModule
 from pid_lightning.modules.objective import Sample
@@ -19,6 +20,7 @@ from pid_lightning.randomness import sample_generators
 
 STUDENT_INPUTS = ("rollout", "noised_data")
 STUDENT_STEPS = ("all", "last")
+TEACHER_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class DMD2(Callback):
@@ -88,7 +90,10 @@ class DMD2(Callback):
             raise ValueError(
                 f"DMD2 student_every: {student_every} must be at least 2: the others train critics."
             )
-        if not student_times or list(student_times) != sorted(student_times, reverse=True):
+        if teacher_dtype not in TEACHER_DTYPES:
+            accepted = ", ".join(TEACHER_DTYPES)
+            raise ValueError(f"DMD2 teacher_dtype: {teacher_dtype!r} is not one of {accepted}.")
+        if not student_times or list(student_times) != sorted(set(student_times), reverse=True):
             raise ValueError(f"DMD2 student_times: {student_times} must fall from noise to clean.")
         if not all(0 < t <= 1 for t in student_times):
             raise ValueError(f"DMD2 student_times: {student_times} must lie in (0, 1].")
@@ -113,7 +118,7 @@ class DMD2(Callback):
         self.learning_rate = learning_rate
         self.betas = tuple(betas)
         self.fake_score_weight_decay = fake_score_weight_decay
-        self.teacher_dtype = getattr(torch, teacher_dtype)
+        self.teacher_dtype = TEACHER_DTYPES[teacher_dtype]
         self.turns = Turns(student_every)
         self.num_student_updates = 0
         self._fingerprint = ""
@@ -134,6 +139,8 @@ class DMD2(Callback):
             teacher.config.width, len(self.taps), self.discriminator_depth
         )
         pl_module.discriminator.reset_parameters(*sample_generators(seed, "discriminator", [0]))
+        # Gradients pass the teacher's first blocks on their way to the student.
+        teacher.activation_checkpointing = pl_module.denoiser.activation_checkpointing
         pl_module.teacher = teacher.to(self.teacher_dtype).requires_grad_(False).eval()
         for network in (pl_module.denoiser, pl_module.fake_score):
             freeze_unused(network)
@@ -182,7 +189,7 @@ class DMD2(Callback):
             ],
             lr=self.learning_rate,
             betas=self.betas,
-            fused=module.trainer.precision != "16-mixed",
+            fused=True,
         )
         return [student, critics], [module.make_schedule(student)]
 
@@ -229,7 +236,7 @@ class DMD2(Callback):
         x_t = flow.add_noise(student_x0, self._noise(module, sample, "student"), t)
         with self.turns.timed("teacher"), torch.no_grad():
             condition = sample.condition(module.teacher)
-            teacher_x0 = self._teacher_x0(module.teacher, x_t, t, condition, sample)
+            teacher_x0 = self._teacher_x0(module, x_t, t, condition, sample)
         with self.turns.timed("fake_score"), torch.no_grad():
             fake = module.fake_score(x_t, t, sample.condition(module.fake_score))
             fake_x0 = flow.x0_from_velocity(x_t, fake, t)
@@ -317,13 +324,16 @@ class DMD2(Callback):
         return x
 
     def _teacher_x0(
-        self, teacher: PiD, x_t: Tensor, t: Tensor, condition: Condition, sample: Sample
+        self, module: PiDModule, x_t: Tensor, t: Tensor, condition: Condition, sample: Sample
     ) -> Tensor:
-        velocity = teacher(x_t, t, condition)
-        if self.guidance_scale != 1.0 and sample.text is not None:
-            null = teacher(x_t, t, teacher.without_text(condition))
-            velocity = null + self.guidance_scale * (velocity - null)
-        return flow.x0_from_velocity(x_t, velocity, t)
+        guided = self.guidance_scale != 1.0 and sample.text is not None
+        velocity = conditioned_velocity(
+            module.teacher,
+            condition,
+            module.null_text(len(x_t)) if guided else None,
+            self.guidance_scale if guided else 1.0,
+        )
+        return flow.x0_from_velocity(x_t, velocity(x_t, t), t)
 
     def _times(self, module: PiDModule, sample: Sample, purpose: str) -> Tensor:
         """Logit-normal without shift, clamped."""

@@ -34,8 +34,14 @@ class Turns:
         """Do by hand what Lightning refuses to do under manual optimisation.
 
         Raises:
-            ValueError: a strategy that would wait for gradients of the networks at rest.
+            ValueError: a strategy that would wait for gradients of the networks at rest, or scaled
+                gradients.
         """
+        if trainer.precision == "16-mixed":
+            raise ValueError(
+                "trainer.precision: DMD2 clips gradients itself, which 16-mixed scales; take "
+                "bf16-mixed or 32-true."
+            )
         self._clip = trainer.gradient_clip_val
         self._clip_algorithm = trainer.gradient_clip_algorithm
         self._accumulate = trainer.accumulate_grad_batches
@@ -86,13 +92,14 @@ class Turns:
 
     @contextmanager
     def timed(self, network: str) -> Iterator[None]:
-        """Count the block's time for a network (its forward passes; a GPU is waited for only on
-        the batches that are logged)."""
-        start = time.perf_counter()
+        """Count the block's time for a network: its forward passes; a GPU is waited for before and
+        after, and so only on the batches that are logged."""
+        if torch.cuda.is_available() and not self._is_timing:
+            yield
+            return
+        start = _now()
         yield
-        if self._is_timing and torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._seconds[network] = self._seconds.get(network, 0.0) + time.perf_counter() - start
+        self._seconds[network] = self._seconds.get(network, 0.0) + _now() - start
 
     def shares_of_time(self, module: LightningModule) -> dict[str, float]:
         """Share of each network in the forward time since the last call that was logged."""
@@ -105,3 +112,10 @@ class Turns:
         shares = {f"time_share/{name}": s / total for name, s in self._seconds.items()}
         self._seconds.clear()
         return shares
+
+
+def _now() -> float:
+    """Seconds, once all that was asked for is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

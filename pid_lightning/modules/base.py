@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 import warnings
 from functools import partial
@@ -16,12 +15,12 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
 from pid_lightning import weights
-from pid_lightning.decoding import decode_latents, trained_tile
+from pid_lightning.decoding import decode_latents, output_size, trained_tile
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.modules.evaluation import Report, read_baseline
 from pid_lightning.modules.initialisation import initialise_from
 from pid_lightning.modules.objective import FlowMatching, Objective, draw_sample
-from pid_lightning.modules.optimizers import freeze_untrained, make_optimizer
+from pid_lightning.modules.optimizers import freeze_untrained, make_optimizer, make_schedule
 from pid_lightning.modules.prediction import PredictionWriter
 from pid_lightning.modules.settings import Evaluation, Training
 from pid_lightning.modules.side_stream import SideStream
@@ -87,6 +86,12 @@ class PiDModule(LightningModule):
             raise ValueError(
                 f"text: its features are {text.text_width} wide, but the denoiser's text_width is "
                 f"{needs}; set model.denoiser.text_width to {text.text_width}."
+            )
+        silent = isinstance(self.text_encoder, NoText)
+        if silent and denoiser.text_length and not denoiser.learned_null:
+            raise ValueError(
+                "text: a denoiser without a learned null, as the published weights, needs caption "
+                "features; give model.text, or set model.denoiser.learned_null to true."
             )
         freeze_untrained(self.denoiser, training.train)
         self.register_load_state_dict_post_hook(_forgive_frozen)
@@ -238,6 +243,12 @@ class PiDModule(LightningModule):
             text = self.text_encoder.encode(captions)
         return latents.clone(), None if text is None else text.clone()
 
+    def null_text(self, batch_size: int) -> Tensor | None:
+        """Features of no caption (B, L, D_text): an empty one's, None where a null was learned."""
+        if self.denoiser.config.learned_null:
+            return None
+        return self.text_encoder.encode([""] * batch_size)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         """One step of the objective."""
         draw = partial(draw_sample, self, batch, "train")
@@ -315,16 +326,7 @@ class PiDModule(LightningModule):
     def make_schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
         """Linear warm-up, then constant or a cosine to 0 (see `Training`)."""
         settings = self.training_settings
-
-        def factor(step: int) -> float:
-            if step < settings.warmup_steps:
-                return (step + 1) / settings.warmup_steps
-            if settings.decay_steps is None:
-                return 1.0
-            span = settings.decay_steps - settings.warmup_steps
-            return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - settings.warmup_steps) / span))
-
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return make_schedule(optimizer, settings.warmup_steps, settings.decay_steps)
 
     # Sampling: test and prediction.
 
@@ -340,10 +342,8 @@ class PiDModule(LightningModule):
 
         In tiles of the trained size where a picture is larger than that.
         """
-        cell = self.encoder.latent_stride * self.scale
-        height, width = (side * cell for side in latents.shape[-2:])
+        height, width = output_size(self.denoiser, latents)
         guided = self.evaluation.guidance_scale != 1.0
-        null_text = self.text_encoder.encode([""] * len(latents)) if guided else None
         return decode_latents(
             self.averaged_denoiser,
             latents,
@@ -352,7 +352,7 @@ class PiDModule(LightningModule):
             time_shift=self.training_settings.time_shift,
             steps=self.evaluation.steps if steps is None else steps,
             text=text,
-            null_text=null_text,
+            null_text=self.null_text(len(latents)) if guided else None,
             guidance_scale=self.evaluation.guidance_scale,
             generator=generators,
             tile=trained_tile(self.denoiser, height, width, self.image_size),

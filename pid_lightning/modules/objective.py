@@ -26,7 +26,8 @@ class Sample(NamedTuple):
         latents: noisy normalised latents (B, C, h, w).
         latent_sigma: their noise levels (B,).
         text: caption features (B, L, D_text), None for the learned null.
-        keep_latents, keep_text: (B,) bool, False where dropped.
+        keep_latents: (B,) bool, False where dropped.
+        keep_text: (B,) bool, False where the learned null takes its place; None without one.
         numbers: what identifies each sample in the run, for further draws.
     """
 
@@ -36,7 +37,7 @@ class Sample(NamedTuple):
     latent_sigma: Tensor
     text: Tensor | None
     keep_latents: Tensor
-    keep_text: Tensor
+    keep_text: Tensor | None
     numbers: list[int]
 
     def condition(self, denoiser: PiD, with_rgb: bool = False) -> Condition:
@@ -46,7 +47,7 @@ class Sample(NamedTuple):
             self.latent_sigma,
             self.text,
             keep_latents=self.keep_latents,
-            keep_text=self.keep_text if self.text is not None else None,
+            keep_text=self.keep_text,
             with_rgb=with_rgb,
         )
 
@@ -87,10 +88,15 @@ def draw_sample(module: PiDModule, batch: dict[str, Any], purpose: str) -> Sampl
         for generator in scalars
     ]
     latent_sigma = torch.cat([sigma for sigma, _ in drawn]).to(x0.device)
-    drop_latents, drop_text = torch.cat([drops for _, drops in drawn], dim=1).to(x0.device)
+    drop_latents, drop_text = torch.cat([drops for _, drops in drawn], dim=1)
+    keep_latents = (drop_latents >= settings.latent_dropout).to(x0.device)
+    captions, keep_text = batch["caption"], drop_text >= settings.caption_dropout
+    if not module.denoiser.config.learned_null:
+        captions = [c if kept else "" for c, kept in zip(captions, keep_text, strict=True)]
 
     low_resolution = reduce_picture(x0, module.scale)
-    clean, text = module.encode(low_resolution, batch["caption"])
+    clean, text = module.encode(low_resolution, captions)
+    replaced = text is not None and module.denoiser.config.learned_null
     generators = sample_generators(settings.seed, f"{purpose} latents", numbers, x0.device)
     eps = draw_noise(clean.shape, generators, x0.device)
     return Sample(
@@ -99,8 +105,8 @@ def draw_sample(module: PiDModule, batch: dict[str, Any], purpose: str) -> Sampl
         noising.add_latent_noise(clean, eps, latent_sigma, settings.noise_frame),
         latent_sigma,
         text,
-        drop_latents >= settings.latent_dropout,
-        drop_text >= settings.caption_dropout,
+        keep_latents,
+        keep_text.to(x0.device) if replaced else None,
         numbers,
     )
 
@@ -136,7 +142,7 @@ class FlowMatching:
         )
         eps = draw_noise(x0.shape, generators, x0.device)
 
-        with_rgb = denoiser.adapter.rgb_head is not None
+        with_rgb = denoiser.config.adapter.rgb_head
         condition = sample.condition(denoiser, with_rgb)
         velocity = denoiser(flow.add_noise(x0, eps, t), t, condition)
         loss = losses.flow_matching_loss(velocity, x0, eps)

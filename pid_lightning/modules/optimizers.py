@@ -36,6 +36,22 @@ def make_optimizer(
     return MuonAndAdamW(matrices, rest, learning_rate, weight_decay, fused)
 
 
+def make_schedule(
+    optimizer: torch.optim.Optimizer, warmup_steps: int, decay_steps: int | None
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """A linear rise of the learning rate, then a constant, or a cosine to 0 at `decay_steps`."""
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        if decay_steps is None:
+            return 1.0
+        span = decay_steps - warmup_steps
+        return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warmup_steps) / span))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
 class MuonAndAdamW(torch.optim.Optimizer):
     """Muon for matrices and AdamW for the rest, as one optimiser: one step, schedule and state.
 

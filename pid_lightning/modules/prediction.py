@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,11 +70,7 @@ class PredictionWriter:
     def _crop(self, images: Tensor, path: str) -> tuple[Tensor, dict[str, Any] | None]:
         """The middle of pictures (B, 3, H, W) in whole cells and patches, and what was cut."""
         module = self.module
-        patch_size = module.denoiser.config.patch_size
-        # The patch grid lies on the output, which is `scale` times as large as the picture.
-        step = math.lcm(
-            module.encoder.latent_stride, patch_size // math.gcd(patch_size, module.scale)
-        )
+        step = module.denoiser.alignment // module.scale
         size = images.shape[-2:]
         height, width = (side // step * step for side in size)
         if not height or not width:

@@ -1,0 +1,93 @@
+"""A training step as measured work: the package's own losses, without a trainer."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from pid_lightning.bench.networks import Inputs
+from pid_lightning.bench.work import Networks, Work, duplicate
+from pid_lightning.memory import num_bytes
+from pid_lightning.modules.objective import FlowMatching, Sample
+from pid_lightning.modules.optimizers import make_optimizer
+from pid_lightning.modules.settings import Training
+
+CLIP = 0.1  # the published recipe's norm of the gradients
+
+
+def gather_training(denoiser: nn.Module) -> Networks:
+    """What learns, its average and its optimiser."""
+    return Networks(denoiser, duplicate(denoiser, torch.float32, False), adamw(denoiser))
+
+
+def assemble_training(networks: Networks, inputs: Inputs, dtype: torch.dtype) -> dict[str, Work]:
+    """The one step."""
+    run = partial(training_step, networks, sample_of(inputs), dtype)
+    held = (networks, inputs.tensors(), num_bytes([inputs.x0]))
+    return {"train": Work(run, *held, networks.optimizer, moves_average=True)}
+
+
+def training_step(networks: Networks, sample: Sample, dtype: torch.dtype) -> None:
+    """Flow matching: draws, loss, backward, clip, step, average."""
+    module = stand_in(networks)
+    with autocast(sample.x0.device, dtype):
+        loss, _ = FlowMatching().losses(module, networks.denoiser, sample, "train")
+    learn(loss, networks.optimizer)
+    move_average(networks)
+
+
+def stand_in(networks: Networks) -> SimpleNamespace:
+    """What the losses ask of their module."""
+    return SimpleNamespace(
+        **vars(networks),
+        training_settings=Training(),
+        trainer=SimpleNamespace(global_step=0, precision="bf16-mixed"),
+        make_optimizer=lambda: adamw(networks.denoiser),
+        make_schedule=lambda optimizer: None,
+        null_text=lambda batch_size: None,
+    )
+
+
+def sample_of(inputs: Inputs) -> Sample:
+    """The inputs as `draw_sample` would hand them over; measured work drops none of them."""
+    batch_size = len(inputs.x0)
+    kept = torch.ones(batch_size, dtype=torch.bool, device=inputs.x0.device)
+    return Sample(
+        inputs.x0,
+        inputs.low_resolution,
+        inputs.latents,
+        inputs.latent_sigma,
+        inputs.text,
+        keep_latents=kept,
+        keep_text=None if inputs.text is None else kept,
+        numbers=list(range(batch_size)),
+    )
+
+
+def adamw(denoiser: nn.Module) -> torch.optim.Optimizer:
+    """The published recipe's optimiser, its steps too small to lead anywhere."""
+    return make_optimizer(denoiser, "adamw", 1e-6, Training().weight_decay, fused=True)
+
+
+def learn(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Backward, clip, step."""
+    loss.backward()
+    learning = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(learning, CLIP)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def move_average(networks: Networks) -> None:
+    """One update of the average."""
+    currents = [p.detach() for p in networks.denoiser.parameters()]
+    torch._foreach_lerp_(list(networks.average.parameters()), currents, 1e-3)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Mixed precision, off for fp32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
