@@ -1,4 +1,5 @@
-"""`pid decode`, `pid export`, `pid import`, `pid bench`: commands that need no Lightning."""
+"""`pid decode`, `pid export`, `pid import`, `pid bench`: commands that need no Lightning, but to
+bench training."""
 
 from __future__ import annotations
 

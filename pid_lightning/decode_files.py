@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -120,15 +121,17 @@ def _decode_file(
     else:
         latents = _add_noise(decoder, decoder.encode(source[None]), settings)
     tile = decoder.choose_tile(*decoder.output_size(latents), settings.tile)
-    picture = decoder.decode(
-        latents,
-        settings.sigma,
-        settings.prompt,
-        settings.steps,
-        seed=settings.seed,
-        tile=tile,
-        guidance_scale=settings.guidance_scale,
-    )[0]
+    with warnings.catch_warnings():  # which `choose_tile` gave, of what was asked for
+        warnings.filterwarnings("ignore", "The network sees")
+        picture = decoder.decode(
+            latents,
+            settings.sigma,
+            settings.prompt,
+            settings.steps,
+            seed=settings.seed,
+            tile=tile,
+            guidance_scale=settings.guidance_scale,
+        )[0]
     height, width = (side * decoder.scale for side in size)
     metadata = {"input": str(file), **described, "tile": tile}
     metadata["size"] = [height, width]

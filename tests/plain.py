@@ -2,8 +2,8 @@
 
 The oracle of the fast paths' tests and the baseline of the benchmark. It works on tensors under the
 published key names and knows nothing of `pid_lightning.nn`. Everything is computed at every call,
-in the dtype of the weights; time, norms' statistics, rotations and the gate's alpha in fp32 at
-least, as the method asks.
+in the dtype of the weights; time and norms' statistics in fp32 at least, as the method asks, and
+rotations and the gate's alpha, as the published network does.
 """
 
 from __future__ import annotations

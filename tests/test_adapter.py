@@ -320,6 +320,7 @@ def test_a_fresh_adapter_injects_nothing() -> None:
         ({"width": 10}, r"^adapter width: 10 must be a multiple of 4"),
         ({"num_res_blocks": 2, "rgb_head_block": 3}, r"^rgb_head_block: 3 must lie between 1 and"),
         ({"interval": 0}, r"interval: 0"),
+        ({"unpack": 0}, r"unpack: 0"),
     ],
 )
 def test_impossible_adapters_are_told_in_one_sentence(changes: dict, sentence: str) -> None:
@@ -330,12 +331,13 @@ def test_impossible_adapters_are_told_in_one_sentence(changes: dict, sentence: s
 @pytest.mark.parametrize(
     ("config", "channels", "stride", "scale", "sentence"),
     [
+        (V1, 4, 8, 0, r"^scale: 0 must be at least 1\.$"),
         (V1, 4, 8, 3, r"^scale: 3 does not fit: a latent cell covers 3 x 8 = 24 output pixels"),
         # (patch_size / scale)^2 pixels a token are whole for divisors of the patch size only.
         (V15, 4, 16, 3, r"scale: 3 .*"),
         (dataclasses.replace(V1, unpack=2), 6, 16, 4, r"6 .*unpack"),
     ],
-    ids=["scale", "rgb_head", "unpack"],
+    ids=["no_scale", "scale", "rgb_head", "unpack"],
 )
 def test_impossible_geometry_is_told_in_one_sentence(
     config: AdapterConfig, channels: int, stride: int, scale: int, sentence: str

@@ -81,6 +81,11 @@ def forbid_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--trainer.max_stpes=3"], "max_stpes"),
         (["--model.denoiser.prediction=y0"], "'y0' is not one of velocity, x0"),
         (["--model.denoiser.adapter.gate=y0"], "'y0' is not one of channel, token"),
+        (
+            ["--model.training.train=rgb_head", "--model.training.compile=true"],
+            "rgb_head does not run the backbone",
+        ),
+        (["--model.training.time_shift=0"], "time_shift: 0.0 must be above 0"),
         (["--model.training.train=y0"], "'y0' is not one of all, adapter, rgb_head"),
         (["--data.resize=y0"], "Literal['none', 'random']"),
         (["--data.batch_size=0"], "data.batch_size: 0 is too small"),

@@ -129,6 +129,8 @@ class DMD2(Callback):
         """Attach the networks, early enough to be wrapped, moved, saved and restored."""
         if stage != "fit" or pl_module.objective is self:
             return
+        if pl_module.training_settings.train == "rgb_head":
+            raise ValueError("training.train: rgb_head makes no pictures to distil; take all.")
         teacher = self.open_teacher(pl_module)
         self._fingerprint = weights.fingerprint(teacher)
         pl_module.denoiser.load_state_dict(teacher.state_dict())
@@ -147,6 +149,12 @@ class DMD2(Callback):
         pl_module.student_times = self.student_times
         pl_module.objective = self
         self.turns.take_over(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: PiDModule) -> None:
+        """Compile what the student is compared with as the student is."""
+        if pl_module.training_settings.compile:
+            for network in (pl_module.fake_score, pl_module.teacher):
+                network.compile(dynamic=False, fullgraph=True)
 
     def open_teacher(self, module: PiDModule) -> PiD:
         """The teacher, checked against `module`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -42,6 +43,8 @@ class Turns:
                 "trainer.precision: DMD2 clips gradients itself, which 16-mixed scales; take "
                 "bf16-mixed or 32-true."
             )
+        # Its checkpoints hold the weights after the step, as everywhere else.
+        warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
         self._clip = trainer.gradient_clip_val
         self._clip_algorithm = trainer.gradient_clip_algorithm
         self._accumulate = trainer.accumulate_grad_batches

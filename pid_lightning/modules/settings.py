@@ -78,8 +78,15 @@ class Training:
                 raise ValueError(
                     f"training.{name}: {getattr(self, name)} must lie between 0 and 1."
                 )
-        if self.time_std <= 0:
-            raise ValueError(f"training.time_std: {self.time_std} must be above 0.")
+        for name in ("time_std", "time_shift"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"training.{name}: {value} must be above 0.")
+        if self.compile and self.train == "rgb_head":
+            raise ValueError(
+                "training.compile: rgb_head does not run the backbone, the only part that is "
+                "compiled; leave one of them out."
+            )
         if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
             raise ValueError(
                 f"training.decay_steps: {self.decay_steps} must be above warmup_steps "

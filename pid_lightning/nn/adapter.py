@@ -61,8 +61,9 @@ class AdapterConfig:
         if self.upsampling not in UPSAMPLINGS:
             accepted = ", ".join(UPSAMPLINGS)
             raise ValueError(f"adapter upsampling: {self.upsampling!r} is not one of {accepted}.")
-        if self.interval < 1:
-            raise ValueError(f"adapter interval: {self.interval} must be at least 1.")
+        for name in ("interval", "unpack"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"adapter {name}: {getattr(self, name)} must be at least 1.")
         if self.width % 4:
             raise ValueError(
                 f"adapter width: {self.width} must be a multiple of 4, its GroupNorm's groups."
@@ -182,6 +183,8 @@ class LatentAdapter(nn.Module):
         scale: int,
     ) -> None:
         super().__init__()
+        if scale < 1:
+            raise ValueError(f"scale: {scale} must be at least 1.")
         if latent_channels % config.unpack**2:
             raise ValueError(
                 f"latent_channels: {latent_channels} does not fit adapter unpack: {config.unpack}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from pid_lightning.nn import rope
@@ -34,6 +35,12 @@ class Condition(NamedTuple):
     columns: Tensor
     rows: Tensor
     rgb: Tensor | None = None
+
+    def pixel_positions(self, patch_size: int) -> Tensor:
+        """Of every pixel of every patch, (h, w, P, P, C)."""
+        columns = rearrange(self.columns, "(w q) c -> w 1 q c", q=patch_size)
+        rows = rearrange(self.rows, "(h p) c -> h 1 p 1 c", p=patch_size)
+        return torch.cat(torch.broadcast_tensors(columns, rows), dim=-1)
 
 
 class TextEmbedding(nn.Module):

@@ -53,7 +53,8 @@ class PiDConfig:
         if self.prediction not in PREDICTIONS:
             accepted = ", ".join(PREDICTIONS)
             raise ValueError(f"prediction: {self.prediction!r} is not one of {accepted}.")
-        for name in ("num_blocks", "num_pixel_blocks", "num_heads", "pixel_num_heads"):
+        counts = ("num_blocks", "num_pixel_blocks", "num_heads", "pixel_num_heads", "patch_size")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} must be at least 1.")
         for width, heads in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,12 @@ class PiD(nn.Module):
         latent_stride: pixels of the encoder's input per latent cell.
         scale: side of the output over the side of the picture that the encoder saw.
 
+    Attributes:
+        chunk_size: patches that a pixel block modulates at a time without gradient, None is
+            `default_chunk_size`.
+        window_size: side in patches of the windows of attention, see `attend_in_windows`.
+        activation_checkpointing: whether blocks are computed again in the backward pass.
+
     Raises:
         ValueError: a scale that does not fit the patch size.
     """
@@ -55,8 +62,8 @@ class PiD(nn.Module):
         self.latent_channels = latent_channels
         self.latent_stride = latent_stride
         self.scale = scale
-        self.chunk_size: int | None = None  # None is `default_chunk_size`
-        self.window_size: int | None = None  # patches; see `attend_in_windows`
+        self.chunk_size: int | None = None
+        self.window_size: int | None = None
         self.activation_checkpointing = False
         self._tables_of: dict[tuple, tuple] = {}
 
@@ -366,7 +373,7 @@ class PiD(nn.Module):
         """Pixel tokens from x_t, refined under the patch condition s (B, N, D), to an image."""
         side = self.config.patch_size
         image = rearrange(x_t, "b c (h p) (w q) -> b h w p q c", p=side, q=side)
-        pixels = self.pixel_embedding(image.to(self.dtype)) + self._pixel_positions(condition)
+        pixels = self.pixel_embedding(image.to(self.dtype)) + condition.pixel_positions(side)
         num_rows = pixels.shape[1]
         pixels = rearrange(pixels, "b h w p q c -> b (h w) (p q) c")
 
@@ -386,14 +393,7 @@ class PiD(nn.Module):
             q=side,
         )
 
-    def _pixel_positions(self, condition: Condition) -> Tensor:
-        """Of every pixel of every patch, (h, w, P, P, C)."""
-        side = self.config.patch_size
-        columns = rearrange(condition.columns, "(w q) c -> w 1 q c", q=side)
-        rows = rearrange(condition.rows, "(h p) c -> h 1 p 1 c", p=side)
-        return torch.cat(torch.broadcast_tensors(columns, rows), dim=-1)
-
-    def _run(self, block: nn.Module, *inputs: object) -> Tensor:
+    def _run(self, block: nn.Module, *inputs: object) -> Any:
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
