@@ -1,10 +1,9 @@
-"""`pid`: Lightning's command line for these modules."""
+"""`pid fit|validate|test|predict`: the LightningCLI of this package."""
 
 from __future__ import annotations
 
 import re
 import sys
-import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -18,61 +17,62 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from pid_lightning.callbacks.dmd2 import DMD2
 from pid_lightning.callbacks.last_checkpoint import LastCheckpoint
-from pid_lightning.checkpointing import AtomicCheckpointIO, find_last_checkpoint, read_checkpoint
+from pid_lightning.checkpointing import AtomicCheckpointIO
 from pid_lightning.freed_memory import keep_freed_memory
+from pid_lightning.hub import find_last_checkpoint
+from pid_lightning.mistakes import raised_here
 from pid_lightning.modules.base import PiDModule
+from pid_lightning.tensor_files import read_torch_file
 
-PACKAGE = Path(__file__).parent
-
-# Classes that have been imported are known to configs by their short names.
+# jsonargparse resolves short class names in configs only for classes that were imported.
 for _module in ("callbacks", "data", "modules", "modules.autoencoder"):
     import_module(f"pid_lightning.{_module}")
 
 
 class SaveConfig(SaveConfigCallback):
-    """Keeps a fit's first configuration beside the run, and as text in TensorBoard."""
+    """Saves the configuration of a new run beside it, and as text in TensorBoard."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save once: resuming, testing and predicting leave what stands there."""
+        """Save once: resuming, testing and predicting keep the existing file."""
         folder = trainer.log_dir
         if stage != "fit" or not folder:
             return
-        # What the first process finds holds for all: it may write before the others have looked.
+        # Rank 0 decides for all ranks, since it may write before the others have looked.
         if not trainer.strategy.broadcast((Path(folder) / self.config_filename).exists()):
             super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Log the configuration; Lightning itself writes it to `config.yaml`."""
+        """Log the configuration as text; Lightning writes `config.yaml` itself."""
         if isinstance(trainer.logger, TensorBoardLogger):
             text = self.parser.dump(self.config, skip_none=False)
             trainer.logger.experiment.add_text("config", f"```yaml\n{text}\n```")
 
 
 class PiDCLI(LightningCLI):
-    """`pid {fit,validate,test,predict}` with runs that are found again and never overwritten."""
+    """The command line, with runs that `--ckpt_path last` finds and that are never overwritten."""
 
     def add_arguments_to_parser(self, parser: Any) -> None:
-        """Add what is not the model's, the data's or the trainer's."""
+        """Add the options that belong to neither model, data nor trainer."""
         parser.add_argument(
-            "--test_after_fit", type=bool, default=False, help="Test the run when its fit ends."
+            "--test_after_fit", type=bool, default=False, help="Run the test when the fit ends."
         )
         parser.add_argument(
             "--baseline",
             type=str | None,
-            help="Short for --model.evaluation.baseline: Real-ESRGAN's file, for test to compare.",
+            help="Short for --model.evaluation.baseline: Real-ESRGAN weights for test to compare.",
         )
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        """Parse, then read the checkpoint's start: Lightning opens it next, and tells no cure."""
+        """Parse, then check that the checkpoint is readable: Lightning's own error is unclear."""
         super().parse_arguments(parser, args)
         subcommand = self.config.get("subcommand")
         path = self.config[subcommand].ckpt_path if subcommand else None
         if path is not None and Path(path).is_file():
-            read_checkpoint(path, mapped=True)
+            read_torch_file(path)
 
     def before_instantiate_classes(self) -> None:
-        """Find the checkpoint to go on from, and go on in its folder."""
-        if self.subcommand is None:  # built from Python, nothing is run
+        """Resolve `--ckpt_path last`, and continue in the folder of the checkpoint's run."""
+        if self.subcommand is None:  # instantiated from Python without a subcommand
             return
         config = self.config[self.subcommand]
         _move_baseline(config)
@@ -107,32 +107,32 @@ class PiDCLI(LightningCLI):
             logger.init_args.version = version.name
 
     def instantiate_classes(self) -> None:
-        """Build everything, then check what can be before data is opened."""
+        """Build everything, then make every check that needs no data."""
         super().instantiate_classes()
         if self.subcommand is None or not isinstance(self.model, PiDModule):
             return
         path = self.config[self.subcommand].ckpt_path
         if path is not None and Path(path).is_file():
-            self.model.check_checkpoint(read_checkpoint(path, mapped=True))
+            self.model.check_checkpoint(read_torch_file(path))
         self.model.prepare(self.datamodule, self.subcommand)
         if self.subcommand == "fit":
             for callback in self.trainer.callbacks:
-                if isinstance(callback, DMD2):  # opened again by its setup: once to be told now
+                if isinstance(callback, DMD2):  # its setup opens it again; mistakes surface now
                     callback.open_teacher(self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add a last checkpoint, Ctrl-C included, and checkpoints that are written whole."""
+        """Add `LastCheckpoint`, which handles Ctrl-C too, and atomic checkpoint writing."""
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:
             raise ValueError(f"trainer: {error}") from error
-        trainer.callbacks.append(LastCheckpoint())  # last: after the average has followed a step
+        trainer.callbacks.append(LastCheckpoint())  # last, so that EMA has followed the step
         if type(trainer.strategy.checkpoint_io).__name__ == "TorchCheckpointIO":
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
 
     def after_fit(self) -> None:
-        """Test what was trained, where asked."""
+        """Run the test where `test_after_fit` asks for it."""
         if self.config.fit.test_after_fit:
             self.trainer.test(self.model, self.datamodule, verbose=False)
             print(f"run      {self.trainer.log_dir}")
@@ -140,24 +140,24 @@ class PiDCLI(LightningCLI):
 
 
 def _move_baseline(config: Any) -> None:
-    """Put ``--baseline`` where the model looks, so that a saved config says it once.
+    """Move ``--baseline`` to the model's settings, so that a saved config holds it once.
 
     Raises:
-        ValueError: the model has no evaluation.
+        ValueError: the model has no evaluation settings.
     """
     if config.baseline is None:
         return
     if "evaluation" not in config.model.init_args:
         raise ValueError(
-            f"baseline: {config.model.class_path} decodes no latents to compare with it; leave it "
-            "out."
+            f"baseline: {config.model.class_path} decodes no latents that could be compared; leave "
+            "it out."
         )
     config.model.init_args.evaluation.baseline = config.baseline
     config.baseline = None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a mistake of the user's is one sentence and exit status 2."""
+    """Run the command line; a user's mistake is one sentence and exit status 2."""
     keep_freed_memory()
     try:
         PiDCLI(
@@ -172,35 +172,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
             | {name: {"exit_on_error": False} for name in PiDCLI.subcommands()},
         )
     except (ArgumentError, MisconfigurationException, ValueError, OSError) as error:
-        told = _told_by_this_package(error)
-        if told is None and not isinstance(error, (ArgumentError, MisconfigurationException)):
-            raise  # a fault, to show in full
-        print(f"pid: {told or parser_sentence(str(error))}", file=sys.stderr)
+        mistake = raised_here(error)
+        if mistake is None and not isinstance(error, (ArgumentError, MisconfigurationException)):
+            raise  # a bug
+        print(f"pid: {mistake or parser_sentence(str(error))}", file=sys.stderr)
         sys.exit(2)
 
 
 def parser_sentence(message: str) -> str:
-    """One line of what jsonargparse tells in many: without the types that the value is not of.
+    """Condense jsonargparse's multi-line message to one sentence.
 
     Args:
-        message: e.g. of a misspelt key, with an error for each type that the value could have.
+        message: lists an error for each type that a value could have had.
     """
     noise = (
         r"(- )?(Does not validate|Subtypes:|Errors:|Subclass types|a class path|a dict|Given value)"
     )
     lines = [line.strip() for line in message.splitlines()]
     lines = [line for line in lines if line and not re.match(noise, line)]
-    told = [line for line in lines if not line.startswith("- Expected a ")]
-    if len(told) < 2:  # nothing else is told than what was expected
-        told = lines
-    return " ".join(told).replace(": - ", ": ").replace(" - ", "; ")
-
-
-def _told_by_this_package(error: BaseException | None) -> BaseException | None:
-    """The error, among this one and its causes, that a raise statement of this package made."""
-    while error is not None:
-        frames = traceback.extract_tb(error.__traceback__)
-        if frames and PACKAGE in Path(frames[-1].filename).parents:
-            return error
-        error = error.__cause__ or error.__context__
-    return None
+    kept = [line for line in lines if not line.startswith("- Expected a ")]
+    if len(kept) < 2:  # the expectation is all there is
+        kept = lines
+    return " ".join(kept).replace(": - ", ": ").replace(" - ", "; ")

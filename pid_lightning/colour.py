@@ -1,4 +1,4 @@
-"""Colour check: a decode's low frequencies against the native decode's, and their match."""
+"""Measures and corrects colour shifts of a decode against the native decode."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CELL = 16  # pixels of the native picture: coarser than this is colour, finer is detail
+CELL = 16  # native pixels: coarser structure counts as colour, finer as detail
 
 
 @dataclass(frozen=True)
 class ColourShift:
-    """What the low frequencies of a decode are above the native ones, in levels of 8-bit pixels.
+    """Low frequencies of a decode minus those of the native decode, in levels of 8-bit pixels.
 
     Attributes:
-        mean: of red, green and blue over the picture.
-        largest: of any channel and place.
+        mean: mean difference in red, green and blue.
+        largest: largest absolute difference in any channel and place.
     """
 
     mean: tuple[float, float, float]
@@ -39,7 +39,7 @@ def colour_shift(picture: Tensor, native: Tensor) -> ColourShift:
         native: (3, H/scale, W/scale) of the same latents.
 
     Raises:
-        ValueError: pictures of another shape.
+        ValueError: the shapes do not match.
     """
     levels = 127.5 * _difference(picture, native)
     red, green, blue = levels.mean(dim=(-2, -1)).tolist()
@@ -47,7 +47,7 @@ def colour_shift(picture: Tensor, native: Tensor) -> ColourShift:
 
 
 def match_colour(picture: Tensor, native: Tensor) -> Tensor:
-    """The picture with the native decode's low frequencies; its own detail stays.
+    """Give the picture the native decode's low frequencies and keep its own detail.
 
     Args and errors as for `colour_shift`.
 
@@ -66,7 +66,7 @@ def _difference(picture: Tensor, native: Tensor) -> Tensor:
     if not fits or tuple(picture.shape[1:]) != tuple(scale * side for side in native.shape[1:]):
         raise ValueError(
             f"colours of a picture {tuple(picture.shape)} cannot be matched to a native decode "
-            f"{tuple(native.shape)}: it must be (3, H/scale, W/scale) of the same latents."
+            f"{tuple(native.shape)}; give the (3, H/scale, W/scale) decode of the same latents."
         )
     cells = [max(1, round(side / CELL)) for side in native.shape[1:]]
     means = [F.adaptive_avg_pool2d(x.float().clamp(-1, 1), cells) for x in (picture, native)]

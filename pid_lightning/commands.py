@@ -1,5 +1,4 @@
-"""`pid decode`, `pid export`, `pid import`, `pid bench`: commands that need no Lightning, but to
-bench training."""
+"""`pid decode|export|import|bench`, which need no Lightning (but to measure training)."""
 
 from __future__ import annotations
 
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pid_lightning.freed_memory import keep_freed_memory
-from pid_lightning.mistakes import told_in_one_sentence
+from pid_lightning.mistakes import exit_on_mistake
 
-# Libraries are imported by the command that uses them: help and mistakes shall be quick.
+# Each command imports what it uses, so that help and argument errors are quick.
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
@@ -22,25 +21,24 @@ class DecodeSettings:
     """How files are decoded.
 
     Args:
-        sigma: noise level of the latents: added to those of a picture, told for latents given.
-        steps: sampling steps; null is as many as trained.
-        seed: of all noise; a file's picture does not depend on the other files.
+        sigma: noise level of the latents; added to encoded pictures, assumed of latent files.
+        steps: sampling steps; null takes as many as the model was trained for.
+        seed: of all noise; a file's result does not depend on the other files.
         prompt: caption of every picture; null is none.
-        text_model: language model of the prompt, the one the decoder was trained with.
+        text_model: language model that encodes the prompt, the one used in training.
         text_prefix: text in front of the prompt, as in training.
-        text_cache: folder that keeps the prompt's features.
+        text_cache: folder that caches the prompt's features.
         guidance_scale: of a teacher's text guidance; 1 is none.
-        tile: side of tiles in output pixels, auto (tiles of the trained size for larger
-            pictures), or null for the whole.
-        device: null is the GPU where there is one.
-        dtype: of the weights; null is as stored.
-        int8: hold the weights of linear layers in 8 bits, half the memory of bf16 (torchao).
-        window: most pixels of the windows that patches attend inside of; null is no windows, the
-            exact picture.
+        tile: side of the tiles in output pixels, auto (tiles of the trained size where the picture
+            is larger), or null to decode it whole.
+        device: null takes the GPU where there is one.
+        dtype: of the weights; null keeps the stored one.
+        int8: keep linear layers in 8 bits, half the memory of bf16 (needs torchao).
+        window: restrict attention to windows of at most this many pixels a side; null is exact.
         format: of the pictures; WebP is lossless.
-        compare: also write NAME_compare with the native decode beside PiD's.
-        match_colour: give the output the native decode's low frequencies.
-        overwrite: replace results that are there.
+        compare: also write NAME_compare, the native decode beside PiD's.
+        match_colour: take low frequencies from the native decode.
+        overwrite: replace existing results.
     """
 
     sigma: float = 0.0
@@ -68,28 +66,28 @@ class DecodeSettings:
 
 def run(name: str, arguments: Sequence[str]) -> None:
     """Run one of `COMMANDS`; a user's mistake is one sentence and exit status 2."""
-    with told_in_one_sentence():
+    with exit_on_mistake():
         COMMANDS[name](arguments)
 
 
 def decode(arguments: Sequence[str]) -> None:
-    """Pictures or latents to larger pictures."""
-    parser = _parser("decode", "Pictures (upscaled) or latents to pictures, a JSON beside each.")
-    parser.add_argument("inputs", nargs="+", help="Pictures, .safetensors of latents, folders.")
+    """Decode pictures or latents to larger pictures."""
+    parser = _parser("decode", "Upscale pictures or decode latents, with a JSON beside each.")
+    parser.add_argument("inputs", nargs="+", help="Pictures, .safetensors latents, folders.")
     parser.add_argument(
         "--model",
         type=str | None,
-        help="A .safetensors, a run's .ckpt, a folder, a hub id or a bundled name.",
+        help="A .safetensors, a .ckpt, the folder of a run or model, a hub id or a bundled name.",
     )
-    parser.add_argument("--output", default="decoded", help="Folder of the results.")
+    parser.add_argument("--output", default="decoded", help="Folder for the results.")
     switches = {
-        "int8": "Hold the weights of linear layers in 8 bits, half the memory of bf16 (torchao).",
-        "compare": "Also write NAME_compare with the native decode beside PiD's.",
-        "match_colour": "Give the output the native decode's low frequencies.",
-        "overwrite": "Replace results that are there.",
+        "int8": "Keep linear layers in 8 bits, half the memory of bf16 (needs torchao).",
+        "compare": "Also write NAME_compare, the native decode beside PiD's.",
+        "match_colour": "Take low frequencies from the native decode.",
+        "overwrite": "Replace existing results.",
     }
-    for name, told in switches.items():
-        parser.add_argument(f"--{name}", action="store_true", help=told)
+    for name, text in switches.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.add_class_arguments(DecodeSettings, skip=set(switches))
     given = parser.parse_args(arguments)
     settings = DecodeSettings(**{field.name: given[field.name] for field in fields(DecodeSettings)})
@@ -99,21 +97,22 @@ def decode(arguments: Sequence[str]) -> None:
     try:
         decode_files(given.inputs, given.model, Path(given.output), settings)
     except KeyboardInterrupt:
-        print("\npid: stopped; the files written so far are whole.", file=sys.stderr)
+        print("\npid: stopped; the files written so far are complete.", file=sys.stderr)
         sys.exit(130)
 
 
 def export(arguments: Sequence[str]) -> None:
-    """A run's network, averaged where it was, as one self-describing file."""
-    parser = _parser("export", "A run's network as one self-describing file.")
-    parser.add_argument("run", help="A run's folder (its newest last.ckpt), or a .ckpt.")
+    """Write a run's network, its average where there is one, as one model file."""
+    parser = _parser("export", "Write a run's network as one self-describing model file.")
+    parser.add_argument("run", help="A run's folder (its newest checkpoint), or a .ckpt.")
     parser.add_argument("out", help="The .safetensors to write.")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="Of the weights.")
-    parser.add_argument("--description", default="", help="Words to keep in the file.")
+    parser.add_argument("--description", default="", help="Text to store in the file.")
     given = parser.parse_args(arguments)
+    from pid_lightning.hub import find_model
     from pid_lightning.weights import DTYPES, load_model, save_model
 
-    path = find_checkpoint(Path(given.run))
+    path = find_model(given.run)
     denoiser, info = load_model(path)
     save_model(denoiser, info, given.out, DTYPES[given.dtype], given.description)
     kind = "teacher" if info.student_times is None else "student"
@@ -121,10 +120,10 @@ def export(arguments: Sequence[str]) -> None:
 
 
 def import_(arguments: Sequence[str]) -> None:
-    """Published weights as one self-describing file."""
+    """Convert published weights to a model file."""
     from pid_lightning import import_released
 
-    parser = _parser("import", "Published weights as one self-describing file.")
+    parser = _parser("import", "Convert published weights to one self-describing model file.")
     parser.add_argument("released", help="The published .pth.")
     parser.add_argument("out", help="The .safetensors to write.")
     parser.add_argument(
@@ -136,7 +135,7 @@ def import_(arguments: Sequence[str]) -> None:
     parser.add_argument("--ema", action="store_true", help="Take net_ema. instead of net.")
     parser.add_argument("--teacher", action="store_true", help="These weights are not distilled.")
     parser.add_argument(
-        "--image_size", type=int, default=2048, help="Side of the outputs they were trained on."
+        "--image_size", type=int, default=2048, help="Side of the training outputs in pixels."
     )
     given = parser.parse_args(arguments)
     options = {"student_times": None} if given.teacher else {}
@@ -156,24 +155,10 @@ def import_(arguments: Sequence[str]) -> None:
 
 
 def bench(arguments: Sequence[str]) -> None:
-    """Time and memory of decoding and training, beside the floor that this machine sets."""
+    """Measure time and memory of decoding and training against this machine's limits."""
     from pid_lightning.bench.command import bench
 
     bench(arguments)
-
-
-def find_checkpoint(run: Path) -> Path:
-    """The checkpoint of a run: itself, or the newest ``last.ckpt`` in a folder.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    if not run.is_dir():
-        return run
-    found = [*run.glob("last.ckpt"), *run.glob("**/checkpoints/last.ckpt")]
-    if not found:
-        raise FileNotFoundError(f"{run}: no checkpoints/last.ckpt below it; name a .ckpt.")
-    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def _parser(command: str, description: str) -> ArgumentParser:

@@ -1,4 +1,4 @@
-"""ImageData: photographs and captions as batches that depend on a seed and a count alone."""
+"""ImageData: batches of pictures and captions, determined by seed and sample number alone."""
 
 from __future__ import annotations
 
@@ -23,52 +23,53 @@ from pid_lightning.sources import Split, hold_out, open_source
 
 
 class ImageData(LightningDataModule):
-    """Photographs and captions for training, validation and test; `inputs` to decode.
+    """Pictures and captions for training, validation and test, and `inputs` for prediction.
 
     A batch is {"image": (B, 3, S, S) float32 in [-1, 1], "caption": list, "name": list, "number":
-    (B,)}, S being `image_size` and the number a sample's place in the run, or a picture's in its
-    split: what is drawn for a sample (crop, noise, times) depends on seed and number alone.
-    Training pictures are shuffled, cropped and mirrored at random: a run that was stopped anywhere,
-    also within an epoch, continues with exactly the batches it would have had, for any
-    `num_workers` and for any number of processes with the same global batch. Validation and test
-    take the centre.
+    (B,)}. S is `image_size`; the number is the sample's position in the training run, or the
+    picture's position in its split. All randomness of a sample (crop, noise, times) depends only on
+    the seed and this number. Training pictures are shuffled, randomly cropped and mirrored. A run
+    that resumes anywhere, also within an epoch, gets exactly the batches of an uninterrupted run,
+    for any `num_workers` and any number of processes with the same global batch size. Validation
+    and test use centre crops.
 
-    Splits are the source's own (sub-folders or splits named train, val or validation, test). Where
-    one of val and test is missing, the other serves for both; where both are, `num_val` pictures of
-    the training split are held out for them. Unusable pictures (not readable, below `image_size`,
-    more than 8 bits a channel) are skipped with a warning: for a folder, one that names them before
-    training; for other sources as they come.
+    Splits are the source's own (sub-folders or splits named train, val or validation, test). If
+    only one of val and test exists, it serves as both; if neither does, `num_val` pictures of the
+    training split are held out for both. Unusable pictures (unreadable, smaller than `image_size`,
+    more than 8 bits per channel) are skipped with a warning: for a folder, one that lists them
+    before training; for other sources, as they are encountered.
 
-    Prediction reads `inputs` alone, one file a batch: {"image": (1, 3, H, W)} or {"latents":
+    Prediction reads only `inputs`, one file per batch: {"image": (1, 3, H, W)} or {"latents":
     (1, C, h, w)} with "caption", "name", "path" and "number", see `PredictionInputs`.
 
     Args:
-        path: a folder (pictures are found recursively; captions stand in NAME.txt beside NAME.jpg,
-            or in metadata.jsonl as "file_name" and "text"), a parquet file or pattern, a folder of
+        path: a folder (searched recursively; captions are read from NAME.txt next to NAME.jpg, or
+            from metadata.jsonl as "file_name" and "text"), a parquet file or pattern, a folder of
             parquet files, an owner/name data set of the Hugging Face hub, or "bundled" for the
-            photographs that come with the package.
+            photographs included in the package.
         image_size: side S of the crops in pixels.
-        batch_size: pictures a batch in each process.
-        num_workers: processes that decode; 0 decodes in the training process.
-        test_path: another source, all of whose pictures (or its test split) are the test pictures.
-        num_val: pictures to hold out where the source has neither val nor test.
-        samples_per_epoch: crops an epoch over all processes; None is one pass. A stream needs it.
-        resize: "none" crops at the original resolution; "random" first reduces a training picture
-            so that its shorter side lies anywhere between S and the original.
+        batch_size: pictures per batch in each process.
+        num_workers: worker processes that decode pictures; 0 decodes in the training process.
+        test_path: a separate source of test pictures: its test split, else val, else train.
+        num_val: pictures to hold out if the source has neither val nor test.
+        samples_per_epoch: crops per epoch over all processes; None is one pass. Required for a
+            stream.
+        resize: "none" crops at the original resolution; "random" first downsizes a training picture
+            so that its shorter side is uniformly distributed between S and the original.
         flip: mirror half of the training crops.
-        streaming: read parquet files or hub data as a stream. Each process reads all of it, and a
-            continued run reads again what it had seen: meant for runs too large for the disk.
+        streaming: read parquet files or hub data as a stream. Every process reads all of it, and a
+            resumed run rereads what it had seen: meant for data too large for the disk.
         image_column, caption_column: columns of parquet files or hub data; None means no captions.
-        cache_bytes: keep a folder's decoded pixels in memory (one copy a process and split) where
-            they take no more; 0 decodes every time.
-        seed: None follows `seed_everything`, or is 0 where that was not called.
+        cache_bytes: cache a folder's decoded pixels in memory (one copy per process and split) if
+            they fit in this many bytes; 0 disables the cache.
+        seed: None uses the seed of `seed_everything`, or 0 if that was not called.
         inputs: what `pid predict` decodes: pictures, .safetensors files with one tensor "latents",
-            and folders of both; captions stand in NAME.txt beside them.
+            and folders of both; captions are read from NAME.txt next to them.
 
     Raises:
-        ValueError: an argument is out of range (from here); no picture is usable, or an input is
-            not (from `setup`).
-        FileNotFoundError: `path` or an input leads nowhere (from `setup`).
+        ValueError: an argument is out of range; or, in `setup`, no picture is usable or an input
+            is invalid.
+        FileNotFoundError: `path` or an input does not exist (in `setup`).
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class ImageData(LightningDataModule):
         inputs: str | list[str] | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (
+        for name, value, minimum in (
             ("image_size", image_size, 1),
             ("batch_size", batch_size, 1),
             ("num_workers", num_workers, 0),
@@ -98,12 +99,15 @@ class ImageData(LightningDataModule):
             ("samples_per_epoch", 1 if samples_per_epoch is None else samples_per_epoch, 1),
             ("cache_bytes", cache_bytes, 0),
         ):
-            if value < least:
-                raise ValueError(f"data.{name}: {value} is too small, give at least {least}.")
+            if value < minimum:
+                raise ValueError(f"data.{name}: {value} is too small; use at least {minimum}.")
         if resize not in ("none", "random"):
-            raise ValueError(f'data.resize: {resize!r} is unknown, give "none" or "random".')
+            raise ValueError(f'data.resize: {resize!r} is unknown; use "none" or "random".')
         if streaming and samples_per_epoch is None:
-            raise ValueError("data.samples_per_epoch: a stream has no length, give a number.")
+            raise ValueError(
+                "data.samples_per_epoch: a stream has no length, so None is not possible; set a "
+                "number."
+            )
         self.path, self.test_path, self.streaming = path, test_path, streaming
         self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
         self.num_val, self.samples_per_epoch = num_val, samples_per_epoch
@@ -116,14 +120,14 @@ class ImageData(LightningDataModule):
         self._to_decode: PredictionInputs | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the source and check its pictures, for the splits that `stage` needs.
+        """Open the source and check the pictures of the splits that `stage` needs.
 
-        To predict, only the inputs are opened.
+        For prediction, only `inputs` are opened.
         """
         if stage == "predict":
             if not self.inputs:
                 raise ValueError(
-                    "data.inputs: nothing to decode, name pictures, latent files or folders, as in "
+                    "data.inputs: nothing to decode; list pictures, latent files or folders, as in "
                     "--data.inputs photos/ or --data.inputs '[a.png, z.safetensors]'."
                 )
             self._to_decode = PredictionInputs(self.inputs)
@@ -138,14 +142,14 @@ class ImageData(LightningDataModule):
                 )
 
     def train_dataloader(self) -> ResumableLoader:
-        """Random crops, from where training stands."""
+        """Random crops; a resumed run continues after its last trained batch."""
         pictures = self._pictures["train"]
         world_size = self.trainer.world_size if self.trainer else 1
         num_samples = self.samples_per_epoch or len(pictures)
         return self._loader(pictures, math.ceil(num_samples / (self.batch_size * world_size)))
 
     def val_dataloader(self) -> DataLoader | ResumableLoader | list[Any]:
-        """Centre crops of the validation pictures; no loader if `num_val` is 0."""
+        """Centre crops of the validation pictures; empty if there are none and `num_val` is 0."""
         return self._evaluation("val")
 
     def test_dataloader(self) -> DataLoader | ResumableLoader | list[Any]:
@@ -153,7 +157,7 @@ class ImageData(LightningDataModule):
         return self._evaluation("test")
 
     def predict_dataloader(self) -> DataLoader:
-        """The inputs, one a batch; several processes share them out."""
+        """The inputs, one per batch, distributed over the processes."""
         return make_loader(self._to_decode, self.num_workers, None)
 
     def _loader(self, pictures: Pictures, num_batches: int | None) -> ResumableLoader:
@@ -169,8 +173,8 @@ class ImageData(LightningDataModule):
         return ResumableLoader(draws, self.num_workers)
 
     def _num_trained_batches(self) -> int:
-        # Counts over all epochs, is saved and restored by Lightning, and is restored before the
-        # first iteration starts.
+        # Lightning counts over all epochs, saves the count, and restores it before the first
+        # iteration starts.
         return (
             self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0
         )
@@ -188,14 +192,14 @@ class ImageData(LightningDataModule):
             parts = self._open(self.test_path)
             return parts[next(n for n in ("test", "val", "train") if n in parts)]()
         self._parts = self._parts or self._open(self.path)
-        own = {"train": (), "val": ("val", "test"), "test": ("test", "val")}[name]
-        for part in own:
+        candidates = {"train": (), "val": ("val", "test"), "test": ("test", "val")}[name]
+        for part in candidates:
             if part in self._parts:
                 return self._load(part)
         if "train" not in self._parts:
             raise ValueError(
-                f"data.path: {self.path} has no training pictures, only {', '.join(self._parts)}: "
-                "add a train split, or put all pictures into one folder."
+                f"data.path: {self.path} has no training pictures, only {', '.join(self._parts)}; "
+                "add a train split or put all pictures in one folder."
             )
         whole = self._load("train")
         if len(self._parts) > 1:

@@ -1,4 +1,4 @@
-"""What `pid decode` does: files in, pictures out, each with a JSON that repeats it."""
+"""`pid decode`: pictures or latents in, pictures out, each with a JSON to reproduce it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -25,6 +24,7 @@ from pid_lightning.pictures import (
     LATENTS_SUFFIX,
     enlarge_picture,
     find_inputs,
+    pad_picture,
     picture_grid,
     read_picture,
     write_picture,
@@ -45,30 +45,30 @@ def decode_files(
 
     Args:
         inputs: files and folders, see `pictures.find_inputs`.
-        model: see `PiDDecoder.from_pretrained`; None is the bundled one.
-        folder: of the results, made if missing; they are named after their inputs.
-        settings: how.
+        model: see `PiDDecoder.from_pretrained`; None is the bundled model.
+        folder: for the results, created if missing; they are named after their inputs.
+        settings: options of `pid decode`.
 
     Returns:
-        The pictures written, in order; each was whole before the next was begun.
+        The pictures written, in order; each is complete before the next one starts.
 
     Raises:
         FileNotFoundError: no such input or model.
-        FileExistsError: a result is there already.
-        ValueError: an input or a setting that does not fit the model, or that would be replaced.
+        FileExistsError: a result exists already.
+        ValueError: an input or setting does not fit the model, or an input would be overwritten.
     """
     model = model or next(iter(BUNDLED_MODELS))
     files = find_inputs(inputs)
     paths = [folder / f"{file.stem}.{settings.format}" for file in files]
     taken = [p for path in paths for p in (path, path.with_suffix(".json")) if p.exists()]
     if taken and not settings.overwrite:
-        raise FileExistsError(f"{taken[0]} is there already: give another --output or --overwrite.")
+        raise FileExistsError(f"{taken[0]} exists already: give another --output, or --overwrite.")
     own = {file.resolve() for file in files}
     for path in paths:
         if path.resolve() in own:
-            raise ValueError(f"{path} would replace the input: give another --output.")
+            raise ValueError(f"{path} would overwrite the input: give another --output.")
     decoder = open_decoder(model, settings)
-    described = describe(decoder, model, settings)  # before its weights take another form
+    described = describe(decoder, model, settings)  # before its weights are converted
     if decoder.info.student_times is not None:
         decoder.fix_times()
     if settings.int8:
@@ -76,9 +76,10 @@ def decode_files(
     decoder.attend_in_windows(settings.window)
     if (settings.compare or settings.match_colour) and not decoder.encoder.has_decoder:
         raise ValueError(
-            f"compare and match_colour need a native decoder, {decoder.latent_space} has none."
+            f"compare and match_colour need a native decoder, which {decoder.latent_space} latents "
+            "lack; leave them out."
         )
-    for file in files:  # a wrong last file shall not be found after hours
+    for file in files:  # find a bad last file now, not after hours
         _read(decoder, file)
     with tqdm(zip(files, paths, strict=True), total=len(files), unit="picture") as bar:
         for file, path in bar:
@@ -89,10 +90,10 @@ def decode_files(
 
 
 def open_decoder(model: str, settings: DecodeSettings) -> PiDDecoder:
-    """The decoder on its device, with the prompt's features ready and the language model gone."""
+    """Load the decoder onto its device, encode the prompt and free the language model."""
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = None if settings.dtype is None else weights.DTYPES[settings.dtype]
-    decoder = PiDDecoder.from_pretrained(model, dtype)
+    decoder = PiDDecoder.from_pretrained(model, dtype).to(device)
     if settings.prompt is not None:
         if settings.text_model is not None:
             decoder.text_encoder = LanguageModelText(
@@ -103,7 +104,7 @@ def open_decoder(model: str, settings: DecodeSettings) -> PiDDecoder:
             )
         decoder.encode_prompt([settings.prompt, ""], settings.text_cache)
         decoder.text_encoder = None
-    return decoder.to(device)
+    return decoder
 
 
 def _decode_file(
@@ -113,7 +114,7 @@ def _decode_file(
     settings: DecodeSettings,
     described: dict[str, Any],
 ) -> None:
-    """Decode one file and write its picture and JSON, and the comparison where asked."""
+    """Decode one file; write its picture, its JSON and, if asked for, the comparison."""
     source, size = _read(decoder, file)
     is_latents = file.suffix.lower() == LATENTS_SUFFIX
     if is_latents:
@@ -121,7 +122,7 @@ def _decode_file(
     else:
         latents = _add_noise(decoder, decoder.encode(source[None]), settings)
     tile = decoder.choose_tile(*decoder.output_size(latents), settings.tile)
-    with warnings.catch_warnings():  # which `choose_tile` gave, of what was asked for
+    with warnings.catch_warnings():  # `choose_tile` has warned already
         warnings.filterwarnings("ignore", "The network sees")
         picture = decoder.decode(
             latents,
@@ -151,27 +152,24 @@ def _decode_file(
 
 
 def _read(decoder: PiDDecoder, file: Path) -> tuple[Tensor, tuple[int, int]]:
-    """Latents (C, h, w), or a picture grown to whole cells; and its (height, width) at scale 1."""
+    """Read latents (C, h, w) or a padded picture, and its unpadded (height, width) at scale 1."""
     if file.suffix.lower() == LATENTS_SUFFIX:
         latents = read_latents(file)
         if latents.shape[0] != decoder.latent_channels:
             raise ValueError(
-                f"{file}: its latents have {latents.shape[0]} channels, but those of "
-                f"{decoder.latent_space} have {decoder.latent_channels}: give the model's own."
+                f"{file}: its latents have {latents.shape[0]} channels, but {decoder.latent_space} "
+                f"latents have {decoder.latent_channels}; give latents of the model's own family."
             )
         decoder.denoiser.check_size(*decoder.output_size(latents))
         return latents, tuple(side * decoder.latent_stride for side in latents.shape[-2:])
     image = read_picture(file)
-    # Whole cells for the encoder, whole patches for the output. The border is repeated and cut
-    # off again, so that a picture keeps its shape.
-    step = decoder.denoiser.alignment // decoder.scale
-    height, width = image.shape[-2:]
-    grown = F.pad(image[None], (0, -width % step, 0, -height % step), mode="replicate")[0]
-    return grown, (height, width)
+    # Whole cells for the encoder, whole patches for the output.
+    multiple = decoder.denoiser.alignment // decoder.scale
+    return pad_picture(image[None], multiple)[0], tuple(image.shape[-2:])
 
 
 def _add_noise(decoder: PiDDecoder, latents: Tensor, settings: DecodeSettings) -> Tensor:
-    """Clean latents at the level the network will be told, by a stream of noise of its own."""
+    """Noise clean latents to the level passed to the network, from a random stream of its own."""
     if settings.sigma == 0:
         return latents
     generators = sample_generators(settings.seed, "latents", [0])
@@ -181,7 +179,7 @@ def _add_noise(decoder: PiDDecoder, latents: Tensor, settings: DecodeSettings) -
 
 
 def describe(decoder: PiDDecoder, model: str, settings: DecodeSettings) -> dict[str, Any]:
-    """All that a decode depends on besides its input, as plain values."""
+    """Everything that a decode depends on besides its input, as plain values."""
     info = decoder.info
     return {
         "model": model,

@@ -1,4 +1,4 @@
-"""What `PiDDecoder.decode` is given, checked before the work."""
+"""Checks of the arguments of `PiDDecoder.decode` before any work."""
 
 from __future__ import annotations
 
@@ -24,41 +24,41 @@ def check_inputs(
     generator: Generators,
     seed: int | None,
 ) -> Tensor:
-    """Every argument of `PiDDecoder.decode` but its text.
+    """Check all arguments of `PiDDecoder.decode` except its text.
 
     Returns:
         The noise levels (B,), on the network's device.
 
     Raises:
-        ValueError: one that does not fit, in one sentence.
+        ValueError: an argument does not fit the model.
     """
     if latents.ndim != 4 or latents.shape[1] != info.latent_channels or not latents.numel():
         raise ValueError(
-            f"latents: shape {tuple(latents.shape)} is not (B, {info.latent_channels}, h, w) "
-            f"of normalised {info.latent_space} latents."
+            f"latents: shape {tuple(latents.shape)} is not (B, {info.latent_channels}, h, w); give "
+            f"normalised {info.latent_space} latents."
         )
     if not latents.isfinite().all():
-        raise ValueError("latents: they are not all finite, look at what made them.")
+        raise ValueError("latents: some values are not finite; check what produced them.")
     denoiser.check_size(*output_size(denoiser, latents))
     if steps is not None and info.student_times is not None:
         few_step_times(info.student_times, steps)
     elif steps is not None and steps < 1:
         raise ValueError(f"steps: {steps} must be at least 1.")
     if generator is not None and seed is not None:
-        raise ValueError("seed and generator were both given: give one of them.")
+        raise ValueError("seed and generator were both given; give only one of them.")
     sigma = (
         torch.as_tensor(latent_sigma, dtype=torch.float32).to(denoiser.out.weight.device).flatten()
     )
     if sigma.numel() not in (1, len(latents)) or not ((sigma >= 0) & (sigma <= 1)).all():
         raise ValueError(
             f"latent_sigma: {latent_sigma} must be one number between 0 (clean) and 1 (noise), "
-            f"or {len(latents)} of them, one a sample."
+            f"or {len(latents)} of them, one per sample."
         )
     highest = sigma.max().item()
     if highest > info.latent_sigma_max + 1e-6:
         warnings.warn(
-            f"latent_sigma {highest:g} is beyond {info.latent_sigma_max:g}, the highest this "
-            "model was trained for: expect a picture of its own invention.",
+            f"latent_sigma: {highest:g} is above {info.latent_sigma_max:g}, the highest level this "
+            "model was trained for: expect invented content.",
             stacklevel=4,
         )
     warn_if_not_normalised(latents, info.latent_space)
@@ -66,15 +66,15 @@ def check_inputs(
 
 
 def text_features(text: Tensor, width: int, batch_size: int) -> Tensor:
-    """(L, D_text) or (B or 1, L, D_text) as (B, L, D_text).
+    """Expand text features (L, D_text) or (B or 1, L, D_text) to (B, L, D_text).
 
     Raises:
-        ValueError: features of another width or number.
+        ValueError: the shape does not fit.
     """
     text = text[None] if text.ndim == 2 else text
     if text.ndim != 3 or text.shape[-1] != width or text.shape[0] not in (1, batch_size):
         raise ValueError(
-            f"prompt: {tuple(text.shape)} does not fit, give one prompt or one a sample; "
-            f"features are (L, {width}) or ({batch_size}, L, {width})."
+            f"prompt: shape {tuple(text.shape)} does not fit; give one prompt or one per sample, "
+            f"as features (L, {width}) or ({batch_size}, L, {width})."
         )
     return text.expand(batch_size, -1, -1)

@@ -1,4 +1,4 @@
-"""PiDDecoder: latents to pictures for people who never train; needs no Lightning."""
+"""PiDDecoder: decodes latents to pictures, for inference only; does not need Lightning."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ from pid_lightning.weights import ModelInfo, load_model
 
 
 class PiDDecoder:
-    """A trained PiD at the level of ``vae.decode``::
+    """A trained PiD with an interface like ``vae.decode``::
 
         decoder = PiDDecoder.from_pretrained("model.safetensors").to("cuda")
         pictures = decoder.decode(latents, seed=0)
 
     Args:
-        denoiser: the network, its weights in the type to compute in.
-        info: what it is.
-        encoder: pictures to its latents; None builds the one that `info` names at first use.
+        denoiser: the network, with weights in the dtype to compute in.
+        info: description of the model.
+        encoder: encodes pictures to its latents; None builds the one named by `info` on first use.
 
     Attributes:
         denoiser, info: as given.
-        text_encoder: for prompts given as words; None until it is set: no model's file names it.
+        text_encoder: for prompts given as words; None until set, since model files do not name it.
 
     Raises:
-        ValueError: a network of another geometry than `info` tells.
+        ValueError: the network's geometry differs from that in `info`.
     """
 
     def __init__(self, denoiser: PiD, info: ModelInfo, encoder: Encoder | None = None) -> None:
         for name in ("scale", "latent_stride", "latent_channels"):
-            built, told = getattr(denoiser, name), getattr(info, name)
-            if built != told:
+            built, trained = getattr(denoiser, name), getattr(info, name)
+            if built != trained:
                 raise ValueError(
-                    f"{name}: this network was built for {built}, but was trained for {told}; a "
-                    "network works at its trained geometry only."
+                    f"{name}: this network was built for {built}, but was trained for {trained}; "
+                    "build it with info.build()."
                 )
         self.denoiser = denoiser.eval().requires_grad_(False)
         self.info = info
@@ -71,17 +71,17 @@ class PiDDecoder:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> PiDDecoder:
-        """A decoder on the CPU.
+        """Load a decoder on the CPU.
 
         Args:
             name: a model's ``.safetensors``, a run's ``.ckpt`` (its averaged weights), a folder of
                 `save_pretrained`, a bundled name, or a hub id ``owner/name``.
-            dtype: to compute in; None is the type the weights are stored in.
-            revision, token, cache_dir, local_files_only: of the hub.
+            dtype: dtype to compute in; None is the dtype of the stored weights.
+            revision, token, cache_dir, local_files_only: options of the hub download.
 
         Raises:
-            FileNotFoundError: no such model here.
-            OSError: the hub does not give it.
+            FileNotFoundError: there is no such model on this machine.
+            OSError: the hub does not provide it.
             ValueError: the file is damaged or does not match its own description.
         """
         path = hub.find_model(
@@ -106,17 +106,17 @@ class PiDDecoder:
         token: str | bool | None = None,
         commit_message: str = "Upload a PiD decoder",
     ) -> str:
-        """Upload what `save_pretrained` writes; returns the address of the commit."""
+        """Upload what `save_pretrained` writes and return the URL of the commit."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             options = {"private": private, "token": token, "commit_message": commit_message}
             return hub.push_folder(folder, repo_id, **options)
 
-    # What it is, and where.
+    # Properties and placement.
 
     @property
     def scale(self) -> int:
-        """Side of the output over the side of the native decoder's picture."""
+        """Side of the output divided by the side of the native decoder's picture."""
         return self.info.scale
 
     @property
@@ -131,33 +131,33 @@ class PiDDecoder:
 
     @property
     def latent_space(self) -> str:
-        """Name of the space of the latents, e.g. ``"flux"``."""
+        """Name of the latent space, e.g. ``"flux"``."""
         return self.info.latent_space
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Device of the network."""
         return self.denoiser.out.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the network's weights."""
+        """Dtype of the network's weights."""
         return self.denoiser.dtype
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> PiDDecoder:
-        """Move everything to a device; the type is that of the denoiser alone.
+        """Move everything to a device; `dtype` applies to the denoiser only.
 
         Raises:
-            ValueError: another type for weights that are in 8 bits or frozen.
+            ValueError: a dtype for weights that are in 8 bits or frozen.
         """
         if dtype is not None:
             check_not_frozen(self.denoiser, f"dtype: {dtype}")
         if dtype is not None and any(map(is_quantised, self.denoiser.parameters())):
             raise ValueError(
-                f"dtype: {dtype} comes too late, the weights are in 8 bits; choose the type to "
-                "compute in with from_pretrained, before quantise."
+                f"dtype: {dtype} comes too late: the weights are in 8 bits; give the dtype to "
+                "from_pretrained, before quantise."
             )
         self.denoiser.to(device=device, dtype=dtype)
         for other in (self._encoder, self.text_encoder):
@@ -166,8 +166,8 @@ class PiDDecoder:
         return self
 
     def compile(self, freeze: bool = False, cuda_graphs: bool = False) -> PiDDecoder:
-        """Compile the network; each new size of output or tile compiles once more. `freeze` is for
-        CPUs, `cuda_graphs` for small pictures on a GPU: see `compilation.compile_for_inference`.
+        """Compile the network, once per size of output or tile. `freeze` is for CPUs, `cuda_graphs`
+        for small pictures on a GPU: see `compilation.compile_for_inference`.
 
         Raises:
             ValueError: CUDA graphs for a network that is not on a GPU.
@@ -176,59 +176,59 @@ class PiDDecoder:
         return self
 
     def fix_times(self) -> PiDDecoder:
-        """Hold a student's modulations in place of the weights that make them, for the same
-        pictures: the published size weighs 29 % less; see `fixed_times.fix_times`.
+        """Precompute a student's modulations and drop the weights that make them: same pictures,
+        29 % less weight memory at the published size; see `fixed_times.fix_times`.
 
         Raises:
-            ValueError: a teacher, or it was done before, or the weights are frozen.
+            ValueError: a teacher, times already fixed, or frozen weights.
         """
         fix_times(self.denoiser, self.info.student_times)
         return self
 
     def attend_in_windows(self, size: int | None) -> PiDDecoder:
-        """Let patches attend inside windows of at most `size` pixels a side, near the exact
+        """Restrict attention to windows of at most `size` pixels a side, close to the exact
         picture; None undoes it. See `nn.PiD.attend_in_windows`.
 
         Raises:
-            ValueError: windows that are not several whole patches wide.
+            ValueError: `size` is not a multiple of the patch size, or below two patches.
         """
         self.denoiser.attend_in_windows(size)
         return self
 
     def quantise(self, activations: bool = False) -> PiDDecoder:
-        """Hold weights in 8 bits, half the memory of bf16, near the exact picture; see
-        `quantisation.quantise`. Not undone by anything but `from_pretrained`.
+        """Store weights in 8 bits, half the memory of bf16, close to the exact picture; see
+        `quantisation.quantise`. Only `from_pretrained` undoes it.
 
         Args:
-            activations: multiply in 8 bits too.
+            activations: also multiply in 8 bits.
 
         Raises:
             ModuleNotFoundError: torchao is not installed.
-            ValueError: it was done before, or the weights are frozen.
+            ValueError: weights already in 8 bits, or frozen.
         """
         quantise(self.denoiser, activations)
         return self
 
     def release(self) -> None:
-        """Give memory back: forget encoders (built again when needed) and prompts, and move the
-        network to the CPU; `to` brings it back."""
+        """Free memory: drop the encoders (`encoder` is rebuilt when needed) and cached prompts, and
+        move the network to the CPU; `to` moves it back."""
         self._encoder = self.text_encoder = None
         self._prompts.clear()
-        was = self.device
+        device = self.device
         self.denoiser.to("cpu")
-        if was.type == "cuda":
-            with torch.cuda.device(was):
+        if device.type == "cuda":
+            with torch.cuda.device(device):
                 torch.cuda.empty_cache()
 
-    # Pictures and prompts in.
+    # Encoding pictures and prompts.
 
     @property
     def encoder(self) -> Encoder:
-        """The encoder of its latents, loaded, on the network's device.
+        """The encoder of the model's latents, loaded, on the network's device.
 
         Raises:
-            OSError: its weights cannot be had.
-            ValueError: `info` names a family that is not one of this package.
+            OSError: its weights are not available.
+            ValueError: `info` names a family that this package does not have.
         """
         if self._encoder is None:
             self._encoder = build_encoder(self.info)
@@ -236,31 +236,31 @@ class PiDDecoder:
         return self._encoder.to(self.device)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] to clean normalised latents (B, C, h, w)."""
+        """Encode pictures (B, 3, H, W) in [-1, 1] to clean normalised latents (B, C, h, w)."""
         return self.encoder.encode(images.to(self.device))
 
     def encode_prompt(self, prompt: str | list[str], cache: str | Path | None = None) -> Tensor:
-        """Features (B, L, D_text) of prompts.
+        """Encode prompts to features (B, L, D_text).
 
-        Remembered, so that the language model may be dropped (``text_encoder = None``).
+        Cached, so that the language model may be dropped afterwards (``text_encoder = None``).
 
         Args:
             prompt: one or several.
-            cache: a folder of features (`text.cache_captions`); prompts that are in it need no
-                `text_encoder`, others are added to it.
+            cache: a folder of features (`text.cache_captions`); prompts found there need no
+                `text_encoder`, others are added.
 
         Raises:
-            ValueError: a network without text, or no `text_encoder` for a prompt not yet known.
+            ValueError: a network without text, or no `text_encoder` for an unknown prompt.
         """
         if self.denoiser.text_embedding is None:
-            raise ValueError("prompt: this model was trained without text, leave it out.")
+            raise ValueError("prompt: this model was trained without text; leave it out.")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         unknown = [p for p in dict.fromkeys(prompts) if p not in self._prompts]
         if unknown:
             width = self.info.config.text_width
-            features = encode_prompts(self.text_encoder, unknown, width, cache)
+            features = encode_prompts(self.text_encoder, unknown, width, cache, self.device)
             self._prompts.update(zip(unknown, features, strict=True))
-        return torch.stack([self._prompts[p] for p in prompts]).to(self.device)
+        return torch.stack([self._prompts[p].to(self.device) for p in prompts])
 
     # Decoding.
 
@@ -277,28 +277,28 @@ class PiDDecoder:
         progress: bool = True,
         guidance_scale: float = 1.0,
     ) -> Tensor:
-        """Pictures from normalised latents.
+        """Decode normalised latents to pictures.
 
         Args:
             latents: (B, C, h, w); see `latent_spaces` for what normalised means.
-            latent_sigma: noise level of the latents in [0, 1], one or one a sample; 0 is clean.
-            prompt: words, one or one a sample; or text features (L, D_text) or (B, L, D_text);
+            latent_sigma: noise level of the latents in [0, 1], one or one per sample; 0 is clean.
+            prompt: words, one or one per sample; or text features (L, D_text) or (B, L, D_text);
                 None is the learned null.
-            steps: network evaluations; None is as many as trained (a teacher: 25).
-            generator: the source of noise, one or one a sample.
-            seed: instead of a generator: sample i draws its noise, on the CPU, from (seed, i), so
-                that neither the rest of the batch nor the device changes its picture. Without
-                either torch's own generator is used.
-            tile: side of tiles in output pixels; ``"auto"`` takes tiles of the trained size for a
-                larger picture, and smaller ones where memory is short; None decodes the whole.
-            progress: whether to show a bar.
-            guidance_scale: of a teacher's text guidance; 1 is none.
+            steps: sampling steps; None is as many as trained (a teacher: 25).
+            generator: the source of noise, one or one per sample.
+            seed: instead of a generator: sample i draws its noise on the CPU from (seed, i), so
+                its picture depends neither on the rest of the batch nor on the device. Without
+                seed and generator, torch's global generator is used.
+            tile: side of tiles in output pixels; ``"auto"`` takes tiles of the trained size for
+                larger pictures, and smaller ones if memory is short; None decodes without tiles.
+            progress: whether to show a progress bar.
+            guidance_scale: strength of a teacher's text guidance; 1 turns it off.
 
         Returns:
             (B, 3, H, W) in [-1, 1], fp32, on the network's device.
 
         Raises:
-            ValueError: an argument that does not fit, in one sentence.
+            ValueError: an argument does not fit the model.
         """
         sigma = check_inputs(
             self.denoiser, self.info, latents, latent_sigma, steps, generator, seed
@@ -315,11 +315,12 @@ class PiDDecoder:
             generator = sample_generators(seed, "decode", range(len(latents)))
         tiles = decoding.tiles_for(self.denoiser, height, width, side)
         num_steps = steps or len(self.info.student_times or ()) or decoding.TEACHER_STEPS
-        told = f"{width} x {height}"
-        if tiles:
-            told += f" in {len(tiles)} tiles of {side}"
-        total = num_steps * len(tiles or "1") * (1 if guidance_scale == 1.0 else 2)
-        with progress_bar(total, told, progress) as on_forward:
+        label, num_tiles = f"{width} x {height}", 1
+        if tiles is not None:
+            num_tiles = len(tiles)
+            label += f" in {num_tiles} tiles of {side}"
+        total = num_steps * num_tiles * (1 if guidance_scale == 1.0 else 2)
+        with progress_bar(total, label, progress) as on_forward:
             return decoding.decode_latents(
                 self.denoiser,
                 latents.to(self.device),
@@ -336,23 +337,23 @@ class PiDDecoder:
             )
 
     def output_size(self, latents: Tensor) -> tuple[int, int]:
-        """(height, width) in pixels of what latents (B, C, h, w) decode to."""
+        """(height, width) in pixels of the pictures that latents (B, C, h, w) decode to."""
         return decoding.output_size(self.denoiser, latents)
 
     def choose_tile(
         self, height: int, width: int, tile: TileChoice, batch_size: int = 1
     ) -> int | None:
-        """The side that `decode` takes for its tiles; None is the whole picture.
+        """The side of the tiles that `decode` uses; None is the whole picture.
 
-        Warns where a size is outside what the model was trained for.
+        Warns if the model was not trained for the size it will see.
         """
         return tile_choice.choose_tile(self.denoiser, self.info, height, width, tile, batch_size)
 
     def estimate_memory(
         self, height: int, width: int, tile: int | None = None, batch_size: int = 1
     ) -> int:
-        """Peak bytes of decoding to height x width pixels, weights included but not those that a
-        compiled graph holds; see `memory`."""
+        """Estimate the peak bytes of decoding to height x width pixels, including the weights but
+        not copies in compiled graphs; see `memory`."""
         working = memory.estimate_working_memory(
             self.info, height, width, tile, self.dtype, batch_size
         )

@@ -1,4 +1,4 @@
-"""Latents to pictures: condition once, then the sampler that the network was trained for."""
+"""Decodes latents to pictures: condition once, then run the sampler the network was trained for."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ def decode_latents(
     tile: int | None = None,
     on_forward: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Pictures from latents.
+    """Decode latents to pictures.
 
     Args:
-        denoiser: the network, its weights on the device of `latents`.
-        latents: normalised latents (B, C, h, w), with the noise that `latent_sigma` tells.
-        latent_sigma: noise level (B,) of each.
-        student_times: of a distilled student, sampled in few steps; None for a teacher, sampled
-            by the solver.
-        time_shift: of a teacher's solver, the one of its training; None follows the size.
-        steps: network evaluations; None is all of a student's times or a teacher's 25.
+        denoiser: the network, on the device of `latents`.
+        latents: normalised latents (B, C, h, w), with noise of level `latent_sigma`.
+        latent_sigma: noise level (B,) of each sample's latents.
+        student_times: times of a distilled student, sampled in few steps; None for a teacher,
+            sampled by the solver.
+        time_shift: shift of the teacher's solver, as in its training; None follows the size.
+        steps: sampling steps; None is all of a student's times, or 25 for a teacher.
         text: caption features (B, L, D_text); None is the learned null.
         null_text: features of the empty or negative prompt for guidance; None likewise.
-        guidance_scale: of text over no text; 1 is none.
-        generator: one, or one a sample; the only source of randomness.
-        tile: side of the tiles in output pixels, see `tiling.Tiles`; None decodes the whole.
-        on_forward: called after each evaluation of the network: once a step, tile and branch.
+        guidance_scale: strength of the text guidance; 1 turns it off.
+        generator: one, or one per sample; the only source of randomness.
+        tile: side of the tiles in output pixels, see `tiling.Tiles`; None decodes without tiles.
+        on_forward: called after each network evaluation: once per step, tile and branch.
 
     Returns:
         (B, 3, h*latent_stride*scale, w*latent_stride*scale) in [-1, 1], fp32.
 
     Raises:
-        ValueError: latents, text, steps or tile that do not fit the network.
+        ValueError: latents, text, steps or tile do not fit the network.
     """
     height, width = output_size(denoiser, latents)
     tiles = tiles_for(denoiser, height, width, tile)
@@ -60,7 +60,7 @@ def decode_latents(
         return conditioned_velocity(denoiser, condition, null_text, guidance_scale, on_forward)
 
     shape = (latents.shape[0], 3, height, width)
-    # Held from step to step: about a picture altogether, where whole conditions are several.
+    # Cached across steps: about one picture in total, where whole conditions would be several.
     adapted: dict[tuple[int, int], Tensor] = {}
 
     def velocity_of_tile(place: Tile) -> sampling.Velocity:
@@ -82,7 +82,7 @@ def decode_latents(
             student_times=student_times,
         )
     else:
-        # The schedule of the size that the network sees, which was that of its training.
+        # The shift for the size that the network sees, as in its training.
         seen = (height, width) if tiles is None else tiles.shape
         shift = flow.resolution_shift(*seen) if time_shift is None else time_shift
         x0 = sampling.sample_solver(
@@ -96,7 +96,7 @@ def decode_latents(
 
 
 def output_size(denoiser: PiD, latents: Tensor) -> tuple[int, int]:
-    """(height, width) in pixels of what latents (B, C, h, w) decode to."""
+    """(height, width) in pixels of the pictures that latents (B, C, h, w) decode to."""
     cell = denoiser.latent_stride * denoiser.scale
     return latents.shape[-2] * cell, latents.shape[-1] * cell
 
@@ -104,7 +104,7 @@ def output_size(denoiser: PiD, latents: Tensor) -> tuple[int, int]:
 def adapt_tile(
     denoiser: PiD, latents: Tensor, latent_sigma: Tensor, tiles: Tiles, place: Tile
 ) -> Tensor:
-    """What `PiD.adapt` makes of one tile, whose latents pass it together with a margin."""
+    """`PiD.adapt` for one tile, computed from its latents and a margin around them."""
     seen = place.widened(tiles.step, tiles.height, tiles.width)
     cell, side = denoiser.latent_stride * denoiser.scale, denoiser.config.patch_size
     cells = (slice(span.start // cell, span.stop // cell) for span in seen)
@@ -123,7 +123,7 @@ def conditioned_velocity(
     guidance_scale: float = 1.0,
     on_forward: Callable[[], None] | None = None,
 ) -> sampling.Velocity:
-    """The velocity under a condition, guided where asked; see `decode_latents`."""
+    """The velocity function under a condition, with optional guidance; see `decode_latents`."""
     null_condition = None
     if guidance_scale != 1.0:
         null_condition = denoiser.without_text(condition, null_text)
@@ -145,10 +145,10 @@ def conditioned_velocity(
 
 
 def tiles_for(denoiser: PiD, height: int, width: int, tile: int | None) -> Tiles | None:
-    """The tiles of a picture of height x width output pixels; None where one covers it.
+    """The tiles of a picture of height x width output pixels; None if one covers it.
 
     Raises:
-        ValueError: a size or a tile that is not aligned.
+        ValueError: the size or the tile is not aligned.
     """
     denoiser.check_size(height, width)
     if tile is None:
@@ -158,7 +158,7 @@ def tiles_for(denoiser: PiD, height: int, width: int, tile: int | None) -> Tiles
 
 
 def trained_tile(denoiser: PiD, height: int, width: int, image_size: int | None) -> int | None:
-    """The trained size as a tile where a picture is larger than that, else None."""
+    """The trained size as a tile if the picture is larger than that, else None."""
     if image_size is None or max(height, width) <= image_size:
         return None
     step = denoiser.alignment

@@ -1,4 +1,4 @@
-"""PiD in a diffusers pipeline: the pipeline's own autoencoder, but for its `decode`."""
+"""PiD in a diffusers pipeline: the pipeline's autoencoder with `decode` replaced by PiD's."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ if TYPE_CHECKING:
 class PiDAutoencoder:
     """A pipeline's autoencoder whose `decode` is PiD's: ``pipe.vae = PiDAutoencoder(pipe.vae, d)``.
 
-    Pictures come out `decoder.scale` times as large; nothing else changes. The object is of the
-    wrapped autoencoder's class too and shares its weights and configuration, so that `encode`,
-    `config`, `dtype`, `to`, `isinstance` and `pipe.save_pretrained`, which saves the original
-    pipeline, go on as before. ``pipe.vae = pipe.vae.native`` takes PiD out again. Only diffusers'
-    `from_pipe`, which asks for the very class, must be given it: ``from_pipe(pipe, vae=pipe.vae)``.
+    Pictures are `decoder.scale` times as large; nothing else changes. The object is also an
+    instance of the wrapped autoencoder's class and shares its weights and configuration, so
+    `encode`, `config`, `dtype`, `to`, `isinstance` and `pipe.save_pretrained` (which saves the
+    original pipeline) work as before. ``pipe.vae = pipe.vae.native`` removes PiD. Only diffusers'
+    `from_pipe` checks for the exact class and needs it passed: ``from_pipe(pipe, vae=pipe.vae)``.
 
-    The decoder goes wherever the pipeline's autoencoder goes, offloading included, but keeps its
-    own type: a pipeline in half precision does not halve PiD's.
+    The decoder follows the autoencoder to its device, also when offloading, but keeps its own
+    dtype: a pipeline in half precision does not change PiD's precision.
 
     Args:
         vae: `AutoencoderKL` (SD3, FLUX.1, SDXL, Z-Image), `AutoencoderKLFlux2` or
             `AutoencoderKLQwenImage`.
-        decoder: a decoder of the same latent space.
-        prompt, steps, seed, tile, guidance_scale: what `PiDDecoder.decode` is told. They are
-            attributes of the same names, to be changed between calls. A pipeline gives no prompt
-            and no generator to `decode`; with the seed fixed, equal latents make equal pictures.
-            While `tile` is None, `enable_tiling` means ``"auto"``; `enable_slicing` is about the
-            wrapped autoencoder alone.
+        decoder: a decoder for the same latent space.
+        prompt, steps, seed, tile, guidance_scale: arguments of `PiDDecoder.decode`, kept as
+            attributes that can be changed between calls. A pipeline passes neither a prompt nor a
+            generator to `decode`; with a fixed seed, equal latents give equal pictures. While
+            `tile` is None, `enable_tiling` means ``"auto"``; `enable_slicing` affects only the
+            wrapped autoencoder.
 
     Attributes:
         native: the wrapped autoencoder.
-        pid_decoder: the decoder (`decoder` is the wrapped autoencoder's own).
+        pid_decoder: the PiD decoder (`decoder` is the wrapped autoencoder's own).
         space: the latent space of both.
 
     Raises:
-        ValueError: an autoencoder of another class, or a decoder of another latent space.
+        ValueError: the autoencoder's class is not supported, or the decoder is for another latent
+            space.
     """
 
     def __init__(
@@ -62,8 +63,8 @@ class PiDAutoencoder:
         space = space_of(native)
         _check_same_space(type(native).__name__, space, decoder)
         self.__class__ = _with_pid(type(native))
-        # Past nn.Module's own bookkeeping: neither the decoder nor the wrapped autoencoder may
-        # become a part of this one's state, which is saved, cast and counted.
+        # Bypass nn.Module's registration: neither the decoder nor the wrapped autoencoder may
+        # become a submodule, which would be saved, cast and counted.
         self.__dict__.update(native.__dict__)
         self.__dict__.update(
             native=native,
@@ -78,11 +79,11 @@ class PiDAutoencoder:
         )
 
     def expect_noise(self, latent_sigma: float, still: Callable[[], bool]) -> None:
-        """Take the next latents to be noisy; `early_stop` says so just before they come.
+        """Treat the next latents as noisy; called by `early_stop` just before they arrive.
 
         Args:
             latent_sigma: their noise level, in the frame the decoder was trained in.
-            still: asked when they come; if false, these are other latents, and clean.
+            still: called when latents arrive; False means that these are other, clean latents.
         """
         self._expected = (latent_sigma, still)
 
@@ -90,20 +91,21 @@ class PiDAutoencoder:
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """Pictures from the raw latents that a pipeline gives to its autoencoder.
+        """Decode the raw latents that a pipeline passes to its autoencoder.
 
         Args:
-            z: raw latents, as `encode` makes them: (B, C, h, w), of Qwen-Image (B, C, 1, h, w).
-            return_dict: a `DecoderOutput`, or a tuple of one.
-            generator: of PiD's noise; None draws from `seed`.
+            z: raw latents, as `encode` returns them: (B, C, h, w), or (B, C, 1, h, w) for
+                Qwen-Image.
+            return_dict: return a `DecoderOutput` instead of a tuple with one element.
+            generator: generator of PiD's noise; None uses `seed`.
 
         Returns:
-            Pictures (B, 3, H, W), of Qwen-Image (B, 3, 1, H, W), in [-1, 1] and fp32, on z's
-            device, `pid_decoder.scale` times as large as the autoencoder's own.
+            fp32 pictures (B, 3, H, W), or (B, 3, 1, H, W) for Qwen-Image, in [-1, 1] on z's device,
+            `pid_decoder.scale` times as large as the autoencoder's own.
         """
         from diffusers.models.autoencoders.vae import DecoderOutput
 
-        hook = getattr(self, "_hf_hook", None)  # of accelerate, around every decode of diffusers
+        hook = getattr(self, "_hf_hook", None)  # accelerate's, called by diffusers on each decode
         if hook is not None:
             hook.pre_forward(self)
         decoder = self.pid_decoder
@@ -130,7 +132,7 @@ class PiDAutoencoder:
         return latent_sigma if still() else 0.0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PiDAutoencoder:
-        """What `to` and offloading call: the autoencoder is moved and cast, PiD only moved."""
+        """Called by `to` and offloading: moves and casts the autoencoder, only moves PiD."""
         decoder = self.pid_decoder
         decoder.to(device=fn(torch.empty(0, device=decoder.device)).device)
         return super()._apply(fn, recurse)
@@ -140,15 +142,15 @@ def _check_same_space(vae: str, space: LatentSpace, decoder: PiDDecoder) -> None
     theirs = (decoder.latent_space, decoder.latent_channels, decoder.latent_stride)
     if theirs != (space.name, space.channels, space.stride):
         raise ValueError(
-            f"decoder: this one decodes {theirs[0]!r} latents ({theirs[1]} channels, stride "
-            f"{theirs[2]}), but the pipeline's {vae} makes {space.name!r} ones ({space.channels} "
-            f"channels, stride {space.stride}): take a decoder of {space.name!r}."
+            f"decoder: it decodes {theirs[0]!r} latents ({theirs[1]} channels, stride "
+            f"{theirs[2]}), but the pipeline's {vae} produces {space.name!r} latents "
+            f"({space.channels} channels, stride {space.stride}); use a decoder for {space.name!r}."
         )
 
 
 @functools.cache
 def _with_pid(vae_class: type[nn.Module]) -> type[Any]:
-    """`vae_class` with PiD's `decode`, under its own name, which diffusers writes into files."""
+    """`vae_class` with PiD's `decode`, under the same name, which diffusers saves to files."""
     return type(
         vae_class.__name__, (PiDAutoencoder, vae_class), {"__module__": vae_class.__module__}
     )

@@ -1,4 +1,4 @@
-"""Which sample comes when: crops, endless shuffled draws and a loader that goes on where it was."""
+"""Order of the samples: crops, endless shuffled draws, and a loader that can resume."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from pid_lightning.sources import Split, UnusablePicture, check_header, decode, 
 if TYPE_CHECKING:
     import datasets
 
-SHUFFLE_BUFFER = 1000  # rows of a stream held back to shuffle among
-MAX_TRIES = 1000  # unusable pictures in a row before a source counts as having none
+SHUFFLE_BUFFER = 1000  # rows in the shuffle buffer of a stream
+MAX_TRIES = 1000  # consecutive unusable pictures before a source is rejected
 
 
 def keyed_generator(*key: int) -> torch.Generator:
-    """A generator that depends on `key` alone, unlike neighbouring keys' generators."""
+    """A generator seeded by a hash of `key`, so that neighbouring keys are independent."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def centre_crop(picture: Tensor, image_size: int) -> Tensor:
-    """The middle (3, S, S) of a picture (3, H, W), S = `image_size`."""
+    """The central crop (3, S, S) of a picture (3, H, W), S = `image_size`."""
     top, left = ((side - image_size) // 2 for side in picture.shape[-2:])
     return picture[:, top : top + image_size, left : left + image_size]
 
@@ -38,10 +38,10 @@ def centre_crop(picture: Tensor, image_size: int) -> Tensor:
 def random_crop(
     picture: Tensor, image_size: int, resize: str, flip: bool, generator: torch.Generator
 ) -> Tensor:
-    """A random square (3, S, S) of a uint8 picture (3, H, W), S = `image_size`.
+    """A random crop (3, S, S) of a uint8 picture (3, H, W), S = `image_size`.
 
-    With `resize` "random" the picture is reduced first, as if its shorter side were drawn evenly
-    between S and its own length; only the window that is kept gets resampled.
+    With `resize` "random" the picture is first downsized so that its shorter side is uniform
+    between S and its original length; only the cropped window is actually resampled.
     """
     from torchvision.transforms.v2 import InterpolationMode, functional
 
@@ -60,11 +60,11 @@ def random_crop(
 
 
 class Pictures(Dataset):
-    """Crops of one split: random ones for training, else the centre.
+    """Crops of one split: random for training, otherwise central.
 
-    An item is (key, draw): the index of a picture or a row of a stream, and the number of the draw,
-    which with the seed decides the crop. An unusable picture gives way to the next one, so that
-    batches stay full; a row of a stream has no next one and gives None.
+    Items are requested by (key, draw): a picture's index or a row of a stream, and the number of
+    the draw, which determines the crop together with the seed. An unusable picture is replaced by
+    the next one, so that batches stay full; an unusable row of a stream returns None.
     """
 
     def __init__(
@@ -106,17 +106,19 @@ class Pictures(Dataset):
         return {"image": image, "caption": caption, "name": row["name"], "number": draw}
 
     def report(self, name: str, reason: UnusablePicture) -> None:
-        """Count a picture skipped while running; warn at the 1st, 10th, 100th, ..."""
+        """Count a skipped picture and warn at the 1st, 10th, 100th, ..."""
         self.num_skipped += 1
         if math.log10(self.num_skipped).is_integer():
-            rank_zero_warn(f"{self.num_skipped} picture(s) skipped so far, now {name}: {reason}.")
+            rank_zero_warn(
+                f"{self.num_skipped} picture(s) skipped so far, most recently {name}: {reason}."
+            )
 
 
 def collate(samples: list[dict[str, Any] | None]) -> dict[str, Any]:
-    """Samples to a batch, see `ImageData`: tensors stacked, all else in lists."""
+    """Samples to a batch (see `ImageData`): tensors stacked, everything else in lists."""
     samples = [sample for sample in samples if sample is not None]
     if not samples:
-        raise ValueError("data.path: a whole batch of the stream was damaged, look at its source.")
+        raise ValueError("data.path: every picture in a batch of the stream is damaged; check it.")
     batch = {key: [sample[key] for sample in samples] for key in samples[0]}
     stacked = {key: torch.stack(v) for key, v in batch.items() if isinstance(v[0], Tensor)}
     return {**batch, **stacked, "number": torch.tensor(batch["number"])}
@@ -126,9 +128,9 @@ def collate(samples: list[dict[str, Any] | None]) -> dict[str, Any]:
 class ShuffledDraws:
     """Batches of (index, draw) from an endless sequence of shuffled passes over the pictures.
 
-    Draw j takes place j % n of pass j // n. Batch b of all ranks together is the draws from
-    b * batch_size * world_size on, dealt to the ranks in turn. `position` says, when an iteration
-    starts, how many batches were trained on before.
+    Draw j is element j % n of pass j // n over n pictures. Global batch b starts at draw
+    b * batch_size * world_size, and its draws go to the ranks in turn. `position` is called when
+    an iteration starts and returns the number of batches already trained on.
     """
 
     pictures: Pictures
@@ -139,7 +141,9 @@ class ShuffledDraws:
     position: Callable[[], int]
 
     def __len__(self) -> int:
-        return self.num_batches  # None, a stream's single pass, makes len() a TypeError
+        if self.num_batches is None:  # Lightning takes a TypeError to mean "no length"
+            raise TypeError("a single pass over a stream has no length; iterate over it instead.")
+        return self.num_batches
 
     def __iter__(self) -> Iterator[list[tuple[Any, int]]]:
         items, num_done = [], 0
@@ -155,20 +159,20 @@ class ShuffledDraws:
             yield items
 
     def _keys(self, first: int) -> Iterator[tuple[int, Any]]:
-        order, order_of, num_pictures = torch.empty(0), -1, len(self.pictures)
+        order, current_pass, num_pictures = torch.empty(0), -1, len(self.pictures)
         for draw in itertools.count(first):
-            number, place = divmod(draw, num_pictures)
-            if number != order_of:
+            number, position = divmod(draw, num_pictures)
+            if number != current_pass:
                 generator = keyed_generator(self.pictures.seed, 0, number)
-                order, order_of = torch.randperm(num_pictures, generator=generator), number
-            yield draw, int(order[place])
+                order, current_pass = torch.randperm(num_pictures, generator=generator), number
+            yield draw, int(order[position])
 
 
 class StreamedDraws(ShuffledDraws):
-    """The same with rows of a stream: shuffled in a buffer and endless for training, else one pass.
+    """The same for the rows of a stream: endless and buffer-shuffled for training, else one pass.
 
-    Rows whose header shows them unusable are not counted. Rows before `first` are read again and
-    dropped undecoded: a stream cannot be entered in its middle.
+    Rows with an unusable image header are not counted. On resume, rows before `first` are read and
+    dropped without decoding, because a stream cannot be entered in the middle.
     """
 
     def _keys(self, first: int) -> Iterator[tuple[int, Any]]:
@@ -201,12 +205,12 @@ class StreamedDraws(ShuffledDraws):
 
 
 class ResumableLoader:
-    """Batches that start where training stands, read from the trainer when iteration starts.
+    """Batches from the trainer's current position, which is read when an iteration starts.
 
-    The trainer's own count of trained batches is the only state. Not a `DataLoader`, because
-    Lightning would replace the sampler of one when there are several processes; `state_dict` and
-    `load_state_dict` are Lightning's sign that a run may resume within an epoch, and hold what must
-    not change for the batches to be the ones an uninterrupted run would get.
+    The trainer's count of trained batches is the only state. This is not a `DataLoader` because
+    with several processes Lightning would replace its sampler. A loader with `state_dict` and
+    `load_state_dict` counts as resumable within an epoch in Lightning; here they hold the values
+    that must not change for the batches to match those of an uninterrupted run.
     """
 
     def __init__(self, draws: ShuffledDraws, num_workers: int) -> None:
@@ -220,22 +224,23 @@ class ResumableLoader:
 
     def state_dict(self) -> dict[str, int]:
         draws = self.draws
-        group = draws.batch_size * draws.world_size
-        return {"seed": draws.pictures.seed, "global batch size": group}
+        global_batch_size = draws.batch_size * draws.world_size
+        return {"seed": draws.pictures.seed, "global batch size": global_batch_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        for name, now in self.state_dict().items():
-            if state[name] != now:
+        for name, current in self.state_dict().items():
+            if state[name] != current:
                 rank_zero_warn(
-                    f"data: the {name} was {state[name]} in the checkpoint and is {now} now, so "
-                    "the batches to come differ from those of an uninterrupted run."
+                    f"data: the {name} was {state[name]} in the checkpoint and is {current} now, "
+                    "so batches will differ from those of an uninterrupted run; restore the old "
+                    "value to avoid this."
                 )
 
 
 def make_loader(
     samples: Dataset, num_workers: int, batches: ShuffledDraws | None, batch_size: int = 1
 ) -> DataLoader:
-    """A `DataLoader` over `batches` of items, or over all samples in their order."""
+    """A `DataLoader` over `batches` of items, or over all samples in order."""
     which = {"batch_size": batch_size} if batches is None else {"batch_sampler": batches}
     return DataLoader(
         samples,
@@ -243,5 +248,5 @@ def make_loader(
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # or starting an iteration would draw from the global one
+        generator=torch.Generator(),  # keeps iteration from drawing from the global generator
     )

@@ -1,4 +1,4 @@
-"""Early stop: end a diffusers pipeline's loop while its latents are noisy and let PiD finish."""
+"""Early stop: end a diffusers pipeline while its latents are still noisy and let PiD finish."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from pid_lightning.diffusers_vae import PiDAutoencoder
 from pid_lightning.noising import from_exploding
 
-# How a scheduler holds latents between steps, at the noise level `sigma` of its own schedule.
+# Schedulers by the form of their latents between steps, at noise level `sigma` of their schedule.
 FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 EXPLODING = (
     "EulerDiscreteScheduler",
@@ -23,7 +23,7 @@ VARIANCE_PRESERVING = (
     "DEISMultistepScheduler",
     "UniPCMultistepScheduler",
 )
-DISCRETE = ("DDIMScheduler", "DDPMScheduler")  # variance-preserving, and keep no sigmas
+DISCRETE = ("DDIMScheduler", "DDPMScheduler")  # variance-preserving, without a table of sigmas
 KNOWN_SCHEDULERS = (*FLOW, *EXPLODING, *VARIANCE_PRESERVING, *DISCRETE)
 
 
@@ -31,9 +31,9 @@ class EarlyStop:
     """A `callback_on_step_end` that ends the loop after `at_step` steps; see `stop_early`.
 
     Attributes:
-        at_step: steps that the loop takes.
-        latent_sigma: noise level of the latents handed over by the last call of the pipeline, in
-            the decoder's frame; None before.
+        at_step: number of steps to run.
+        latent_sigma: noise level, in the decoder's frame, of the latents that the last pipeline
+            call passed on; None before.
     """
 
     def __init__(self, at_step: int) -> None:
@@ -43,7 +43,7 @@ class EarlyStop:
     def __call__(
         self, pipe: Any, step: int, timestep: Tensor, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Called by the pipeline after each step; gives back what the loop goes on with."""
+        """Called by the pipeline after each step; returns the tensors to continue with."""
         if step == 0:
             self._begin(pipe, callback_kwargs)
         if step + 1 != self.at_step:
@@ -52,7 +52,7 @@ class EarlyStop:
         frame = pipe.vae.pid_decoder.info.noise_frame
         latents, self.latent_sigma = to_frame(callback_kwargs["latents"], signal, noise, frame)
         pipe.vae.expect_noise(self.latent_sigma, lambda: pipe.interrupt)
-        pipe._interrupt = True  # diffusers' documented way to end a loop from a callback
+        pipe._interrupt = True  # diffusers' documented way to stop from a callback
         return {**callback_kwargs, "latents": latents}
 
     def _begin(self, pipe: Any, callback_kwargs: dict[str, Any]) -> None:
@@ -60,18 +60,18 @@ class EarlyStop:
         _check_pipeline(pipe)
         if self.at_step > pipe.num_timesteps:
             raise ValueError(
-                f"at_step: {self.at_step} is beyond the {pipe.num_timesteps} steps of this call: "
-                "give fewer, or raise num_inference_steps."
+                f"at_step: {self.at_step} exceeds the {pipe.num_timesteps} steps of this call; "
+                "lower it or raise num_inference_steps."
             )
         if "latents" not in callback_kwargs:
             raise ValueError(
-                "callback_on_step_end_tensor_inputs must name 'latents' for an early stop: leave "
-                "it out, or add 'latents'."
+                f"callback_on_step_end_tensor_inputs: {[*callback_kwargs]} must include 'latents' "
+                "for an early stop; add it or omit the argument."
             )
 
 
 def stop_early(pipe: Any, at_step: int = 24) -> EarlyStop:
-    """End a pipeline's loop after `at_step` steps and decode what is there, noise included.
+    """End a pipeline's loop after `at_step` steps and decode the still noisy latents with PiD.
 
     ::
 
@@ -79,42 +79,42 @@ def stop_early(pipe: Any, at_step: int = 24) -> EarlyStop:
         picture = pipe(prompt, num_inference_steps=28,
                        callback_on_step_end=stop_early(pipe, 24)).images[0]
 
-    PiD is told the noise level that is left, the sigma of the step that would come next. Latents
-    held in another frame than the decoder was trained in (SDXL's `z + sigma eps`) are converted.
-    With `output_type="latent"` the pipeline returns the converted latents, and `latent_sigma` of
-    the callback is their level.
+    PiD receives the remaining noise level, which is the sigma of the next step. Latents in a
+    different frame than the decoder was trained in (SDXL's `z + sigma eps`) are converted. With
+    `output_type="latent"` the pipeline returns the converted latents, and `latent_sigma` of the
+    callback is their noise level.
 
     Args:
         pipe: a diffusers pipeline whose `vae` is a `PiDAutoencoder`.
-        at_step: steps of the loop to take, of those that the call asks for.
+        at_step: number of steps to run, at most the number of steps of the call.
 
     Returns:
-        The callback, to be used for any number of calls.
+        The callback, which can be used for any number of calls.
 
     Raises:
-        ValueError: another autoencoder, a pipeline that cannot be interrupted, a scheduler whose
-            noise levels are not known here, or less than one step.
+        ValueError: `vae` is not a `PiDAutoencoder`, the pipeline cannot be interrupted, the noise
+            levels of its scheduler are not known, or `at_step` is less than 1.
     """
     if at_step < 1:
-        raise ValueError(f"at_step: {at_step} must be at least 1.")
+        raise ValueError(f"at_step: {at_step} must be at least 1; give the number of steps to run.")
     _check_pipeline(pipe)
     return EarlyStop(at_step)
 
 
 def signal_and_noise(scheduler: Any, timestep: Tensor | int) -> tuple[float, float]:
-    """The latents' parts after a step: they are `signal * z + noise * eps`.
+    """Coefficients of the latents after a step, which are `signal * z + noise * eps`.
 
     Args:
-        scheduler: of diffusers, its `step` just called.
-        timestep: that `step` was called with.
+        scheduler: a diffusers scheduler whose `step` has just been called.
+        timestep: the timestep that `step` was called with.
 
     Raises:
-        ValueError: a scheduler that is not known here.
+        ValueError: the scheduler is not supported.
     """
     kind = _kind(scheduler)
     if kind in DISCRETE:
         return _discrete(scheduler, int(timestep), kind)
-    sigma = float(scheduler.sigmas[scheduler.step_index])  # `step` has counted on already
+    sigma = float(scheduler.sigmas[scheduler.step_index])  # `step` has already advanced the index
     if kind in FLOW or scheduler.config.get("use_flow_sigmas", False):
         return 1 - sigma, sigma
     if kind in EXPLODING:
@@ -124,12 +124,12 @@ def signal_and_noise(scheduler: Any, timestep: Tensor | int) -> tuple[float, flo
 
 
 def to_frame(latents: Tensor, signal: float, noise: float, frame: str) -> tuple[Tensor, float]:
-    """Latents `signal * z + noise * eps` brought into a frame of `noising`, and their level there.
+    """Latents `signal * z + noise * eps` converted to a frame of `noising`, and their level there.
 
     Args:
-        latents: of any shape; computed in fp32, returned in their own type.
-        signal: share of the clean latents, above 0.
-        noise: share of the noise.
+        latents: of any shape; computed in fp32, returned in their own dtype.
+        signal: coefficient of the clean latents, above 0.
+        noise: coefficient of the noise.
         frame: ``"flow"`` or ``"variance_preserving"``.
     """
     if frame == "flow":
@@ -141,7 +141,7 @@ def to_frame(latents: Tensor, signal: float, noise: float, frame: str) -> tuple[
 
 
 def _discrete(scheduler: Any, timestep: int, kind: str) -> tuple[float, float]:
-    """From the cumulative product at the timestep that a step leads to."""
+    """Signal and noise from the cumulative alpha at the timestep after the step."""
     if kind == "DDPMScheduler":
         previous, last = int(scheduler.previous_timestep(timestep)), scheduler.one
     else:
@@ -157,8 +157,8 @@ def _kind(scheduler: Any) -> str:
         if ancestor.__name__ in KNOWN_SCHEDULERS:
             return ancestor.__name__
     raise ValueError(
-        f"scheduler: how a {type(scheduler).__name__} holds its noise is not known here, so no "
-        f"right sigma can be told: use one of {', '.join(KNOWN_SCHEDULERS)}."
+        f"scheduler: the noise level of a {type(scheduler).__name__} is not known; use one of "
+        f"{', '.join(KNOWN_SCHEDULERS)}."
     )
 
 
@@ -167,9 +167,11 @@ def _check_pipeline(pipe: Any) -> None:
     vae = getattr(pipe, "vae", None)
     if not isinstance(vae, PiDAutoencoder):
         raise ValueError(
-            f"pipe.vae is of class {type(vae).__name__}, which would decode noise as if it were a "
-            "picture: set pipe.vae = PiDAutoencoder(pipe.vae, decoder) first."
+            f"pipe.vae: {type(vae).__name__} cannot decode noisy latents; set pipe.vae = "
+            "PiDAutoencoder(pipe.vae, decoder) first."
         )
     if not hasattr(type(pipe), "interrupt"):
-        raise ValueError(f"pipe: a {name} cannot be interrupted, so it cannot be stopped early.")
+        raise ValueError(
+            f"pipe: a {name} cannot be stopped early; use a pipeline with an `interrupt` property."
+        )
     _kind(pipe.scheduler)

@@ -1,7 +1,7 @@
-"""THE time convention of pixels: `t` runs from 0 (clean image) to 1 (noise), and velocity points
+"""The time convention for pixels: `t` runs from 0 (clean image) to 1 (noise), and velocity points
 from the image to the noise.
 
-Every formula is that of the straight (rectified) flow, arXiv 2209.03003, in fp32 at least.
+All formulas are those of the straight (rectified) flow, arXiv 2209.03003, in fp32 at least.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import math
 import torch
 from torch import Tensor
 
-# Below this time an x0 error would be divided by almost nothing (arXiv 2511.13720, section 4).
+# At smaller times, dividing by t would blow up errors in x0 (arXiv 2511.13720, section 4).
 SMALLEST_DIVISOR = 0.05
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) to (B, 1, 1, ...) of as many dimensions as `like`, in fp32 at least."""
+    """Reshape (B,) to (B, 1, 1, ...), with the dimensions of `like`, in fp32 at least."""
     dtype = torch.promote_types(values.dtype, torch.float32)
     return values.to(like.device, dtype).view(-1, *[1] * (like.ndim - 1))
 
@@ -28,7 +28,7 @@ def add_noise(x0: Tensor, eps: Tensor, t: Tensor, out: Tensor | None = None) -> 
         x0: images (B, 3, H, W) in [-1, 1].
         eps: standard normal noise like `x0`.
         t: pixel times (B,) in [0, 1].
-        out: takes the result, `x0` itself if wished.
+        out: tensor to write the result to; may be `x0` itself.
     """
     t = per_sample(t, x0)
     dtype = torch.promote_types(t.dtype, x0.dtype)
@@ -41,14 +41,14 @@ def velocity_of(x0: Tensor, eps: Tensor) -> Tensor:
 
 
 def x0_from_velocity(x_t: Tensor, velocity: Tensor, t: Tensor, out: Tensor | None = None) -> Tensor:
-    """`x0 = x_t - t velocity`, in fp32 at least; `out` takes it, `x_t` itself if wished."""
+    """`x0 = x_t - t velocity`, in fp32 at least, written to `out`, which may be `x_t` itself."""
     t = per_sample(t, x_t)
     dtype = torch.promote_types(t.dtype, x_t.dtype)
     return torch.addcmul(x_t.to(dtype), t.to(dtype), velocity.to(dtype), value=-1, out=out)
 
 
 def velocity_from_x0(x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-    """`(x_t - x0) / max(t, 0.05)`: the velocity of a network that predicts the image."""
+    """`(x_t - x0) / max(t, 0.05)`: the velocity for a network that predicts the image."""
     t = per_sample(t, x_t)
     return (x_t - x0) / t.clamp(min=SMALLEST_DIVISOR)
 
@@ -60,7 +60,7 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 
 
 def resolution_shift(height: int, width: int) -> float:
-    """The shift k for an output of height x width pixels: 6 at 2048 x 2048, less below it."""
+    """The shift k for an output of height x width pixels: 6 at 2048 x 2048, less if smaller."""
     return 6.0 * math.sqrt(math.sqrt(height * width) / 2048)
 
 
@@ -71,7 +71,7 @@ def sample_times(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Training times (B,): logit-normal(0, std), then shifted (arXiv 2403.03206, section 3.1).
-    Drawn on the generator's device, on the CPU without one."""
+    Drawn on the generator's device, or on the CPU without one."""
     device = generator.device if generator is not None else "cpu"
     logits = std * torch.randn(batch_size, generator=generator, device=device)
     return shift_time(logits.sigmoid(), shift)

@@ -1,4 +1,4 @@
-"""What a process does with the memory of freed tensors on a CPU: keep it for the next ones."""
+"""Keeps the memory of freed CPU tensors in the process, for the next ones."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import sys
 
 # Parameters of glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-MOST_KEPT = 2**31 - 1  # bytes of freed memory that stay with the process
-LARGEST_KEPT = 2**28  # bytes of a tensor whose memory stays
-THRESHOLDS = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}  # of the environment
+MAX_KEPT_BYTES = 2**31 - 1  # freed memory that stays with the process
+MAX_KEPT_TENSOR = 2**28  # bytes of the largest tensor whose memory stays
+THRESHOLDS = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}  # environment variables
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep freed memory, up to 2 GiB of it.
+    """Let the C library keep up to 2 GiB of freed memory.
 
-    By default glibc gives every large tensor's memory back to the system, which hands it out page
-    by page and zeroed again at the next step. It concerns the whole process, hence for programs to
-    call, not for `import`. Nothing happens where the environment sets malloc's thresholds or the C
-    library is another.
+    By default glibc returns every large tensor's memory to the system, which hands it out page by
+    page, zeroed again, at the next step. The setting affects the whole process, so programs should
+    call this, never an `import`. Does nothing if the environment sets malloc's thresholds or the C
+    library is not glibc.
     """
     if "_threshold=" in os.environ.get("GLIBC_TUNABLES", "") or THRESHOLDS & os.environ.keys():
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    # One of them without the other would end glibc's own adaptation of both: slower than before.
-    if mallopt is not None and mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT):
-        mallopt(M_TRIM_THRESHOLD, MOST_KEPT)
+    # Setting one alone would end glibc's own adaptation of both and be slower than the default.
+    if mallopt is not None and mallopt(M_MMAP_THRESHOLD, MAX_KEPT_TENSOR):
+        mallopt(M_TRIM_THRESHOLD, MAX_KEPT_BYTES)

@@ -1,4 +1,4 @@
-"""Where models come from and go to: a file, a folder, a bundled name, or the Hugging Face hub."""
+"""Find and publish models: files, folders, runs, bundled names and the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from typing import Any
 
 import torch
 
+from pid_lightning.files import replaced_file
 from pid_lightning.nn import PiD
-from pid_lightning.pictures import replaced_file
 from pid_lightning.weights import ModelInfo, save_model
 
 MODEL_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
 MODEL_SUFFIXES = (".safetensors", ".ckpt")
 
-# Models that ship with the package, by name; the first is the default of `pid decode`.
+# Models shipped with the package; the first is the default of `pid decode`.
 BUNDLED_MODELS: dict[str, Path] = {
     "pid-small-vae-4x": Path(__file__).parent / "assets" / "pid-small-vae-4x.safetensors",
 }
 
 
 def find_model(name: str | Path, **hub_options: Any) -> Path:
-    """The file of a model.
+    """Path of a model's file.
 
     Args:
         name: a ``.safetensors`` model, a run's ``.ckpt``, a folder that `save_folder` wrote, a
-            bundled name, or a hub id ``owner/name``.
+            run's folder (its newest checkpoint), a bundled name, or a hub id ``owner/name``.
         hub_options: `revision`, `token`, `cache_dir`, `local_files_only` of `hf_hub_download`.
 
     Raises:
-        FileNotFoundError: nothing of that name is here.
-        OSError: the hub does not give it.
+        FileNotFoundError: no local model has that name.
+        OSError: the hub cannot provide it.
     """
     path = Path(name)
     if str(name) in BUNDLED_MODELS:
@@ -39,12 +39,13 @@ def find_model(name: str | Path, **hub_options: Any) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        if not (path / MODEL_FILE).is_file():
+        found = path / MODEL_FILE if (path / MODEL_FILE).is_file() else find_last_checkpoint(path)
+        if found is None:
             raise FileNotFoundError(
-                f"folder {path} holds no {MODEL_FILE}: name a model file, or a folder that "
-                "save_pretrained wrote."
+                f"folder {path} holds neither {MODEL_FILE} nor a run's checkpoints: name a model "
+                "file, a folder written by save_pretrained, or the folder of a run."
             )
-        return path / MODEL_FILE
+        return found
     is_id = str(name).count("/") == 1 and not str(name).startswith(("/", "."))
     if path.suffix in MODEL_SUFFIXES or not is_id:
         bundled = ", ".join(BUNDLED_MODELS)
@@ -53,6 +54,16 @@ def find_model(name: str | Path, **hub_options: Any) -> Path:
             f"hub id owner/name, or a bundled name ({bundled})."
         )
     return _download(str(name), hub_options)
+
+
+def find_last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in the folder of a run, or of all versions of a run.
+
+    Normally that is a `last.ckpt`; after a kill it may be the last periodic checkpoint.
+    """
+    places = ("", "checkpoints/", "version_*/checkpoints/")
+    found = [path for place in places for path in folder.glob(f"{place}*.ckpt")]
+    return max(found, key=lambda path: (path.stat().st_mtime, path.name), default=None)
 
 
 def _download(repo_id: str, options: dict[str, Any]) -> Path:
@@ -64,13 +75,13 @@ def _download(repo_id: str, options: dict[str, Any]) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise OSError(
-            f"model {repo_id!r} is no file or folder here and the hub does not give its "
+            f"model {repo_id!r} is no local file or folder, and the hub does not provide its "
             f"{MODEL_FILE} ({reason}): check the name and the connection."
         ) from error
 
 
 def save_folder(denoiser: PiD, info: ModelInfo, folder: str | Path, dtype: torch.dtype) -> None:
-    """Write the self-describing file, its description as ``config.json``, and a model card."""
+    """Write the model file, its metadata as ``config.json``, and a model card."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_model(denoiser, info, folder / MODEL_FILE, dtype)
@@ -81,11 +92,11 @@ def save_folder(denoiser: PiD, info: ModelInfo, folder: str | Path, dtype: torch
 
 
 def push_folder(folder: str | Path, repo_id: str, **options: Any) -> str:
-    """Upload a folder of `save_folder` to the hub; returns the address of the commit.
+    """Upload a folder written by `save_folder` to the hub; returns the URL of the commit.
 
     Args:
         folder: what to upload.
-        repo_id: ``owner/name``, made if missing.
+        repo_id: ``owner/name``, created if missing.
         options: `private`, `token` and `commit_message`.
     """
     from huggingface_hub import HfApi
@@ -99,7 +110,7 @@ def push_folder(folder: str | Path, repo_id: str, **options: Any) -> str:
 
 
 def model_card(denoiser: PiD, info: ModelInfo) -> str:
-    """A card in the hub's format, filled with what the file says of itself."""
+    """Model card in the hub's format, filled from the model's metadata."""
     millions = sum(weight.numel() for weight in denoiser.parameters()) / 1e6
     kind = "a teacher, sampled by a solver"
     if info.student_times is not None:

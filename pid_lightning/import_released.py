@@ -1,9 +1,7 @@
-"""Published weights to one self-describing file: nothing is guessed, nothing of the file is run."""
+"""Convert published weights to a self-describing model file; nothing is guessed or executed."""
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from pid_lightning.released import build_from_arguments, from_released
 from pid_lightning.sampling import STUDENT_TIMES
+from pid_lightning.tensor_files import read_torch_file
 from pid_lightning.weights import ModelInfo, save_model
 
 NETWORK, AVERAGED = "net.", "net_ema."
@@ -22,13 +21,13 @@ IGNORED = ("fake_score.", "discriminator.")
 
 @dataclass(frozen=True)
 class Family:
-    """Latents that weights were released for; their shapes alone do not tell.
+    """A latent family that weights were released for; tensor shapes do not identify it.
 
     Attributes:
-        module: the LightningModule of the family.
+        module: name of the family's LightningModule.
         encoder: arguments of its encoder.
         latent_space, latent_channels, latent_stride, scale, noise_frame: see `ModelInfo`.
-        unpack: packing that v1.5's adapter undoes.
+        unpack: side of the packing that v1.5's adapter undoes.
     """
 
     module: str
@@ -55,7 +54,7 @@ FAMILIES: dict[str, Family] = {
     "siglip": Family("SigLIPPiD", {}, "siglip2", 1152, 16, scale=8),
 }
 
-# Arguments of the published networks, by the names their constructor gives them.
+# Arguments of the published constructor, by its own names.
 BACKBONE = {
     "hidden_size": 1536,
     "num_groups": 24,
@@ -101,31 +100,31 @@ def import_released(
     student_times: Sequence[float] | None = STUDENT_TIMES,
     sizes: Mapping[str, Any] | None = None,
 ) -> ModelInfo:
-    """Write a self-describing model file from published weights, in the type they are stored in.
+    """Write a model file from published weights, in their stored dtype.
 
     Args:
         path: the published ``.pth``: a flat dict of tensors.
         out: the ``.safetensors`` to write.
-        family: of the latents, one of `FAMILIES`.
+        family: latent family, one of `FAMILIES`.
         version: ``"v1"`` or ``"v1.5"``.
-        ema: take the tensors of ``net_ema.`` instead of those of ``net.``.
-        image_size: side of the outputs the weights were trained on.
-        student_times: times of a distilled student; None for a teacher.
-        sizes: arguments of the published constructor in place of the released ones.
+        ema: take ``net_ema.`` instead of ``net.``.
+        image_size: side in pixels of the training outputs.
+        student_times: sampling times of a distilled student; None for a teacher.
+        sizes: constructor arguments that override the released ones.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is no dict of tensors or would run code (none is run), and tensors
-            that are not exactly those of this family and version.
+        ValueError: the file is no dict of tensors or asks for code to be run (none is), or its
+            tensors are not exactly those of this family and version.
     """
     for name, value, known in (("family", family, FAMILIES), ("version", version, VERSIONS)):
         if value not in known:
             raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}.")
     if Path(out).suffix != ".safetensors":
-        raise ValueError(f"{out}: the file's name must end in .safetensors.")
+        raise ValueError(f"{out}: the file name must end in .safetensors.")
     released = _without_prefix(read_released(path), AVERAGED if ema else NETWORK, path)
     arguments = released_arguments(family, version) | dict(sizes or {})
-    # The head that only training reads is in some files and not in others.
+    # Only some files hold the RGB head, which is used in training alone.
     arguments["lq_aux_rgb_head"] = any("lq_aux_rgb_head" in name for name in released)
     _check_kind(released, family, version, arguments, path)
     with torch.device("meta"):
@@ -154,7 +153,7 @@ def import_released(
 
 
 def released_arguments(family: str, version: str) -> dict[str, Any]:
-    """The published constructor's arguments for released weights."""
+    """Arguments of the published constructor for released weights."""
     kind = FAMILIES[family]
     return {
         **BACKBONE,
@@ -167,32 +166,20 @@ def released_arguments(family: str, version: str) -> dict[str, Any]:
 
 
 def read_released(path: str | Path) -> dict[str, Tensor]:
-    """A flat dict of tensors, mapped from the file; whatever else a pickle asks for is not done.
+    """Read a flat dict of tensors, memory-mapped.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: anything else than a dict of tensors.
+        ValueError: the file holds anything else.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; name the released .pth.")
-    try:
-        released = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} asks for code to be run or is damaged; it was refused and nothing of it was "
-            "executed: take the file from its publisher."
-        ) from error
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path} is cut short or not a file of torch.save; it was refused and nothing of it "
-            "was executed: download it again."
-        ) from error
+    released = read_torch_file(path)
     flat = isinstance(released, dict) and all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in released.items()
     )
     if not flat:
-        raise ValueError(f"{path} is not the flat dict of tensors that was released.")
+        raise ValueError(
+            f"{path} is not the flat dict of tensors that was published; take the published .pth."
+        )
     return released
 
 
@@ -202,12 +189,15 @@ def _without_prefix(
     taken = {k.removeprefix(prefix): v for k, v in released.items() if k.startswith(prefix)}
     if not taken:
         held = sorted({name.split(".")[0] + "." for name in released})
-        raise ValueError(f"{path} holds no tensors under {prefix} but {', '.join(held) or 'none'}.")
+        raise ValueError(
+            f"{path} holds no tensors under {prefix}, only {', '.join(held) or 'none'}; use net. or "
+            "net_ema. with --ema."
+        )
     strange = [k for k in released if not k.startswith((NETWORK, AVERAGED, *IGNORED))]
     if strange:
         raise ValueError(
             f"{path} holds {len(strange)} tensors besides the released ones, the first is "
-            f"{strange[0]}."
+            f"{strange[0]}; take the published file."
         )
     return taken
 
@@ -219,7 +209,7 @@ def _check_kind(
     arguments: Mapping[str, Any],
     path: str | Path,
 ) -> None:
-    """Name the version or the families that the shapes say, where they are not those given."""
+    """Refuse a version or family that the tensors' shapes contradict, naming the right ones."""
     gate = released.get("lq_proj.gate_modules.0.content_proj.weight")
     if gate is not None:
         found = "v1.5" if gate.shape[0] == 1 else "v1"

@@ -1,4 +1,4 @@
-"""Latents in files: one tensor named "latents" in a `.safetensors`."""
+"""Reading latents from `.safetensors` files with one tensor named "latents"."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from torch import Tensor
 
 
 def read_latents(path: Path) -> Tensor:
-    """Normalised latents (C, h, w), float32, of a .safetensors file.
+    """Read normalised latents (C, h, w) from a .safetensors file, as float32.
 
     Raises:
-        ValueError: the file is damaged, holds anything but one tensor "latents" of shape (C, h, w)
-            or (1, C, h, w), or that tensor is not finite.
+        ValueError: the file is damaged, or does not hold exactly one finite tensor "latents" of
+            shape (C, h, w) or (1, C, h, w).
     """
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as latents ({error}): write it again.") from error
+        raise ValueError(f"{path} cannot be read as latents ({error}); write it again.") from error
     if list(tensors) != ["latents"]:
         raise ValueError(
-            f"{path} holds the tensors {sorted(tensors)}: a file of latents holds one, named "
-            "'latents'."
+            f"{path} holds the tensors {sorted(tensors)}; save exactly one tensor, named 'latents'."
         )
     latents = tensors["latents"].float()
     shape = tuple(latents.shape)
@@ -31,8 +30,9 @@ def read_latents(path: Path) -> Tensor:
         latents = latents[0]
     if latents.ndim != 3 or latents.numel() == 0:
         raise ValueError(
-            f"{path}: its latents are {shape}, give (C, h, w) or (1, C, h, w), one file a picture."
+            f"{path}: latents of shape {shape} must be (C, h, w) or (1, C, h, w); save one file "
+            "per picture."
         )
     if not latents.isfinite().all():
-        raise ValueError(f"{path}: its latents are not all finite, write them again.")
+        raise ValueError(f"{path}: the latents are not all finite; write them again.")
     return latents

@@ -1,4 +1,4 @@
-"""What "normalised" latents are in each space: an affine map per channel, and FLUX.2's packing."""
+"""Normalised latent spaces: an affine map per channel, plus 2 x 2 packing for FLUX.2."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-# A picture's normalised latents have a standard deviation near 1. Below and above these bounds a
-# missing or doubled normalisation is likelier than an unusual picture; small ones reach 2.
+# Normalised latents have a standard deviation near 1. Outside these bounds, a missing or doubled
+# normalisation is more likely than an unusual picture; small pictures reach 2.
 PLAUSIBLE_STD = (0.4, 2.2)
 
-# diffusers' autoencoders whose latent space is known.
+# diffusers autoencoders whose latent space is known.
 SUPPORTED_CLASSES = ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLQwenImage")
 
 
@@ -25,12 +25,12 @@ class LatentSpace:
     """The normalised space a latent diffusion model works in: ``(pack(raw) - shift) * scale``.
 
     Attributes:
-        name: written into checkpoints, so that latents of two spaces are never mixed up.
+        name: stored in checkpoints, so that latents of different spaces are never mixed up.
         channels: channels C of the normalised latents (after packing).
         stride: pixels per cell of the normalised latents (after packing).
         shift: one number, or one per channel of the normalised latents.
         scale: one number, or one per channel of the normalised latents.
-        packing: raw cells per side folded into the channels of one latent cell: 1, or 2 (FLUX.2).
+        packing: raw cells per side that are folded into channels: 1, or 2 for FLUX.2.
     """
 
     name: str
@@ -44,22 +44,22 @@ class LatentSpace:
         for field, numbers in (("shift", self.shift), ("scale", self.scale)):
             if len(numbers) not in (1, self.channels):
                 raise ValueError(
-                    f"Latent space {self.name!r} has {self.channels} channels but {len(numbers)} "
-                    f"numbers of {field}: give 1 or {self.channels}."
+                    f"{field}: {len(numbers)} values do not fit the {self.channels} channels of "
+                    f"latent space {self.name!r}; give 1 or {self.channels}."
                 )
 
     def normalise(self, raw: Tensor) -> Tensor:
-        """What the autoencoder's encoder gives to what PiD wants, in the same dtype.
+        """Raw latents of the autoencoder to normalised latents, in the same dtype.
 
         Args:
             raw: (B, C/packing^2, h*packing, w*packing), or with a frame axis of length one,
-                (B, C/packing^2, 1, h*packing, w*packing), as video autoencoders give.
+                (B, C/packing^2, 1, h*packing, w*packing), as returned by video autoencoders.
 
         Returns:
             Latents (B, C, h, w).
 
         Raises:
-            ValueError: the channels, the axes or the sides do not fit this space.
+            ValueError: the shape does not fit this space.
         """
         raw = _drop_frame_axis(raw)
         self._check_channels(raw, self.channels // self.packing**2, "raw")
@@ -71,7 +71,7 @@ class LatentSpace:
         """Inverse of `normalise`: latents (B, C, h, w) to (B, C/packing^2, h*packing, w*packing).
 
         Raises:
-            ValueError: the channels or the axes do not fit this space.
+            ValueError: the shape does not fit this space.
         """
         latents = _drop_frame_axis(latents)
         self._check_channels(latents, self.channels, "normalised")
@@ -88,8 +88,8 @@ class LatentSpace:
     def _check_channels(self, latents: Tensor, channels: int, state: str) -> None:
         if latents.ndim != 4 or latents.shape[1] != channels:
             raise ValueError(
-                f"Latents of shape {tuple(latents.shape)} are not {state} latents of the space "
-                f"{self.name!r}: it has (B, {channels}, h, w)."
+                f"latents: shape {tuple(latents.shape)} does not fit {state} latents of the space "
+                f"{self.name!r}; give (B, {channels}, h, w)."
             )
 
 
@@ -103,8 +103,8 @@ def pack(raw: Tensor, packing: int = 2) -> Tensor:
     """
     if raw.shape[-2] % packing or raw.shape[-1] % packing:
         raise ValueError(
-            f"Raw latents of {raw.shape[-2]} x {raw.shape[-1]} cells cannot be packed "
-            f"{packing} x {packing}: both sides must be multiples of {packing}."
+            f"latents: {raw.shape[-2]} x {raw.shape[-1]} cells cannot be packed {packing} x "
+            f"{packing}; crop both sides to multiples of {packing}."
         )
     return rearrange(
         raw, "b c (h row) (w col) -> b (c row col) h w", row=packing, col=packing
@@ -118,7 +118,7 @@ def unpack(latents: Tensor, packing: int = 2) -> Tensor:
     )  # (B, C/packing^2, h*packing, w*packing)
 
 
-# Per-channel statistics of Qwen-Image's autoencoder, as its published configuration gives them.
+# Per-channel statistics from the published configuration of Qwen-Image's autoencoder.
 # fmt: off
 QWEN_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -130,29 +130,13 @@ QWEN_STD = (
 )
 # fmt: on
 
-# FLUX.2 is missing here on purpose: its statistics are tensors of its autoencoder (`flux2_space`).
+# FLUX.2 is not listed: its statistics are tensors of its autoencoder, see `flux2_space`.
 KNOWN_SPACES: Mapping[str, LatentSpace] = {
     "sd3": LatentSpace("sd3", 16, 8, shift=(0.0609,), scale=(1.5305,)),
     "flux": LatentSpace("flux", 16, 8, shift=(0.1159,), scale=(0.3611,)),  # also Z-Image
     "sdxl": LatentSpace("sdxl", 4, 8, scale=(0.13025,)),
     "qwen": LatentSpace("qwen", 16, 8, shift=QWEN_MEAN, scale=tuple(1 / s for s in QWEN_STD)),
 }
-
-
-def known_space(name: str) -> LatentSpace:
-    """The space of that name: ``sd3``, ``flux`` (Z-Image too), ``sdxl`` or ``qwen``.
-
-    Raises:
-        ValueError: an unknown name, or ``flux2``, whose statistics only its autoencoder holds.
-    """
-    if name == "flux2":
-        raise ValueError(
-            "FLUX.2's latent statistics are tensors of its autoencoder: build the space with "
-            "flux2_space(vae.bn.running_mean, vae.bn.running_var), or read VAEEncoder.space."
-        )
-    if name not in KNOWN_SPACES:
-        raise ValueError(f"No latent space is named {name!r}: choose one of {[*KNOWN_SPACES]}.")
-    return KNOWN_SPACES[name]
 
 
 def flux2_space(
@@ -164,9 +148,9 @@ def flux2_space(
     """FLUX.2's space from the running statistics of its autoencoder's batch norm.
 
     Args:
-        running_mean: (C,) of the packed latents; 128 numbers in the released autoencoder.
-        running_var: (C,) likewise.
-        eps: added to the variance under the root.
+        running_mean: (C,) for the packed latents; C is 128 in the released autoencoder.
+        running_var: (C,), likewise.
+        eps: added to the variance before the square root.
         stride: pixels per packed cell.
     """
     mean, var = (
@@ -181,9 +165,9 @@ def flux2_space(
 def autoencoder_kl_space(config: Mapping[str, Any]) -> LatentSpace:
     """The space that a diffusers `AutoencoderKL` configuration describes.
 
-    Both conventions of diffusers are understood: ``(z - shift_factor) * scaling_factor``, and
-    ``(z - latents_mean) * scaling_factor / latents_std`` where those lists are given. The name is
-    that of the known space with the same numbers, else one made of the numbers.
+    Both diffusers conventions are supported: ``(z - shift_factor) * scaling_factor``, and
+    ``(z - latents_mean) * scaling_factor / latents_std`` if those lists are present. The name is
+    that of the known space with the same numbers, otherwise it is composed of the numbers.
     """
     channels = config.get("latent_channels", 4)
     stride = 2 ** (len(config.get("block_out_channels", (64,))) - 1)
@@ -210,10 +194,10 @@ def space_of(vae: nn.Module) -> LatentSpace:
 
     Args:
         vae: `AutoencoderKL`, `AutoencoderKLFlux2` or `AutoencoderKLQwenImage`. FLUX.2's statistics
-            are read from its weights; on the meta device they are 0 and 1, the geometry is right.
+            are read from its weights; on the meta device they are 0 and 1, with correct geometry.
 
     Raises:
-        ValueError: an autoencoder class that is not supported.
+        ValueError: the autoencoder's class is not supported.
     """
     name = type(vae).__name__
     if name == "AutoencoderKL":
@@ -221,23 +205,23 @@ def space_of(vae: nn.Module) -> LatentSpace:
     if name == "AutoencoderKLQwenImage":
         return qwen_space(vae.config)
     if name == "AutoencoderKLFlux2":
-        stride = 2 ** len(vae.config.block_out_channels)  # the packing halves once more
+        stride = 2 ** len(vae.config.block_out_channels)  # one more halving, by the packing
         mean, var = vae.bn.running_mean, vae.bn.running_var
         if mean.is_meta:
             mean, var = [0.0] * len(mean), [1.0] * len(mean)
         return flux2_space(mean, var, vae.config.batch_norm_eps, stride)
     raise ValueError(
-        f"vae: class {name} is not supported, its latent space is unknown: give one of "
+        f"vae: class {name} is not supported because its latent space is unknown; use one of "
         f"{', '.join(SUPPORTED_CLASSES)}."
     )
 
 
 def warn_if_not_normalised(latents: Tensor, space: str = "") -> None:
-    """Warn once, in one sentence, when the standard deviation of latents is far from 1.
+    """Warn if the standard deviation of latents is far from 1.
 
     Args:
         latents: (B, C, h, w), clean.
-        space: name of the space they are meant to be in, for the sentence.
+        space: name of the space they should be in, for the message.
     """
     std = latents.detach().float().std().item()
     low, high = PLAUSIBLE_STD
@@ -246,16 +230,16 @@ def warn_if_not_normalised(latents: Tensor, space: str = "") -> None:
     if std > high:
         cause = (
             "they look like an autoencoder's raw output (raw FLUX.1 latents are 2.8 times too "
-            "large, SDXL's 7.7 times): pass them through LatentSpace.normalise first"
+            "large, SDXL's 7.7 times); pass them through LatentSpace.normalise first"
         )
     elif std < low:
-        cause = "they look normalised twice, or belong to an almost empty picture"
+        cause = "they look normalised twice, or the picture is almost uniform; normalise only once"
     else:
-        cause = "they hold NaN"
+        cause = "they contain NaN; check how they were made"
     name = f"{space} latents" if space else "latents"
     warnings.warn(
-        f"These {name} have a standard deviation of {std:.2f} where about 1 is expected, so "
-        f"colours will be wrong: {cause}.",
+        f"These {name} have a standard deviation of {std:.2f} instead of about 1, so colours will "
+        f"be wrong: {cause}.",
         stacklevel=2,
     )
 
@@ -282,8 +266,8 @@ def _drop_frame_axis(latents: Tensor) -> Tensor:
         return latents
     if latents.shape[2] != 1:
         raise ValueError(
-            f"Latents of shape {tuple(latents.shape)} hold {latents.shape[2]} frames: "
-            "give one picture at a time, (B, C, 1, h, w) or (B, C, h, w)."
+            f"latents: shape {tuple(latents.shape)} has {latents.shape[2]} frames; give one frame, "
+            "(B, C, 1, h, w) or (B, C, h, w)."
         )
     return latents[:, :, 0]
 

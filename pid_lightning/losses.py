@@ -1,4 +1,4 @@
-"""Losses as pure functions of network outputs, in fp32 inside whatever comes in.
+"""Losses as pure functions of network outputs, computed in fp32 (DMD: fp64) for any input dtype.
 
 `x0`, `velocity` and pictures are (B, 3, H, W); logits (B, taps); every loss is a scalar mean.
 """
@@ -27,7 +27,7 @@ def dmd_gradient(student_x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor) -> Ten
 
 def dmd_loss(student_x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor) -> Tensor:
     """`0.5 ||x0_student - stopgrad(x0_student - g)||^2`, whose gradient is g over the number of
-    elements; a sample whose g is not finite teaches nothing."""
+    elements; a sample whose g is not finite contributes none."""
     with torch.no_grad():
         gradient = dmd_gradient(student_x0, teacher_x0, fake_x0)
         finite = gradient.flatten(1).isfinite().all(1)
@@ -37,12 +37,12 @@ def dmd_loss(student_x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor) -> Tensor:
 
 
 def fake_score_loss(fake_velocity: Tensor, student_x0: Tensor, eps: Tensor) -> Tensor:
-    """`mean ||v_fake - (eps - x0_student)||^2`: the fake score follows the student."""
+    """`mean ||v_fake - (eps - x0_student)||^2`: trains the fake score on the student's outputs."""
     return flow_matching_loss(fake_velocity, student_x0.detach(), eps)
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
-    """`mean softplus(-fake)`: the student wants its pictures taken for real."""
+    """`mean softplus(-fake)`: rewards student pictures that are classified as real."""
     return F.softplus(-fake_logits.float()).mean()
 
 
@@ -52,12 +52,12 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def approximate_r1_loss(real_logits: Tensor, perturbed_logits: Tensor) -> Tensor:
-    """MSE between the logits of real features and of the same input with a little noise more:
+    """MSE between the logits of real features and of the same input with a little extra noise:
     R1 without second derivatives (APT, arXiv 2501.08316, section 3.3)."""
     return F.mse_loss(perturbed_logits.float(), real_logits.float())
 
 
-# ITU-R BT.601, the weights of R, G, B in luma and in the two chroma differences.
+# ITU-R BT.601: the weights of R, G, B in luma and in the two chroma differences.
 _YCBCR = (
     (0.299, 0.587, 0.114),
     (-0.168736, -0.331264, 0.5),
@@ -75,11 +75,14 @@ def rgb_alignment_loss(rgb: Tensor, low_resolution: Tensor, latent_sigma: Tensor
         low_resolution: the image that the encoder saw, like `rgb`.
         latent_sigma: (B,).
     """
-    to_ycbcr = torch.tensor(_YCBCR, device=rgb.device)
+    # Pageable and non-blocking: a GPU need not be waited for.
+    to_ycbcr, weights = (
+        torch.tensor(values).to(rgb.device, non_blocking=True)
+        for values in (_YCBCR, _YCBCR_WEIGHTS)
+    )
     with torch.autocast(rgb.device.type, enabled=False):
         difference = rgb.float() - low_resolution.float()
         difference = torch.einsum("yc,bchw->byhw", to_ycbcr, difference)
     charbonnier = (difference.square() + 1e-3**2).sqrt()
-    weights = torch.tensor(_YCBCR_WEIGHTS, device=rgb.device).view(1, 3, 1, 1)
-    per_picture = (charbonnier * weights).flatten(1).mean(1)
+    per_picture = (charbonnier * weights.view(1, 3, 1, 1)).flatten(1).mean(1)
     return (per_picture * (1 - latent_sigma.float())).mean()

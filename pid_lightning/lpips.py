@@ -1,13 +1,14 @@
-"""LPIPS, the learned perceptual distance, with its published weights from local files."""
+"""LPIPS, a learned perceptual distance, with its published weights from local files."""
 
 from __future__ import annotations
 
 import importlib.resources
-import pickle
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from pid_lightning.tensor_files import fill, read_tensors
 
 
 class LPIPS(nn.Module):
@@ -19,7 +20,7 @@ class LPIPS(nn.Module):
     torchvision, ``lin{0..4}.weight``.
     """
 
-    smallest_side = 31  # below it the second pooling has nothing left
+    smallest_side = 31  # below it the second pooling has an empty output
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,14 +64,12 @@ def lpips_network(source: str | Path | None) -> tuple[LPIPS | None, str]:
             takes the heads that torchmetrics ships.
 
     Returns:
-        The frozen network in fp32 and "", or None and the sentence that says why.
+        The frozen network in fp32 and "", or None and a sentence that says why.
 
     Raises:
-        FileNotFoundError, ValueError: `source` is not there; damaged, or of another network.
+        FileNotFoundError: `source` does not exist.
+        ValueError: the file is damaged, or holds another network.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if source is None:
         return _lpips_from_cache()
     if not Path(source).is_file():
@@ -78,11 +77,7 @@ def lpips_network(source: str | Path | None) -> tuple[LPIPS | None, str]:
             f"LPIPS weights {source} do not exist: give a .safetensors file of its "
             "AlexNet and heads, or none to look in torch's hub cache."
         )
-    try:
-        state = load_file(source)
-    except SafetensorError as error:
-        raise ValueError(f"LPIPS weights {source} are no whole .safetensors file.") from error
-    return _lpips_from_state(state, source), ""
+    return _lpips_from_state(read_tensors(source), source), ""
 
 
 def _lpips_from_cache() -> tuple[LPIPS | None, str]:
@@ -95,36 +90,20 @@ def _lpips_from_cache() -> tuple[LPIPS | None, str]:
     for path in (backbone, heads):
         if not path.is_file():
             return None, (
-                f"LPIPS was not measured because {path} is not there: name a local .safetensors "
+                f"LPIPS was not measured because {path} is missing: name a local .safetensors "
                 f"file of its weights, or put {path.name} there."
             )
-    state = {k: v for k, v in _load_pth(backbone).items() if k.startswith("features.")}
-    state.update({k.replace("model.1.", ""): v for k, v in _load_pth(heads).items()})
+    state = {k: v for k, v in read_tensors(backbone).items() if k.startswith("features.")}
+    state.update({k.replace("model.1.", ""): v for k, v in read_tensors(heads).items()})
     return _lpips_from_state(state, backbone), ""
 
 
-def _load_pth(path: Path) -> dict[str, Tensor]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"LPIPS weights {path} are damaged: fetch them again.") from error
-
-
-def _lpips_from_state(state: dict[str, Tensor], origin: str | Path) -> LPIPS:
-    # On meta: initialising real parameters would draw from the global random state.
-    with torch.device("meta"):
+def _lpips_from_state(state: dict[str, Tensor], source: str | Path) -> LPIPS:
+    with torch.device("meta"):  # initialising parameters would advance the global random state
         network = LPIPS()
     state = {
-        name: (value.reshape(1, -1, 1, 1) if name.startswith("lin") else value).float()
+        name: value.reshape(1, -1, 1, 1) if name.startswith("lin") else value
         for name, value in state.items()
     }
-    expected = {name: value.shape for name, value in network.state_dict().items()}
-    found = {name: value.shape for name, value in state.items()}
-    wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
-    if wrong:
-        raise ValueError(
-            f"{origin} does not hold LPIPS with AlexNet: {', '.join(wrong[:4])} are missing, "
-            "unknown or of another shape."
-        )
-    network.load_state_dict(state, assign=True)
+    fill(network, state, f"LPIPS {source}", "give the file of LPIPS with AlexNet")
     return network.requires_grad_(False).eval()

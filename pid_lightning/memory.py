@@ -1,4 +1,4 @@
-"""How much memory a decode takes: a run of it without data, counting what lives at once."""
+"""Estimates the memory of a decode by a run without data that tracks live tensors."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ def estimate_working_memory(
     dtype: torch.dtype = torch.bfloat16,
     batch_size: int = 1,
 ) -> int:
-    """Peak bytes of decoding one batch, besides the weights of the denoiser.
+    """Estimate the peak bytes of decoding one batch, without the weights of the denoiser.
 
-    Counted with attention as one operation, as on a GPU; bf16 on a CPU takes some MiB of its
-    scores more (`nn.layers.CACHED_SCORES`), compiled a head's. Guidance, which holds one picture
-    more, an allocator's own waste and a library's workspaces are not counted.
+    Attention counts as one operation, as on a GPU; bf16 on a CPU takes some MiB more for scores
+    (`nn.layers.CACHED_SCORES`), or those of one head if compiled. Not counted: guidance, which
+    holds one more picture, allocator overhead and workspaces of libraries.
 
     Args:
         info: the model.
-        height, width: of the output, in pixels.
-        tile: side of the tiles, None decodes the whole.
-        dtype: of the weights.
+        height, width: size of the output in pixels.
+        tile: side of the tiles; None decodes without tiles.
+        dtype: dtype of the weights.
         batch_size: pictures decoded together.
 
     Raises:
-        ValueError: a size or a tile that does not fit the model.
+        ValueError: the size or the tile does not fit the model.
     """
     dtype = counted_dtype(dtype)
     return _estimate(json.dumps(info.to_plain()), height, width, tile, dtype, batch_size)
 
 
 def counted_dtype(dtype: torch.dtype) -> torch.dtype:
-    """A type of the same bytes whose attention is one operation on a CPU too: that of bf16 is
-    thousands of small ones there, which would take minutes to count."""
+    """A dtype of the same size whose attention is one operation on a CPU too: bf16 takes thousands
+    of small ones there, which would take minutes to count."""
     return torch.float16 if dtype == torch.bfloat16 else dtype
 
 
@@ -115,7 +115,7 @@ def _estimate(
 def _sampling_bytes(
     info: ModelInfo, shape: tuple[int, ...], velocity: Callable[[Tensor, Tensor], Tensor]
 ) -> int:
-    """Peak bytes of the model's own sampler, those that `velocity` takes and lets go included."""
+    """Peak bytes of the model's own sampler, including what `velocity` allocates and frees."""
 
     def sample() -> Tensor:
         noise, times = partial(torch.empty, shape, device="meta"), info.student_times
@@ -132,12 +132,12 @@ def _seen_area(tile: Tile, tiles: Tiles) -> int:
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the elements, a tensor that comes twice counted once."""
+    """Bytes of the elements; a tensor that occurs twice counts once."""
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
 def weight_bytes(network: nn.Module) -> int:
-    """Bytes of a network's weights as they are held, those in 8 bits too."""
+    """Bytes of a network's weights as stored, including 8-bit ones."""
     parts = []
     for weight in network.parameters():
         names = weight.data.__tensor_flatten__()[0] if is_quantised(weight) else ["data"]
@@ -146,7 +146,7 @@ def weight_bytes(network: nn.Module) -> int:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that a decode could still take on a device; None where that cannot be told."""
+    """Bytes that a decode could still allocate on a device; None if unknown."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -158,14 +158,14 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def peak_bytes(compute: Callable[[], object]) -> int:
-    """The most bytes that tensors made by `compute` hold at once."""
+    """Peak bytes of the tensors that `compute` allocates."""
     with _LiveBytes() as live:
         compute()
     return live.peak
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations make, and how much lives at once."""
+    """Tracks the storages that operations allocate, and the peak bytes alive at once."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What `pid test` reports: likeness, consistency, time and memory, one row a method and sigma."""
+"""What `pid test` reports: fidelity, consistency, time and memory, per method and sigma."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pid_lightning.files import replaced_file
 from pid_lightning.lpips import LPIPS
-from pid_lightning.pictures import reduce_picture, replaced_file
+from pid_lightning.pictures import reduce_picture
 
-# key of a row, heading in the terminal, how its value is printed
+# (row key, column heading, value format)
 _COLUMNS = (
     ("method", "method", "{:.20}"),
     ("latent_sigma", "sigma", "{:.3g}"),
@@ -31,29 +32,29 @@ TABLE_WIDTH = 100
 
 
 class PictureMetrics(nn.Module):
-    """Means over pictures of every measure, kept apart by row: (method, latent_sigma).
+    """Means of every measure over pictures, separately for each row: (method, latent_sigma).
 
-    Nothing of it is ever saved: its state is not persistent, and the LPIPS network is held
-    outside the module tree, so that checkpoints, optimisers and averages do not see it.
-    Accumulation and its reduction over processes are torchmetrics'.
+    Nothing is saved: the state is not persistent, and the LPIPS network is held outside the
+    module tree, hidden from checkpoints, optimisers and averages. torchmetrics accumulates and
+    reduces over processes.
 
     Args:
-        lpips: the network of `lpips_network`, or None.
-        lpips_missing: the sentence to report in the LPIPS column when there is no network.
+        lpips: the network from `lpips_network`, or None.
+        lpips_missing: reason to report in the LPIPS column when there is no network.
     """
 
     def __init__(self, lpips: LPIPS | None, lpips_missing: str = "") -> None:
         super().__init__()
         if lpips is None and not lpips_missing:
-            raise ValueError("without an LPIPS network, lpips_missing must say why there is none.")
+            raise ValueError("lpips_missing: must say why LPIPS is missing; give a reason.")
         self._lpips = (lpips,)
         self._lpips_missing = lpips_missing
-        # Follows the module, so that a process that saw no picture knows its device.
+        # Moves with the module, so that a process without pictures knows its device.
         self.register_buffer("_device_of", torch.zeros(()), persistent=False)
         self.reset()
 
     def reset(self) -> None:
-        """Forget every row."""
+        """Drop all rows."""
         self._index: dict[tuple[str, float], int] = {}
         self._rows = nn.ModuleList()
 
@@ -68,7 +69,7 @@ class PictureMetrics(nn.Module):
         seconds: float,
         peak_bytes: int,
     ) -> None:
-        """Add a batch of pictures to a row, measured in fp32 whatever autocast is active.
+        """Add a batch of pictures to a row, measured in fp32 regardless of autocast.
 
         Args:
             row: (method, latent_sigma), e.g. ``("PiD", 0.2)``.
@@ -76,19 +77,19 @@ class PictureMetrics(nn.Module):
             target: (B, 3, H, W) in [-1, 1].
             low_resolution: (B, 3, H/scale, W/scale) in [-1, 1], what the encoder saw.
             scale: side of the output over the side of `low_resolution`.
-            seconds: time that the whole batch took; its B-th part counts for each picture.
-            peak_bytes: peak memory of the batch; the largest of a row is reported.
+            seconds: time of the whole batch, divided evenly among its pictures.
+            peak_bytes: peak memory of the batch; a row reports its maximum.
 
         Raises:
-            ValueError: shapes that do not fit, sides too small, or a prediction that is not
-                finite.
+            ValueError: shapes that do not match, sides that are too small, or a prediction that
+                is not finite.
         """
         row = (row[0], float(row[1]))
         self._check_shapes(prediction, target, low_resolution, scale)
         if not prediction.isfinite().all():
             raise ValueError(
-                f"{row[0]} at latent_sigma {row[1]:g} gave pixels that are not finite: "
-                "check the weights, and test in bf16 or fp32 instead of fp16."
+                f"{row[0]} at latent_sigma {row[1]:g}: predicted pixels are not finite; check the "
+                "weights, and test in bf16 or fp32 instead of fp16."
             )
         with torch.autocast(prediction.device.type, enabled=False):
             prediction = prediction.float().clamp(-1, 1)
@@ -132,7 +133,7 @@ class PictureMetrics(nn.Module):
         smallest = 11 if self._lpips[0] is None else LPIPS.smallest_side
         if min(height, width) < smallest:
             raise ValueError(
-                f"pictures of {height} x {width} pixels are too small to measure: "
+                f"pictures of {height} x {width} pixels are too small to measure; "
                 f"both sides must be at least {smallest}."
             )
 
@@ -150,7 +151,7 @@ class PictureMetrics(nn.Module):
         return self._rows[self._index[row]]
 
     def _all_rows(self) -> list[tuple[str, float]]:
-        """Rows of all processes in one order, which the reduction relies on."""
+        """Rows of all processes in a common order, which the reduction relies on."""
         known = [list(self._index)]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             known = [None] * torch.distributed.get_world_size()
@@ -158,15 +159,15 @@ class PictureMetrics(nn.Module):
         return sorted({row for rows in known for row in rows}, key=lambda row: (row[1], row[0]))
 
     def compute(self) -> list[dict[str, str | float | int]]:
-        """One dict a row, ordered by latent_sigma then method; every process must call it.
+        """One dict per row, ordered by latent_sigma, then method; every process must call it.
 
-        Keys: method, latent_sigma, psnr and consistency (dB), ssim, lpips (or the sentence that
-        says why it is missing), seconds (a picture), peak_mebibytes, num_pictures. The PSNR of
-        equal pictures is infinite, and so is then the mean.
+        Keys: method, latent_sigma, psnr and consistency (dB), ssim, lpips (or the reason why it
+        is missing), seconds (per picture), peak_mebibytes, num_pictures. Identical pictures have
+        an infinite PSNR, which makes the mean infinite.
         """
         rows = []
         for row in self._all_rows():
-            unseen = row not in self._index  # here, not on another process: joins with weight 0
+            unseen = row not in self._index  # measured on another process only: joins with weight 0
             metrics = self._row(row, self._device_of.device)
             for name, metric in metrics.items() if unseen else ():
                 sums = name in ("peak_mebibytes", "num_pictures")
@@ -180,7 +181,7 @@ class PictureMetrics(nn.Module):
 
 
 def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """PSNR (B,) in dB of images (B, 3, H, W) in [-1, 1]."""
+    """PSNR (B,) in dB between images (B, 3, H, W) in [-1, 1]."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     return peak_signal_noise_ratio(images, others, data_range=2.0, reduction="none", dim=(1, 2, 3))
@@ -189,7 +190,7 @@ def psnr(images: Tensor, others: Tensor) -> Tensor:
 def format_table(rows: Sequence[dict[str, str | float | int]]) -> str:
     """`PictureMetrics.compute()` as aligned plain text of at most 100 columns.
 
-    Without LPIPS its column says "no weights", and the reason stands below the table.
+    Without LPIPS its column says "no weights", and the reason follows the table.
     """
     notes = sorted({row["lpips"] for row in rows if isinstance(row["lpips"], str)})
     lines = [[heading for _, heading, _ in _COLUMNS]]
@@ -210,10 +211,10 @@ def format_table(rows: Sequence[dict[str, str | float | int]]) -> str:
 
 
 def write_csv(rows: Sequence[dict[str, str | float | int]], path: str | Path) -> None:
-    """`PictureMetrics.compute()` as a CSV file with a heading, whole or not at all.
+    """Write `PictureMetrics.compute()` as a CSV file with a header, atomically.
 
     Raises:
-        OSError: the file cannot be written; one that was there before is intact.
+        OSError: the file cannot be written; an existing one stays intact.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replaced_file(path) as part, part.open("w", encoding="utf-8", newline="") as file:
@@ -223,14 +224,14 @@ def write_csv(rows: Sequence[dict[str, str | float | int]], path: str | Path) ->
 
 
 class PeakMemory:
-    """Context manager that measures a block: `seconds` and `peak_bytes` once it is left.
+    """Context manager that measures the `seconds` and `peak_bytes` of a block.
 
-    On CUDA, `peak_bytes` is the most memory that tensors held on the device during the block,
-    weights included, and the device is synchronised at both ends. Elsewhere it is how far the
-    resident memory of the process rose above where it stood at the start: weights already loaded
-    and memory that the allocator kept do not count. Linux lets a process reset its high-water
-    mark (``/proc/self/clear_refs``); elsewhere the growth is that of `ru_maxrss`, which never
-    goes down, so that a block that needs less than an earlier one reads 0.
+    On CUDA, `peak_bytes` is the peak memory of all tensors on the device, including weights, and
+    the device is synchronised at both ends. Elsewhere it is how far the resident memory of the
+    process rose above its value at the start, without weights already loaded and memory that the
+    allocator cached. Linux lets a process reset its high-water mark (``/proc/self/clear_refs``);
+    elsewhere the growth of `ru_maxrss` is used, which never falls, so a block that needs less
+    than an earlier one reads 0.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -259,7 +260,7 @@ class PeakMemory:
 
 
 def _reset_high_water_mark() -> bool:
-    """Set the mark of resident memory to its present value; whether that was permitted."""
+    """Set the peak of resident memory to its current value; returns whether that worked."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -268,7 +269,7 @@ def _reset_high_water_mark() -> bool:
 
 
 def _high_water_mark(resettable: bool) -> int:
-    """Bytes of resident memory at the mark: the resettable one, or the process's own."""
+    """Peak resident memory in bytes since the last reset, or of the process's lifetime."""
     if resettable:
         status = Path("/proc/self/status").read_text()
         line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))

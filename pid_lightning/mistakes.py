@@ -1,4 +1,4 @@
-"""A user's mistake is one sentence and exit status 2; a fault of the program is shown in full."""
+"""Report a user's mistake in one sentence with exit status 2; a bug keeps its traceback."""
 
 from __future__ import annotations
 
@@ -12,14 +12,23 @@ PACKAGE = Path(__file__).parent
 
 
 @contextmanager
-def told_in_one_sentence() -> Iterator[None]:
-    """Print the sentence of a ValueError, OSError or ModuleNotFoundError that a raise statement
-    here made, and exit."""
+def exit_on_mistake() -> Iterator[None]:
+    """Turn errors that this package raised on purpose into their sentence and exit status 2."""
     try:
         yield
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        if PACKAGE not in Path(frames[-1].filename).parents:
+        mistake = raised_here(error)
+        if mistake is None:
             raise
-        print(f"pid: {error}", file=sys.stderr)
+        print(f"pid: {mistake}", file=sys.stderr)
         sys.exit(2)
+
+
+def raised_here(error: BaseException | None) -> BaseException | None:
+    """The first of an error and its causes that a `raise` statement of this package made."""
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        if frames and PACKAGE in Path(frames[-1].filename).parents:
+            return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,7 +1,7 @@
 """Noise on latents: how `latent_sigma` is drawn and what it means in each frame.
 
-The noise in the latents and the number told to the gate always move together, so the functions
-that add noise take the sigma that the network will be told.
+The noise in the latents and the level given to the gate must always agree, so the functions that
+add noise take the sigma that the network is given.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ def add_latent_noise(
             `sqrt(1-s^2) z + s eps`.
 
     Raises:
-        ValueError: another frame.
+        ValueError: an unknown frame.
     """
     sigma = per_sample(latent_sigma, latents)
     if frame == "flow":
         return (1 - sigma) * latents + sigma * eps
     if frame == "variance_preserving":
         return (1 - sigma.square()).sqrt() * latents + sigma * eps
-    raise ValueError(f"frame {frame!r} is not one of {', '.join(FRAMES)}.")
+    raise ValueError(f"frame: {frame!r} is not one of {', '.join(FRAMES)}.")
 
 
 def from_exploding(latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents held as `z + sigma_e eps` (SDXL pipelines), to the variance-preserving frame.
+    """Convert latents `z + sigma_e eps` (SDXL pipelines) to the variance-preserving frame.
 
     Both the latents and the level are divided by `sqrt(sigma_e^2 + 1)`.
 
     Args:
-        latents: (B, C, h, w) with noise of standard deviation `sigma` added.
+        latents: (B, C, h, w) with added noise of standard deviation `sigma`.
         sigma: (B,), at least 0.
 
     Returns:

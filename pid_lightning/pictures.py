@@ -1,12 +1,10 @@
-"""Picture files and picture sizes: reading, writing, reducing, enlarging, grids."""
+"""Read, write, resize and arrange pictures."""
 
 from __future__ import annotations
 
 import json
-import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,39 +13,44 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from pid_lightning.files import replaced_file
+
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 LATENTS_SUFFIX = ".safetensors"
 WEBP_LONGEST_SIDE = 16383  # of the file format
+# What Pillow raises on damaged files, depending on the format and the place.
+PICTURE_DAMAGE = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
 
 
 def read_picture(path: str | Path) -> Tensor:
     """Read a picture file as (3, H, W) float32 in [-1, 1].
 
-    The camera's orientation (EXIF) is applied, transparency is laid over white, and grey or
-    16-bit pictures become 8-bit RGB.
+    EXIF orientation is applied, transparency is composited over white, and grey or 16-bit
+    pictures are converted to 8-bit RGB.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: the file is not a picture, or a damaged one.
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, or not a picture.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"picture {path} does not exist or is no file: check the path.")
     try:
         with Image.open(path) as file:
-            picture = _to_rgb(ImageOps.exif_transpose(file))
-    # Pillow's decoders report damage by any of these, depending on the format and the place.
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+            picture = to_rgb(file)
+    except PICTURE_DAMAGE as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(
-            f"{path} cannot be read as a picture ({reason}): give a whole "
+            f"{path} cannot be read as a picture ({reason}): give an intact "
             f"{', '.join(PICTURE_SUFFIXES)} file."
         ) from error
     pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))  # (H, W, 3)
     return pixels.permute(2, 0, 1).contiguous().float() / 127.5 - 1
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """8-bit RGB, upright: EXIF orientation applied, transparency composited over white."""
+    picture = ImageOps.exif_transpose(picture)
     # Pillow's own conversion clips 16-bit greys to white instead of scaling them.
     if picture.mode.startswith("I"):
         greys = np.asarray(picture).astype(np.float64).clip(0, 65535) / 257
@@ -62,9 +65,9 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def write_picture(image: Tensor, path: str | Path, metadata: dict) -> None:
-    """Write one picture, and its metadata as JSON beside it (``NAME.png``, ``NAME.json``).
+    """Write a picture, and its metadata as JSON beside it (``NAME.png``, ``NAME.json``).
 
-    Both files appear whole or not at all; missing folders are made.
+    Each file appears complete or not at all; missing folders are created.
 
     Args:
         image: (3, H, W) in [-1, 1]; values outside are clamped.
@@ -72,13 +75,13 @@ def write_picture(image: Tensor, path: str | Path, metadata: dict) -> None:
         metadata: plain values (numbers, strings, lists, dicts).
 
     Raises:
-        ValueError: another suffix or shape, values that are not finite, or too large for WebP.
-        OSError: the files cannot be written; those that were there before are intact.
+        ValueError: another suffix or shape, non-finite values, or too large for WebP.
+        OSError: the files cannot be written; existing ones stay intact.
     """
     path = Path(path)
     file_format = {".png": "PNG", ".webp": "WEBP"}.get(path.suffix.lower())
     if file_format is None:
-        raise ValueError(f"cannot write {path}: its name must end in .png or .webp.")
+        raise ValueError(f"cannot write {path}: the file name must end in .png or .webp.")
     if image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"cannot write {path}: a picture is (3, H, W), not {tuple(image.shape)}.")
     if not image.isfinite().all():
@@ -88,7 +91,7 @@ def write_picture(image: Tensor, path: str | Path, metadata: dict) -> None:
         )
     if file_format == "WEBP" and max(image.shape[1:]) > WEBP_LONGEST_SIDE:
         raise ValueError(
-            f"cannot write {path}: WebP sides end at {WEBP_LONGEST_SIDE} pixels; use .png."
+            f"cannot write {path}: WebP is limited to {WEBP_LONGEST_SIDE} pixels a side; use .png."
         )
     pixels = ((image.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
@@ -101,26 +104,8 @@ def write_picture(image: Tensor, path: str | Path, metadata: dict) -> None:
         temporary.write_text(description, encoding="utf-8")
 
 
-@contextmanager
-def replaced_file(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it when the block ends well.
-
-    After an error the temporary file is removed and `path` is what it was before.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # a new file's; some writers make theirs the owner's alone
-        yield temporary
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def reduce_picture(images: Tensor, factor: int) -> Tensor:
-    """The low-resolution image: antialiased bicubic reduction by an integer factor.
+    """Downsample by an integer factor with an antialiased bicubic filter.
 
     Args:
         images: (B, 3, H, W) in [-1, 1].
@@ -130,7 +115,7 @@ def reduce_picture(images: Tensor, factor: int) -> Tensor:
         (B, 3, H/factor, W/factor) clamped to [-1, 1], computed in fp32, in the dtype of `images`.
 
     Raises:
-        ValueError: the factor is not such an integer.
+        ValueError: the factor is no such integer.
     """
     _check_factor(factor)
     height, width = images.shape[-2:]
@@ -145,7 +130,7 @@ def reduce_picture(images: Tensor, factor: int) -> Tensor:
 
 
 def enlarge_picture(images: Tensor, factor: int) -> Tensor:
-    """Bicubic enlargement, the baseline that every decoder must beat.
+    """Upsample by an integer factor with a bicubic filter, the baseline of every decoder.
 
     Args:
         images: (B, 3, H, W) in [-1, 1].
@@ -155,7 +140,7 @@ def enlarge_picture(images: Tensor, factor: int) -> Tensor:
         (B, 3, H*factor, W*factor) clamped to [-1, 1], computed in fp32, in the dtype of `images`.
 
     Raises:
-        ValueError: the factor is not such an integer.
+        ValueError: the factor is no such integer.
     """
     _check_factor(factor)
     size = (images.shape[-2] * factor, images.shape[-1] * factor)
@@ -165,16 +150,25 @@ def enlarge_picture(images: Tensor, factor: int) -> Tensor:
 
 def _check_factor(factor: int) -> None:
     if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
-        raise ValueError(f"a scale of {factor!r} is no scale: give an integer of at least 1.")
+        raise ValueError(f"scale: {factor!r} must be an integer of at least 1.")
+
+
+def pad_picture(images: Tensor, multiple: int) -> Tensor:
+    """Grow images (B, 3, H, W) at the right and bottom to sides that are multiples of `multiple`.
+
+    The border pixels are repeated; whoever crops the result again keeps the picture's shape.
+    """
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
 def picture_grid(rows: Sequence[Sequence[Tensor]], labels: Sequence[str] | None = None) -> Tensor:
-    """Pictures side by side on white, for TensorBoard or a file.
+    """Arrange pictures in a grid on white, for TensorBoard or a file.
 
     Args:
         rows: rows of equally many pictures, all (3, h, w) of one size, in [-1, 1].
-        labels: one line of text above each column; Latin letters and digits, since Pillow's own
-            font holds little else.
+        labels: one line of text above each column; Pillow's built-in font covers Latin letters
+            and digits.
 
     Returns:
         (3, H, W) float32 in [0, 1], on the CPU.
@@ -208,7 +202,7 @@ def _join(parts: Sequence[Tensor], gap: int, dim: int) -> Tensor:
 
 
 def _draw_labels(labels: Sequence[str], width: int, gap: int) -> Tensor:
-    """White band (3, h, W) with the labels centred over columns of `width` pixels."""
+    """A white band (3, h, W) with labels centred over columns of `width` pixels."""
     for size in range(max(9, min(width // 10, 64)), 7, -1):
         font = ImageFont.load_default(size=size)
         if max(font.getlength(label) for label in labels) <= width:
@@ -223,14 +217,14 @@ def _draw_labels(labels: Sequence[str], width: int, gap: int) -> Tensor:
 
 
 def find_inputs(paths: Iterable[str | Path]) -> list[Path]:
-    """Picture and latent files (``.safetensors``) named by files and folders, sorted by path.
+    """Collect picture and latent files (``.safetensors``) from files and folders, sorted by path.
 
-    Folders are searched without their subfolders; hidden files are passed over.
+    Subfolders and hidden files are skipped.
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: a folder holds no input, a file is of no known kind, nothing was named, or
-            two inputs share a name (outputs are named after their inputs).
+        ValueError: a folder holds no input, a file is of an unknown kind, nothing was named, or
+            two inputs share a name, after which outputs are named.
     """
     found: dict[Path, Path] = {}
     for path in map(Path, paths):

@@ -1,4 +1,4 @@
-"""What `pid predict` decodes: one sample a picture or latent file, with the caption beside it."""
+"""What `pid predict` decodes: one sample per picture or latent file, with its caption."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from pid_lightning.sources import caption_beside
 class PredictionInputs(Dataset):
     """Pictures and latents to decode, sorted by path.
 
-    An item is {"image": (3, H, W) in [-1, 1]} or {"latents": (C, h, w)}, both float32, and
-    "caption" (NAME.txt beside the file, else ""), "name" (the file's stem), "path" and "number"
-    (its place, which with the seed decides the noise). Sizes differ: one item makes a batch.
+    An item is {"image": (3, H, W) in [-1, 1]} or {"latents": (C, h, w)}, both float32, plus
+    "caption" (from NAME.txt next to the file, else ""), "name" (the file's stem), "path" and
+    "number" (its index, which determines the noise together with the seed). Sizes differ, so each
+    item is a batch of its own.
 
     Args:
         paths: files and folders, see `pid_lightning.pictures.find_inputs`.
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: an input is damaged or of no known kind, or two share a name.
+        ValueError: an input is damaged or of an unknown type, or two share a name.
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.files = find_inputs(paths)
-        for index in range(len(self)):  # a damaged last file shall not be found after hours
+        for index in range(len(self)):  # find damaged files now, not hours into the run
             self[index]
 
     def __len__(self) -> int:

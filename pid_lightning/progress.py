@@ -1,4 +1,4 @@
-"""A bar over evaluations of the network."""
+"""A progress bar over network evaluations."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from tqdm.auto import tqdm
 
 @contextmanager
 def progress_bar(total: int, told: str, shown: bool) -> Iterator[Callable[[], None]]:
-    """Yields what advances the bar.
+    """Show a progress bar; yields a function that advances it by one.
 
     Args:
-        total: evaluations to come.
-        told: what is decoded.
-        shown: whether there is a bar to see.
+        total: number of evaluations.
+        told: label of the bar.
+        shown: whether to show the bar.
     """
     with tqdm(total=total, desc=told, disable=not shown, leave=False) as bar:
-        yield lambda: bar.update() and None
+
+        def advance() -> None:
+            bar.update()
+
+        yield advance

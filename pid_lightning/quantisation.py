@@ -1,4 +1,4 @@
-"""Opt-in: weights of linear layers in 8 bits, by torchao. Near the exact picture, not equal."""
+"""Opt-in 8-bit weights for linear layers, by torchao: close to the exact picture, not equal."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from pid_lightning.compilation import check_not_frozen
 from pid_lightning.nn import PiD
 
-SMALLEST_WIDTH = 64  # of layers that are worth it, on both sides
+MIN_WIDTH = 64  # of inputs and outputs, for a layer to be worth it
 
 
 def quantise(denoiser: PiD, activations: bool = False) -> None:
-    """Hold the weights of the wide linear layers in 8 bits, one scale a row, in place.
+    """Store the weights of the wide linear layers in 8 bits, with one scale per row, in place.
 
-    Such a network is for inference in the type it has now, and cannot be saved. What stays exact:
-    the adapter's convolutions, the colours' narrow layers, the pixel blocks' modulations, which
-    are read in parts, and the time embedding, which is never computed in less than fp32.
+    The network is then for inference in its current dtype only and cannot be saved. These stay
+    exact: the adapter's convolutions, the narrow layers on pixels, the pixel blocks' modulations,
+    whose weights are split, and the time embedding, which is always computed in fp32 at least.
 
     Args:
         denoiser: the network.
-        activations: multiply in 8 bits too, inputs rounded with one scale a token; in eager mode
-            on a CPU that is slower.
+        activations: also multiply in 8 bits, with inputs rounded to one scale per token; slower
+            in eager mode on a CPU.
 
     Raises:
         ModuleNotFoundError: torchao is not installed.
-        ValueError: it was done before, or compiled graphs hold the weights.
+        ValueError: weights already in 8 bits, or compiled graphs that hold the weights.
     """
     check_not_frozen(denoiser, "quantise")
     try:
@@ -34,12 +34,12 @@ def quantise(denoiser: PiD, activations: bool = False) -> None:
             Int8WeightOnlyConfig,
             quantize_,
         )
-    except ImportError as fault:
+    except ImportError as error:
         raise ModuleNotFoundError(
             "8-bit weights need torchao: pip install 'pid_lightning[int8]'."
-        ) from fault
+        ) from error
     if any(map(is_quantised, denoiser.parameters())):
-        raise ValueError("quantise: this network's weights are in 8 bits already.")
+        raise ValueError("quantise: the weights are already in 8 bits; call it only once.")
     exact = {block.modulation for block in denoiser.pixel_blocks}
     exact.update(denoiser.time_embedding.modules())
 
@@ -47,7 +47,7 @@ def quantise(denoiser: PiD, activations: bool = False) -> None:
         return (
             isinstance(module, nn.Linear)
             and module not in exact
-            and min(module.in_features, module.out_features) >= SMALLEST_WIDTH
+            and min(module.in_features, module.out_features) >= MIN_WIDTH
         )
 
     config = Int8DynamicActivationInt8WeightConfig() if activations else Int8WeightOnlyConfig()
@@ -55,5 +55,5 @@ def quantise(denoiser: PiD, activations: bool = False) -> None:
 
 
 def is_quantised(weight: Tensor) -> bool:
-    """Whether a weight is held in another form than its type says."""
+    """Whether a weight is stored in another format than its dtype says."""
     return is_traceable_wrapper_subclass(weight.data)

@@ -1,7 +1,7 @@
-"""Random numbers as a pure function of (seed, purpose, sample): what makes runs resume exactly.
+"""Random numbers as a pure function of (seed, purpose, sample), so that runs resume exactly.
 
-Nothing here touches torch's global random state. A sample's numbers depend neither on the batch
-it is in nor on the process that handles it.
+Nothing here touches torch's global random state. A sample's numbers depend neither on its batch
+nor on the process that handles it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 def sample_generators(
     seed: int, purpose: str, samples: Iterable[int], device: torch.device | str = "cpu"
 ) -> list[torch.Generator]:
-    """One generator a sample.
+    """Create one generator per sample.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
         purpose: what the numbers are for; different purposes never share numbers.
-        samples: a number that identifies each sample, e.g. its place in the whole run.
-        device: where the numbers are drawn.
+        samples: a number that identifies each sample, e.g. its index in the whole run.
+        device: device of the generators.
     """
     generators = []
     for sample in samples:

@@ -1,8 +1,8 @@
-"""The published layout of PiD's weights: its key names, its arguments, and the way to ours.
+"""Conversion of PiD's published layout (key names and constructor arguments) to this package's.
 
-Ours differs in what speed asks for, never in the function computed: products with one input are
-one matrix, RoPE pairs are (i, i + d/2) instead of (2i, 2i+1), and the pixel blocks' modulation is
-ordered by part before pixel.
+This package's layout differs only for speed; the function computed is the same. Linear layers with
+the same input are fused into one matrix, RoPE pairs are (i, i + d/2) instead of (2i, 2i+1), and the
+pixel blocks' modulation is ordered by part, then pixel.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pid_lightning.nn.adapter import AdapterConfig
 
 GATES = {"sigma_aware_per_token_per_dim": "channel", "sigma_aware_per_token": "token"}
 ROPES = ("original", "ntk_aware")
+MATCHING = "use the family, version and sizes that they were trained with"  # the fix, in messages
 
 Entry = tuple[str, tuple[str, ...], Callable[..., Tensor]]
 
@@ -27,16 +28,16 @@ def build_from_arguments(arguments: Mapping[str, Any]) -> PiD:
     """An untrained network from the published constructor's arguments.
 
     Args:
-        arguments: argument names and values; absent ones take the published defaults.
+        arguments: argument names and values; missing ones take the published defaults.
 
     Raises:
-        ValueError: an option of the published network that no released weights use.
+        ValueError: an option has a value that is not supported.
     """
     get = arguments.get
     if get("lq_in_channels", 0) or not get("use_text_rope", True):
         raise ValueError(
-            "lq_in_channels above 0 and use_text_rope: false are not supported: no released "
-            "weights use them."
+            "lq_in_channels above 0 and use_text_rope: false are not supported because no released "
+            "weights use them; leave both at their defaults."
         )
     width = get("hidden_size", 1152)
     num_heads = get("num_groups", 16)
@@ -83,25 +84,25 @@ def build_from_arguments(arguments: Mapping[str, Any]) -> PiD:
 
 
 def from_released(released: Mapping[str, Tensor], denoiser: PiD) -> dict[str, Tensor]:
-    """Released tensors, by their names without prefix, as the state dict of `denoiser`.
+    """Convert released tensors, named without prefix, to the state dict of `denoiser`.
 
     Args:
         released: tensors under the published key names.
-        denoiser: the network they are for; it is not changed (and may live on the meta device).
+        denoiser: the network to convert for; not modified, and may be on the meta device.
 
     Returns:
-        A state dict that `denoiser.load_state_dict` takes strictly.
+        A state dict for `denoiser.load_state_dict` with `strict=True`.
 
     Raises:
-        ValueError: keys or shapes that are not exactly the network's, naming the first ones.
+        ValueError: keys or shapes differ from the network's; names the first ones.
     """
     entries = list(_entries(denoiser.config))
     expected = {name for _, sources, _ in entries for name in sources}
-    missing, surplus = sorted(expected - released.keys()), sorted(released.keys() - expected)
-    if missing or surplus:
+    missing, unknown = sorted(expected - released.keys()), sorted(released.keys() - expected)
+    if missing or unknown:
         raise ValueError(
-            f"these weights are not of this network: {len(missing)} tensors missing "
-            f"({_first(missing)}), {len(surplus)} unknown ({_first(surplus)})."
+            f"the weights do not match this network: {len(missing)} tensors missing "
+            f"({_first(missing)}), {len(unknown)} unknown ({_first(unknown)}); {MATCHING}."
         )
     ours = denoiser.state_dict()
     converted = {}
@@ -109,13 +110,13 @@ def from_released(released: Mapping[str, Tensor], denoiser: PiD) -> dict[str, Te
         try:
             tensor = convert(*(released[source] for source in sources))
             fits = tensor.shape == ours[name].shape
-        except RuntimeError:  # shapes that cannot even be rearranged
+        except RuntimeError:  # the shapes cannot be rearranged
             fits = False
         if not fits:
             shapes = ", ".join(f"{source} {tuple(released[source].shape)}" for source in sources)
             raise ValueError(
-                f"these weights are not of this network: {shapes} does not make {name} of shape "
-                f"{tuple(ours[name].shape)}."
+                f"the weights do not match this network: {shapes} cannot become {name} of shape "
+                f"{tuple(ours[name].shape)}; {MATCHING}."
             )
         converted[name] = tensor
     return converted
@@ -126,12 +127,14 @@ def _first(names: list[str], count: int = 3) -> str:
 
 
 def _entries(config: PiDConfig) -> Iterator[Entry]:
-    """(our name, released names, how to make ours of them) for every tensor."""
+    """(our name, released names, conversion from the released tensors) for every tensor."""
     yield from _linear("patch_embedding", "s_embedder.proj")
     yield from _linear("time_embedding.hidden", "t_embedder.mlp.0")
     yield from _linear("time_embedding.out", "t_embedder.mlp.2")
     if config.text_length == 0:
-        raise ValueError("text_length: 0 has no published layout, every released network has text.")
+        raise ValueError(
+            "text_length: 0 has no published layout; set it above 0, as in every released network."
+        )
     yield from _linear("text_embedding.linear", "y_embedder.proj")
     yield _same("text_embedding.norm.weight", "y_embedder.norm.weight")
     yield _same("text_embedding.position", "y_pos_embedding")
@@ -241,5 +244,5 @@ def _stack_rows(*tensors: Tensor) -> Tensor:
 
 
 def _pairs_to_halves(rows: Tensor) -> Tensor:
-    """(heads, d, ...) with RoPE pairs (2i, 2i+1) to pairs (i, i + d/2)."""
+    """Reorder (heads, d, ...) from RoPE pairs (2i, 2i+1) to pairs (i, i + d/2)."""
     return rearrange(rows, "h (i two) c -> h (two i) c", two=2)

@@ -1,7 +1,7 @@
-"""From noise to a picture: the student's few steps, the teacher's solver, guidance.
+"""Samplers: the student's few steps, the teacher's solver, and guidance.
 
 Every sampler has the signature `sampler(velocity, noise, steps, generator, ...)` over a function
-`velocity(x_t, t)` and draws from the given generator only.
+`velocity(x_t, t)` and only draws from the given generator.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ def draw_noise(shape: Sequence[int], generator: Generators, device: torch.device
 
     Args:
         shape: (B, ...).
-        generator: one for the batch, or one a sample, so that a sample's noise does not depend
-            on the batch that it is in; None draws from torch's own.
-        device: where the noise is wanted; it is drawn where the generator lives.
+        generator: one for the batch, or one per sample, so that a sample's noise does not depend
+            on its batch; None uses torch's global generator.
+        device: device of the result; the noise is drawn on the generator's device.
 
     Raises:
-        ValueError: not as many generators as samples.
+        ValueError: the numbers of generators and samples differ.
     """
     if isinstance(generator, Sequence):
         if len(generator) != shape[0]:
             raise ValueError(
-                f"{len(generator)} generators for a batch of {shape[0]}: give one each."
+                f"generator: {len(generator)} generators for a batch of {shape[0]}; give one per "
+                "sample."
             )
         return torch.cat([draw_noise((1, *shape[1:]), g, device) for g in generator])
     drawn_on = generator.device if generator is not None else device
@@ -43,22 +44,22 @@ def draw_noise(shape: Sequence[int], generator: Generators, device: torch.device
 
 
 def few_step_times(student_times: Sequence[float], steps: int) -> tuple[float, ...]:
-    """`steps` evenly spread entries of the trained times: of 4, two are the first and third.
+    """Pick `steps` evenly spread entries of the trained times: 2 of 4 are the first and third.
 
     Raises:
-        ValueError: fewer than one step, or more than were trained: repeated times give grain.
+        ValueError: fewer than one step, or more than trained: repeated times cause grain.
     """
     trained = len(student_times)
     if not 1 <= steps <= trained:
         raise ValueError(
-            f"steps: {steps} must lie between 1 and {trained}, the times this student was trained "
-            f"for ({', '.join(map(str, student_times))}); more would repeat times."
+            f"steps: {steps} must lie between 1 and {trained}, the number of times this student "
+            f"was trained for ({', '.join(map(str, student_times))}); more would repeat times."
         )
     return tuple(student_times[i * trained // steps] for i in range(steps))
 
 
 def renoise(x0: Tensor, time: float, generator: Generators) -> Tensor:
-    """`(1-t) x0 + t eps` with fresh noise, in place: to `time`, where a stochastic step goes on."""
+    """Noise `x0` to `time` in place for the next stochastic step: `(1-t) x0 + t eps`, fresh eps."""
     eps = draw_noise(x0.shape, generator, x0.device)
     return flow.add_noise(x0, eps, x0.new_full((len(x0),), time), out=x0)
 
@@ -78,27 +79,27 @@ def sample_few_steps(
     (stochastic) or `x += (b-a) v` (deterministic); the last step gives x0.
 
     Args:
-        velocity: `velocity(x_t, t)` with t (B,); x_t changes in place afterwards.
-        noise: the start (B, 3, H, W), standard normal.
-        steps: at most as many as `student_times`.
+        velocity: `velocity(x_t, t)` with t (B,); x_t is overwritten after the call.
+        noise: initial noise (B, 3, H, W), standard normal.
+        steps: at most the number of `student_times`.
         generator: source of the fresh noise.
         student_times: times the student was trained for, from noise to clean.
-        stochastic: fresh noise at every step, or none.
+        stochastic: whether to add fresh noise at every step.
 
     Returns:
         x0 (B, 3, H, W) in fp32, near [-1, 1] and not yet clamped to it.
 
     Raises:
-        ValueError: a number of steps that the student was not trained for.
+        ValueError: more steps than the student was trained for, or none.
     """
     times = (*few_step_times(student_times, steps), 0.0)
     x = noise.float()
-    del noise  # a large picture's tensors are let go as soon as they were read
+    del noise  # free a large picture's tensors as soon as possible
     for step, (now, after) in enumerate(itertools.pairwise(times), start=1):
         t = x.new_full((len(x),), now)
         v = velocity(x, t)
         if after > 0 and stochastic:
-            # A large picture's fresh memory takes seconds: only the caller's noise is left alone.
+            # Allocating a large picture takes seconds, so only the caller's noise is not reused.
             x = flow.x0_from_velocity(x, v, t, out=None if step == 1 else x)
             del v
             x = renoise(x, after, generator)
@@ -118,12 +119,12 @@ def sample_solver(
 ) -> Tensor:
     """The teacher's sampler: DPM-Solver++ 2M (arXiv 2211.01095) on flow times, by diffusers.
 
-    Deterministic: `generator` is part of the signature and draws nothing.
+    Deterministic: `generator` is only there for the common signature.
 
     Args:
         velocity: `velocity(x_t, t)` with t (B,).
-        noise: the start (B, 3, H, W), standard normal.
-        steps: evaluations of `velocity`.
+        noise: initial noise (B, 3, H, W), standard normal.
+        steps: number of `velocity` evaluations.
         generator: unused.
         shift: see `flow.resolution_shift`.
 
@@ -141,7 +142,7 @@ def sample_solver(
     if steps < 1:
         raise ValueError(f"steps: {steps} must be at least 1.")
     scheduler.set_timesteps(steps, device=noise.device)
-    scheduler.set_begin_index(0)  # timesteps are whole numbers and may repeat, so none is looked up
+    scheduler.set_begin_index(0)  # integer timesteps may repeat, so avoid a lookup
     x = noise.float()
     del noise
     for step, timestep in enumerate(scheduler.timesteps):
@@ -153,8 +154,8 @@ def sample_solver(
 def guided(with_text: Velocity, without_text: Velocity, guidance_scale: float) -> Velocity:
     """Classifier-free guidance on the text: `v_null + g (v_text - v_null)` (arXiv 2207.12598).
 
-    The latents are given to both branches. Two evaluations, not one of a doubled batch: from 512
-    pixels a side on they take the same time, and half the memory.
+    Both branches get the latents. They are evaluated one after the other, not as a doubled batch:
+    from 512 pixels a side on, that takes the same time and half the memory.
     """
 
     def velocity(x_t: Tensor, t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where pictures and captions come from: a folder, parquet files or the hub; what is unusable."""
+"""Sources of pictures and captions: folders, parquet files and hub data sets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import glob
 import io
 import json
 import re
-import struct
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,27 +16,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from pid_lightning.pictures import PICTURE_SUFFIXES
+from pid_lightning.pictures import PICTURE_DAMAGE, PICTURE_SUFFIXES, to_rgb
 
 if TYPE_CHECKING:
     import datasets
 
 BUNDLED_PHOTOS = Path(__file__).parent / "assets" / "photos"
 SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
-# What PIL raises on damaged files, by format.
-_DAMAGE = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
 
 
 class UnusablePicture(ValueError):
-    """A picture that cannot be read or is smaller than the crop; the text is the reason."""
+    """A picture that cannot be read or is smaller than the crop; the message is the reason."""
 
 
 @dataclass
 class Split:
-    """Rows {"image": {"path", "bytes"}, "caption"?, "name"?} and, if they fit, their pixels."""
+    """Rows {"image": {"path", "bytes"}, "caption"?, "name"?}, and their pixels if cached."""
 
     rows: datasets.Dataset | datasets.IterableDataset
     pixels: list[Tensor] | None = None
@@ -52,15 +49,15 @@ def _open(image: dict[str, Any]) -> Image.Image:
 
 
 def check_header(image: dict[str, Any], image_size: int) -> tuple[int, int]:
-    """Width and height of {"path", "bytes"} from the header alone.
+    """Width and height of {"path", "bytes"}, read from the header alone.
 
     Raises:
-        UnusablePicture: no picture, more than 8 bits a channel, or smaller than `image_size`.
+        UnusablePicture: no picture, more than 8 bits per channel, or smaller than `image_size`.
     """
     try:
         with _open(image) as picture:
             width, height, mode = *picture.size, picture.mode
-    except _DAMAGE:
+    except PICTURE_DAMAGE:
         raise UnusablePicture("not a readable picture") from None
     if mode[0] in "IF":
         raise UnusablePicture(f"mode {mode} instead of 8 bits a channel")
@@ -70,7 +67,7 @@ def check_header(image: dict[str, Any], image_size: int) -> tuple[int, int]:
 
 
 def decode(image: dict[str, Any], image_size: int) -> Tensor:
-    """The whole picture {"path", "bytes"}, upright, uint8 RGB (3, H, W).
+    """Decode {"path", "bytes"} to an upright uint8 RGB picture (3, H, W).
 
     Raises:
         UnusablePicture: as `check_header`, or the pixels are damaged.
@@ -80,13 +77,13 @@ def decode(image: dict[str, Any], image_size: int) -> Tensor:
     check_header(image, image_size)
     try:
         with _open(image) as picture:
-            return functional.pil_to_tensor(ImageOps.exif_transpose(picture).convert("RGB"))
-    except _DAMAGE:
+            return functional.pil_to_tensor(to_rgb(picture))
+    except PICTURE_DAMAGE:
         raise UnusablePicture("damaged pixels") from None
 
 
 def none_left(num_skipped: int, image_size: int) -> str:
-    """The sentence for a source without a usable picture."""
+    """Error message for a source without a usable picture."""
     return (
         f"data.path: none of {num_skipped} pictures is usable at image_size {image_size}: "
         "give readable pictures with both sides at least that long, or lower image_size."
@@ -101,18 +98,20 @@ def open_source(
     image_column: str,
     caption_column: str | None,
 ) -> dict[str, Callable[[], Split]]:
-    """What reads each split ("train", "val", "test") that a source has; arguments as `ImageData`'s.
+    """Find the splits of a source ("train", "val", "test"), each as a function that reads it.
+
+    Arguments are those of `ImageData`.
 
     Raises:
         FileNotFoundError: `path` leads nowhere.
-        ValueError: a folder shall be streamed, or no split has a known name.
+        ValueError: a folder is to be streamed, or no split has a known name.
     """
     root = BUNDLED_PHOTOS if path == "bundled" else Path(path)
     if root.is_dir() and not any(root.glob("*.parquet")):
         if streaming:
             raise ValueError(
-                f"data.streaming: {path} is a folder of pictures, which is never read at once: "
-                "streaming is for parquet files and hub data."
+                f"data.streaming: {path} is a folder of pictures; only parquet files and hub data "
+                "can be streamed, leave it out."
             )
         folders = {SPLIT_NAMES[d.name]: d for d in root.iterdir() if d.name in SPLIT_NAMES}
         return {
@@ -122,7 +121,9 @@ def open_source(
     tables = load_tables(path, streaming)
     known = {SPLIT_NAMES[name]: t for name, t in tables.items() if name in SPLIT_NAMES}
     if not known and len(tables) > 1:
-        raise ValueError(f"data.path: {path} has splits {list(tables)}, none is named train.")
+        raise ValueError(
+            f"data.path: {path} has splits {list(tables)}, none is named train; rename one."
+        )
     known = known or {"train": next(iter(tables.values()))}
     return {
         name: partial(as_rows, table, path, image_column, caption_column)
@@ -131,7 +132,7 @@ def open_source(
 
 
 def caption_beside(file: Path) -> str | None:
-    """The caption in NAME.txt beside a file NAME.*, None where there is no such text.
+    """Read the caption in NAME.txt beside a file NAME.*; None if there is none.
 
     Raises:
         ValueError: the text is not UTF-8.
@@ -144,7 +145,7 @@ def caption_beside(file: Path) -> str | None:
 
 
 def read_captions(folder: Path) -> dict[Path, str]:
-    """Captions of every metadata.jsonl under `folder`, by the picture's path.
+    """Read captions from every metadata.jsonl under `folder`, keyed by picture path.
 
     Raises:
         ValueError: a line is not an object with "file_name".
@@ -164,9 +165,10 @@ def read_captions(folder: Path) -> dict[Path, str]:
 
 
 def read_folder(root: Path, folder: Path, image_size: int, cache_bytes: int) -> Split:
-    """All usable pictures under `folder`, sorted by path; captions of metadata.jsonl under `root`.
+    """Open all usable pictures under `folder`, sorted by path.
 
-    Headers of all files are read; all pixels too, where they fit into `cache_bytes`.
+    All headers are read, and all pixels too if they fit into `cache_bytes`. Captions come from
+    NAME.txt beside a picture, else from a metadata.jsonl under `root`.
 
     Raises:
         ValueError: there are no pictures, none is usable, or a metadata.jsonl is malformed.
@@ -182,7 +184,7 @@ def read_folder(root: Path, folder: Path, image_size: int, cache_bytes: int) -> 
     found = _each(check_header, images, image_size)
     num_bytes = [0 if isinstance(f, UnusablePicture) else 3 * f[0] * f[1] for f in found]
     cached = sum(num_bytes) <= cache_bytes
-    if cached:  # one buffer, which worker processes share
+    if cached:  # one buffer, shared with worker processes
         places = torch.empty(sum(num_bytes), dtype=torch.uint8).split(num_bytes)
         found = _each(_decode_into, list(zip(images, places, strict=True)), image_size)
     kept = [i for i, f in enumerate(found) if not isinstance(f, UnusablePicture)]
@@ -217,7 +219,7 @@ def _decode_into(image_and_place: tuple[dict[str, Any], Tensor], image_size: int
 
 
 def _each(read: Callable[..., Any], arguments: list[Any], image_size: int) -> list[Any]:
-    """`read` of every argument, by threads; the error itself where the picture is unusable."""
+    """Map `read` over the arguments in threads; unusable pictures yield their error."""
 
     def attempt(argument: Any) -> Any:
         try:
@@ -230,17 +232,16 @@ def _each(read: Callable[..., Any], arguments: list[Any], image_size: int) -> li
 
 
 def load_tables(path: str, streaming: bool) -> dict[str, Any]:
-    """Splits of parquet files or of a hub data set, by their own names.
+    """Load parquet files or a hub data set, as a dictionary of its splits.
 
     Raises:
-        FileNotFoundError: there is no such thing, or no network.
+        FileNotFoundError: there is no such data, or no network.
     """
     import datasets
 
     missing = (
-        f"data.path: {path!r} is no folder of pictures, no parquet file and no data set of the "
-        "Hugging Face hub that can be had: correct the path, or look at the network for "
-        "owner/name ids."
+        f"data.path: {path!r} is no folder of pictures, no parquet file and no available data set "
+        "of the Hugging Face hub: check the path, or the network for owner/name ids."
     )
     files = sorted(glob.glob(path, recursive=True)) if path.endswith(".parquet") else []
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).parent.exists()
@@ -255,7 +256,7 @@ def load_tables(path: str, streaming: bool) -> dict[str, Any]:
 
 
 def as_rows(table: Any, path: str, image_column: str, caption_column: str | None) -> Split:
-    """A table with its columns named "image" and, where wanted, "caption"; pictures undecoded.
+    """Rename a table's columns to "image" and, if wanted, "caption"; pictures stay encoded.
 
     Raises:
         ValueError: there is no such column.
@@ -267,7 +268,7 @@ def as_rows(table: Any, path: str, image_column: str, caption_column: str | None
     for column, name in wanted.items():
         if column not in columns:
             raise ValueError(
-                f"data.{name}_column: {path} has no column {column!r}, choose among {columns}."
+                f"data.{name}_column: {path} has no column {column!r}; choose from {columns}."
             )
     table = table.select_columns(list(wanted))
     table = table.rename_columns({old: new for old, new in wanted.items() if old != new})
@@ -275,7 +276,7 @@ def as_rows(table: Any, path: str, image_column: str, caption_column: str | None
 
 
 def hold_out(split: Split, num_held: int) -> tuple[Split, Split]:
-    """The split without `num_held` pictures spread evenly over it (a stream: its first), and them.
+    """Split off `num_held` pictures, spread evenly (of a stream, the first); returns (rest, held).
 
     Raises:
         ValueError: nothing would be left.
@@ -285,8 +286,8 @@ def hold_out(split: Split, num_held: int) -> tuple[Split, Split]:
     total = len(split.rows)
     if num_held >= total:
         raise ValueError(
-            f"data.num_val: {num_held} held-out pictures leave none of {total} to train on, "
-            "lower it or give pictures in train/, val/ and test/ sub-folders."
+            f"data.num_val: {num_held} held-out pictures leave none of {total} to train on; "
+            "lower it, or sort the pictures into sub-folders train/, val/ and test/."
         )
     held = [(2 * i + 1) * total // (2 * num_held) for i in range(num_held)]
     trained = sorted(set(range(total)) - set(held))

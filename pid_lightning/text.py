@@ -1,9 +1,8 @@
-"""Caption features for the denoiser: none, cached on disk, or a frozen language model."""
+"""Caption features for the denoiser: none, cached on disk, or from a frozen language model."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,15 +11,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pid_lightning.files import replaced_file
+
 
 class TextEncoder(nn.Module, ABC):
-    """A frozen encoder from captions to the features that the denoiser's text stream reads.
+    """A frozen encoder of captions; its features feed the denoiser's text stream.
 
-    Constructing one is cheap and offline; `load` brings what it needs.
+    Construction is cheap and offline; `load` gets weights or files.
 
     Attributes:
         text_width: width D_text of the features.
-        description: what the features depend on besides the caption; caches are marked with it.
+        description: what features depend on besides the caption; identifies caches.
     """
 
     text_width: int
@@ -28,26 +29,26 @@ class TextEncoder(nn.Module, ABC):
 
     @abstractmethod
     def load(self) -> None:
-        """Bring weights or files; a second call does nothing.
+        """Get weights or files; a second call does nothing.
 
         Raises:
-            OSError: they cannot be had; the sentence says how to mend it.
+            OSError: they are not available; the message says how to fix that.
         """
 
     @abstractmethod
     def encode(self, captions: list[str]) -> Tensor | None:
-        """B captions to features (B, L, D_text); None asks for the denoiser's learned null."""
+        """Encode B captions as features (B, L, D_text); None stands for the learned null."""
 
     def train(self, mode: bool = True) -> TextEncoder:
-        """Stay in evaluation mode: a frozen encoder has no training behaviour."""
+        """Stay in evaluation mode: a frozen encoder is never trained."""
         return super().train(False)
 
 
 class NoText(TextEncoder):
-    """No caption features: the denoiser uses its learned null for every sample.
+    """No captions: the denoiser uses its learned null for every sample.
 
     Args:
-        text_width: width to build the denoiser's text stream for, so that captions may come later.
+        text_width: width of the denoiser's text stream, for captions in a later run.
     """
 
     def __init__(self, text_width: int = 2304) -> None:
@@ -56,15 +57,15 @@ class NoText(TextEncoder):
         self.description = "none"
 
     def load(self) -> None:
-        """Nothing to load."""
+        """Do nothing."""
 
     def encode(self, captions: list[str]) -> None:
-        """None, whatever the captions."""
+        """Return None for any captions."""
         return None
 
 
 def cache_file(path: str | Path, caption: str) -> Path:
-    """The file of a cache folder that holds the features of `caption`."""
+    """Path in a cache folder of the features of `caption`."""
     return Path(path) / f"{hashlib.sha256(caption.encode()).hexdigest()[:32]}.safetensors"
 
 
@@ -73,25 +74,25 @@ def cache_captions(
 ) -> int:
     """Encode captions once and store their features in a folder for `CachedText`.
 
-    Each caption gets a file of its own that appears only when it is complete, so that several
-    processes may fill one folder and a stopped run is continued by running it again.
+    Each caption has its own file, which appears only when complete: several processes can fill
+    one folder, and running it again resumes a stopped one.
 
     Args:
-        encoder: a loaded encoder with features, e.g. `LanguageModelText`.
-        captions: captions; those already stored are left alone. Include "" for pictures without.
-        path: the folder, made if missing.
-        batch_size: captions encoded together.
+        encoder: a loaded encoder that makes features, e.g. `LanguageModelText`.
+        captions: what to encode; stored ones are skipped. Include "" for pictures without one.
+        path: the folder, created if missing.
+        batch_size: captions per batch.
 
     Returns:
         The number of captions newly stored.
 
     Raises:
-        ValueError: the folder holds features of another encoder, or `encoder` has none to store.
+        ValueError: the folder holds another encoder's features, or `encoder` makes none.
     """
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    os.makedirs(path, exist_ok=True)
+    Path(path).mkdir(parents=True, exist_ok=True)
     missing = []
     for caption in dict.fromkeys(captions):
         file = cache_file(path, caption)
@@ -103,27 +104,24 @@ def cache_captions(
         if found != encoder.description:
             raise ValueError(
                 f"{path} holds caption features of {found}, not of {encoder.description}: "
-                "give another folder, or remove that one."
+                "name another folder, or remove this one."
             )
     for start in range(0, len(missing), batch_size):
         batch = missing[start : start + batch_size]
         features = encoder.encode(batch)
         if features is None:
-            raise ValueError(f"{type(encoder).__name__} makes no features, nothing can be cached.")
+            raise ValueError(
+                f"{type(encoder).__name__} makes no features to cache; use LanguageModelText."
+            )
         for caption, feature in zip(batch, features, strict=True):
-            file = cache_file(path, caption)
-            temporary = file.with_suffix(f".{os.getpid()}.tmp")
             metadata = {"caption": caption, "encoder": encoder.description}
-            try:
+            with replaced_file(cache_file(path, caption)) as temporary:
                 save_file({"features": feature.cpu().contiguous()}, temporary, metadata)
-                os.replace(temporary, file)
-            finally:
-                temporary.unlink(missing_ok=True)
     return len(missing)
 
 
 class CachedText(TextEncoder):
-    """Features that `cache_captions` stored before: training needs no language model in memory.
+    """Features stored by `cache_captions`: training needs no language model in memory.
 
     Args:
         path: the folder of the cache.
@@ -135,27 +133,27 @@ class CachedText(TextEncoder):
         self.path = path
         self.text_width = text_width
         self.description = f"cache {path}"
-        # Follows `.to(device)`, so that features arrive where the denoiser is.
+        # Follows `.to(device)`, so that features are returned on the denoiser's device.
         self.register_buffer("place", torch.empty(0), persistent=False)
 
     def load(self) -> None:
-        """Look that the folder exists.
+        """Check that the folder exists.
 
         Raises:
-            OSError: it does not.
+            FileNotFoundError: it does not.
         """
         if not Path(self.path).is_dir():
             raise FileNotFoundError(
-                f"text cache {self.path} does not exist: make it with "
+                f"text cache {self.path} does not exist: create it with "
                 "pid_lightning.text.cache_captions(encoder, captions, path)."
             )
 
     def encode(self, captions: list[str]) -> Tensor:
-        """Stored features (B, L, D_text), in the dtype they were stored in.
+        """Read features (B, L, D_text), in their stored dtype.
 
         Raises:
-            OSError: a caption is not in the cache.
-            ValueError: features of another width, or captions of different lengths L.
+            FileNotFoundError: a caption is not in the cache.
+            ValueError: features of another width, or of different lengths L.
         """
         features = [self._read(caption) for caption in captions]
         shapes = sorted({tuple(feature.shape) for feature in features})
@@ -183,17 +181,19 @@ def encode_prompts(
     prompts: list[str],
     text_width: int,
     cache: str | Path | None = None,
+    device: torch.device | str | None = None,
 ) -> Tensor:
-    """Features (B, L, D_text) of a decoder's prompts.
+    """Encode a decoder's prompts as features (B, L, D_text).
 
     Args:
-        encoder: the decoder's; None has only the cache.
-        prompts: B of them.
-        text_width: width D_text that the denoiser reads.
-        cache: a folder of `cache_captions`; new prompts are added to it.
+        encoder: the decoder's text encoder; None reads from the cache only.
+        prompts: B prompts.
+        text_width: width D_text that the denoiser expects.
+        cache: folder of `cache_captions`; new prompts are added to it.
+        device: where to run the encoder; None is where it is.
 
     Raises:
-        ValueError: no encoder for a prompt that is not in the cache, or one of another width.
+        ValueError: no encoder for a prompt that is not cached, or one of another width.
     """
     if cache is not None and all(cache_file(cache, prompt).exists() for prompt in prompts):
         return CachedText(str(cache), text_width).encode(prompts)
@@ -203,30 +203,34 @@ def encode_prompts(
             "pid_lightning.LanguageModelText, or give text features or a cache that has it."
         )
     encoder.load()
+    encoder.to(device)
     if cache is not None:
         cache_captions(encoder, prompts, cache)
         return CachedText(str(cache), text_width).encode(prompts)
     features = encoder.encode(prompts)
     if features is None or features.shape[-1] != text_width:
         made = "no features" if features is None else f"features {features.shape[-1]} wide"
-        raise ValueError(f"prompt: text_encoder makes {made}, this model reads {text_width}.")
+        raise ValueError(
+            f"prompt: text_encoder makes {made}, but this model expects {text_width}; use the "
+            "encoder it was trained with."
+        )
     return features
 
 
 class LanguageModelText(TextEncoder):
     """Features of a frozen language model: its last hidden state after the final norm.
 
-    The model reads prefix + caption, padded or cut on the right to (prefix tokens + length - 2);
-    token 0 and the last (length - 1) are kept: the start token, the end of the prefix and the
-    caption, `length` features in all. Without a prefix the caption alone is padded to `length`.
+    The model reads prefix + caption, padded or truncated on the right to (prefix tokens +
+    length - 2) tokens. Of these, token 0 and the last (length - 1) are kept: the start token, the
+    end of the prefix and the caption. Without a prefix the caption is padded to `length`.
 
     Args:
         model: hub id or local folder of a decoder-only transformers model with its tokenizer; the
-            released PiD weights were trained with google/gemma-2-2b-it. Only the base transformer
-            is loaded, no language modelling head.
+            released PiD weights were trained with google/gemma-2-2b-it. The language modelling
+            head is not loaded.
         prefix: instruction in front of every caption.
-        length: features L per caption.
-        text_width: the model's hidden size, needed before it is loaded.
+        length: number of features L per caption.
+        text_width: the model's hidden size, needed before loading.
         dtype: of the weights and features.
     """
 
@@ -240,7 +244,7 @@ class LanguageModelText(TextEncoder):
     ) -> None:
         super().__init__()
         if length < 2:
-            raise ValueError(f"text length: {length} is too short, give at least 2.")
+            raise ValueError(f"text length: {length} is too short; give at least 2.")
         self.model, self.prefix, self.length = model, prefix, length
         self.text_width, self.dtype = text_width, dtype
         digest = hashlib.sha256(prefix.encode()).hexdigest()[:8]
@@ -252,7 +256,7 @@ class LanguageModelText(TextEncoder):
         """Load tokenizer and transformer from the folder, the hub's cache or the hub.
 
         Raises:
-            OSError: they cannot be had.
+            OSError: they are not available.
             ValueError: the hidden size is not `text_width`, or the tokenizer cannot pad.
         """
         if self.transformer is not None:
@@ -264,9 +268,9 @@ class LanguageModelText(TextEncoder):
             transformer = AutoModel.from_pretrained(self.model, dtype=getattr(torch, self.dtype))
         except (OSError, ValueError) as error:
             raise OSError(
-                f"language model {self.model!r} cannot be had ({str(error).splitlines()[0]}): give "
-                "a local folder with its weights and tokenizer, log in where its licence asks for "
-                "that, or train without captions by NoText."
+                f"language model {self.model!r} is not available ({str(error).splitlines()[0]}): "
+                "give a local folder with its weights and tokenizer, log in to the hub where its "
+                "licence requires it, or train without captions (NoText)."
             ) from error
         if transformer.config.hidden_size != self.text_width:
             raise ValueError(
@@ -274,20 +278,20 @@ class LanguageModelText(TextEncoder):
                 f"not {self.text_width}: set text_width to that."
             )
         if tokenizer.pad_token is None:
-            raise ValueError(f"the tokenizer of {self.model!r} has no padding token, give it one.")
+            raise ValueError(f"the tokenizer of {self.model!r} has no padding token; set one.")
         tokenizer.padding_side = tokenizer.truncation_side = "right"
         self.tokenizer = tokenizer
         self.transformer = transformer.eval().requires_grad_(False)
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> Tensor:
-        """B captions to features (B, length, D_text) in `dtype`, with or without autocast around.
+        """Encode B captions as features (B, length, D_text) in `dtype`, ignoring autocast.
 
         Raises:
             RuntimeError: `load` has not been called.
         """
         if self.transformer is None:
-            raise RuntimeError(f"language model {self.model!r} is not loaded, call load() first.")
+            raise RuntimeError(f"language model {self.model!r} is not loaded; call load() first.")
         num_tokens = self.length
         if self.prefix:
             num_tokens += len(self.tokenizer(self.prefix)["input_ids"]) - 2

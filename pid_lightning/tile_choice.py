@@ -1,4 +1,4 @@
-"""Which tile a picture is decoded in: as asked for, of the trained size, or what memory allows."""
+"""Chooses the tile size of a decode: as requested, the trained size, or what memory allows."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pid_lightning.weights import ModelInfo
 
 TileChoice = int | Literal["auto"] | None
 
-# Where a user's own call stands above a warning given here, through PiDDecoder.decode.
-CALLER = 5
+# Stack level of the user's own call to PiDDecoder.decode, seen from a warning in choose_tile.
+CALLER_LEVEL = 5
 
 
 def choose_tile(
@@ -21,25 +21,24 @@ def choose_tile(
 ) -> int | None:
     """The side of the tiles for a picture of height x width pixels; None is the whole picture.
 
-    ``"auto"`` is tiles of the trained size for a larger picture and the whole for others, and
-    half of that as often as memory asks for it. Warns where the network will see a size it was
-    not trained for.
+    ``"auto"`` takes tiles of the trained size for larger pictures and the whole picture otherwise,
+    halved until memory suffices. Warns if the network will see a size it was not trained for.
 
     Raises:
-        ValueError: a tile that is none of those.
+        ValueError: the tile is not a number of pixels, ``"auto"`` or None.
     """
     if tile == "auto":
         return _fitting_tile(denoiser, info, height, width, batch_size)
     if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int)):
-        raise ValueError(f"tile: {tile!r} is neither a number of pixels, 'auto' nor None.")
+        raise ValueError(f"tile: {tile!r} must be a number of pixels, 'auto' or None.")
     trained, seen = info.image_size, max(height, width)
     seen = seen if tile is None else min(seen, tile)
     if trained is not None and not trained <= 2 * seen <= 2 * trained:
-        cure = "tile='auto' avoids it" if seen > trained else "larger latents or tiles avoid it"
+        remedy = "tile='auto' avoids it" if seen > trained else "larger latents or tiles avoid it"
         warnings.warn(
             f"The network sees {seen} pixels a side but was trained on {trained}: expect blur and "
-            f"wrong colours; {cure}.",
-            stacklevel=CALLER,
+            f"wrong colours; {remedy}.",
+            stacklevel=CALLER_LEVEL,
         )
     return tile
 
@@ -58,8 +57,8 @@ def _fitting_tile(
         tile = smaller
     if tile != first:
         warnings.warn(
-            f"Memory is short ({free / 2**30:.1f} GiB free), so this decodes in tiles of {tile} "
-            "pixels, smaller than it would otherwise: expect less coherent detail.",
-            stacklevel=CALLER + 1,
+            f"Memory is short ({free / 2**30:.1f} GiB free), so smaller tiles of {tile} pixels are "
+            "used: expect less coherent detail; free some memory to avoid it.",
+            stacklevel=CALLER_LEVEL + 1,
         )
     return tile

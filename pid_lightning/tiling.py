@@ -1,11 +1,10 @@
-"""A picture larger than a network was trained for: its velocity in tiles that overlap and blend.
+"""Tiled velocities for pictures larger than the network was trained for: tiles overlap and blend.
 
-There is one sampling loop and one noise for the whole picture; only the network's forward pass sees
-tiles, at every step anew (the idea of MultiDiffusion, arXiv 2302.08113). Neighbours are averaged
-before each step is taken, so that they never drift apart and no seam can form. To the network a
-tile is a picture of its own, positions begin anew in each; but its latents pass the adapter
-together with a margin of their surroundings (`decoding`), or it would take the tile's border for
-the picture's.
+There is one sampling loop and one noise for the whole picture; only the network's forward pass is
+tiled, at every step (the idea of MultiDiffusion, arXiv 2302.08113). Overlapping tiles are averaged
+before each step, so they never drift apart and no seam can form. To the network a tile is a picture
+of its own, with positions starting at zero; but its latents pass through the adapter with a margin
+of their surroundings (`decoding`), or the adapter would take the tile's border for the picture's.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from pid_lightning.sampling import Velocity
 
 @dataclass(frozen=True)
 class Tile:
-    """A rectangle of the output and how much its velocity counts there.
+    """A rectangle of the output and the weights of its velocity.
 
     Attributes:
-        rows, columns: where it lies, in output pixels.
+        rows, columns: position in output pixels.
         row_weights, column_weights: (h, 1) and (1, w); a pixel's weight is their product.
     """
 
@@ -35,7 +34,7 @@ class Tile:
     column_weights: Tensor
 
     def widened(self, margin: int, height: int, width: int) -> tuple[slice, slice]:
-        """Rows and columns with `margin` pixels more on each side that lies inside the picture."""
+        """Rows and columns extended by `margin` pixels on each side, within the picture."""
         return tuple(
             slice(max(span.start - margin, 0), min(span.stop + margin, length))
             for span, length in ((self.rows, height), (self.columns, width))
@@ -43,20 +42,20 @@ class Tile:
 
 
 class Tiles:
-    """Overlapping tiles that cover a picture, their weights summing to one at every pixel.
+    """Overlapping tiles that cover a picture, with weights that sum to one at every pixel.
 
-    A side shorter than the tile is covered whole. Otherwise tiles lie as evenly as their
-    alignment allows, the last one ending where the picture does, and each overlaps the next by at
+    A side shorter than the tile is covered by one tile. Otherwise tiles are spaced as evenly as
+    their alignment allows, the last one ends at the picture's border, and neighbours overlap by at
     least `overlap`.
 
     Args:
-        height, width: of the picture, in pixels, multiples of `step`.
+        height, width: size of the picture in pixels, multiples of `step`.
         tile: side of a tile in pixels, a multiple of `step`.
-        overlap: least overlap of neighbours, a multiple of `step`; None is `default_overlap`.
-        step: pixels that tiles are aligned to: whole patches and whole latent cells.
+        overlap: minimum overlap of neighbours, a multiple of `step`; None is `default_overlap`.
+        step: alignment of the tiles in pixels: whole patches and whole latent cells.
 
     Raises:
-        ValueError: a tile or an overlap that is not aligned or leaves no progress.
+        ValueError: the tile or the overlap is not aligned, or the overlap is not below the tile.
     """
 
     def __init__(
@@ -68,12 +67,12 @@ class Tiles:
             least = max(2, round(tile / step)) * step
             raise ValueError(
                 f"tile: {tile} pixels must be a multiple of {step} (whole patches and latent "
-                f"cells) and at least {2 * step}; take {least}."
+                f"cells) and at least {2 * step}; use {least}."
             )
         if overlap % step or not 0 <= overlap < tile:
             raise ValueError(
-                f"overlap: {overlap} must be a multiple of {step} from 0 to below the tile's "
-                f"{tile} pixels."
+                f"overlap: {overlap} must be a multiple of {step}, at least 0 and less than the "
+                f"tile's {tile} pixels."
             )
         self.height, self.width, self.step = height, width, step
         self.shape = (min(height, tile), min(width, tile))  # of every tile
@@ -90,7 +89,7 @@ class Tiles:
 
 
 def default_overlap(tile: int, step: int) -> int:
-    """A quarter of the tile in whole steps, one at least."""
+    """A quarter of the tile in whole steps, at least one step."""
     return max(1, tile // (4 * step)) * step
 
 
@@ -100,9 +99,9 @@ def _windows(length: int, tile: int, overlap: int, step: int) -> list[tuple[slic
     num = 1 if tile == length else math.ceil((length - overlap) / (tile - overlap))
     room = (length - tile) // step
     starts = [round(i * room / max(num - 1, 1)) * step for i in range(num)]
-    # sin^2 over the tile: no jump at its ends, and neighbours that overlap by half sum to one
-    # already. It stays above zero, so that the picture's border, which only one tile covers, is
-    # divided by something.
+    # sin^2 over the tile: no jump at its ends, and neighbours that overlap by half already sum to
+    # one. It stays above zero, so the division is safe at the picture's border, which only one tile
+    # covers.
     rising = (torch.arange(tile, dtype=torch.float64) + 0.5) / tile
     window = (math.pi * rising).sin().square()
     total = torch.zeros(length, dtype=torch.float64)
@@ -115,20 +114,24 @@ def _windows(length: int, tile: int, overlap: int, step: int) -> list[tuple[slic
 def blended_velocity(velocity_of: Callable[[Tile], Velocity], tiles: Tiles) -> Velocity:
     """The velocity of the whole picture as the weighted mean of its tiles' velocities.
 
-    Holds one picture besides those of one tile, whatever the size.
+    Besides one tile's tensors it only holds one picture, whatever the size.
 
     Args:
-        velocity_of: the velocity function of a tile, asked for at every step.
-        tiles: which cover the picture.
+        velocity_of: makes the velocity function of a tile; called for each tile at every step.
+        tiles: the tiles that cover the picture.
     """
 
     def velocity(x_t: Tensor, t: Tensor) -> Tensor:
         blended = torch.zeros_like(x_t)
         for tile in tiles:
             place = (..., tile.rows, tile.columns)
-            weights = (tile.row_weights * tile.column_weights).to(x_t.device, x_t.dtype)
-            # Contiguous, or a compiled network would compile again for every picture's strides.
-            blended[place].addcmul_(velocity_of(tile)(x_t[place].contiguous(), t), weights)
+            # Contiguous, or a compiled network would be recompiled for every picture's strides.
+            tile_velocity = velocity_of(tile)(x_t[place].contiguous(), t)
+            rows, columns = (
+                weights.to(x_t.dtype).to(x_t.device, non_blocking=True)
+                for weights in (tile.row_weights, tile.column_weights)
+            )
+            blended[place].addcmul_(tile_velocity, rows * columns)
         return blended
 
     return velocity

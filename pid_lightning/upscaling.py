@@ -1,4 +1,4 @@
-"""The super-resolution half of the cascade that PiD replaces: Real-ESRGAN from a local file."""
+"""Real-ESRGAN from a local file: the super-resolution half of the cascade that PiD replaces."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pid_lightning.encoders.pretrained import fill, read_tensors
 from pid_lightning.nn.rrdb import RRDBNet
 from pid_lightning.pictures import enlarge_picture, reduce_picture
+from pid_lightning.tensor_files import fill, read_tensors
 
-FACTOR = 4  # of the network's own enlargement
+FACTOR = 4  # enlargement by the network itself
 NUM_OUTER = 6  # convolutions outside the blocks
-NUM_BLOCK = 15  # convolutions of a block
-CURE = "give the file of Real-ESRGAN's x4plus network or of another RRDBNet that enlarges 4 times"
+NUM_BLOCK = 15  # convolutions per block
+CURE = "give the file of Real-ESRGAN x4plus or of another RRDBNet for 4x"
 
 
 class Upscaler(nn.Module):
     """A frozen `RRDBNet` that enlarges pictures by any scale, large ones in tiles.
 
-    A tile sees `margin` pixels of its surroundings, of which the result is cut away: memory is
-    that of one tile, whatever the picture. The published network sees hundreds of pixels far, ever
-    more weakly: of 256 grey levels a photograph in tiles differed from the whole by up to 73 with
-    a margin of 16, by 30 with 32, by 6 with 48 and by less than 2 with 64 (0.02 on average).
+    Tiles are computed with `margin` extra pixels, cut from the result, so peak memory is that of
+    one tile. The published network's receptive field spans hundreds of pixels with decreasing
+    weight: a photograph in tiles differed from the whole by up to 73 of 256 grey levels with a
+    margin of 16, 30 with 32, 6 with 48 and less than 2 with 64 (0.02 on average).
 
     Args:
-        network: what enlarges four times.
-        tile: side of a tile in pixels of the input.
-        margin: pixels of the input around a tile.
+        network: the 4x network.
+        tile: side of a tile in input pixels.
+        margin: input pixels around a tile.
     """
 
     def __init__(self, network: RRDBNet, tile: int = 512, margin: int = 64) -> None:
@@ -41,10 +41,10 @@ class Upscaler(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, scale: int) -> Tensor:
-        """Enlarge by `scale`: four times by the network, bicubic from there where it is not 4.
+        """Enlarge by `scale`: 4x by the network, then by bicubic resizing for other scales.
 
         Args:
-            images: (B, 3, h, w) in [-1, 1]; clamped, as a written picture is.
+            images: (B, 3, h, w) in [-1, 1]; clamped, as written pictures are.
             scale: integer, at least 1.
 
         Returns:
@@ -68,7 +68,7 @@ class Upscaler(nn.Module):
         return reduce_picture(enlarge_picture(enlarged, scale // common), FACTOR // common)
 
     def _spans(self, start: int, length: int) -> tuple[slice, slice]:
-        """A tile along one axis, and what is seen of its surroundings."""
+        """A tile along one axis, without and with its margin."""
         stop = min(start + self.tile, length)
         return slice(start, stop), slice(
             max(start - self.margin, 0), min(stop + self.margin, length)
@@ -76,7 +76,7 @@ class Upscaler(nn.Module):
 
 
 def upscaler_label(scale: int) -> str:
-    """What enlarged by `scale`, for tables: bicubic resizing is named where it has a part."""
+    """Name of the upscaling method in tables, with bicubic resizing where it is used."""
     return "Real-ESRGAN" if scale == FACTOR else "Real-ESRGAN + bicubic"
 
 
@@ -89,32 +89,32 @@ def _within(span: slice, seen: slice) -> slice:
 
 
 def read_upscaler(path: str | Path) -> Upscaler:
-    """A frozen upscaler in fp32; its sizes are those of the file's tensors.
+    """Load a frozen fp32 upscaler, with its sizes inferred from the file.
 
     Args:
-        path: a ``.safetensors`` or ``.pth`` file of an RRDBNet, its tensors named as in the
-            published files (a ``params_ema`` around them is opened), or ``{i}.weight`` and
-            ``{i}.bias`` by number in the order of the forward pass.
+        path: a ``.safetensors`` or ``.pth`` file of an RRDBNet, with tensors named as in the
+            published files (optionally inside ``params_ema``), or ``{i}.weight`` and ``{i}.bias``,
+            numbered in the order of the forward pass.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: the file is damaged, or of another network.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged or holds another network.
     """
     place = Path(path).expanduser()
     if not place.is_file():
         raise FileNotFoundError(
-            f"evaluation.baseline: {path} does not exist or is no file: {CURE}."
+            f"evaluation.baseline: {path} does not exist or is not a file; {CURE}."
         )
-    tensors = read_tensors(place, "")
+    tensors = read_tensors(place)
     tensors = tensors.get("params_ema", tensors)
     numbered = "0.weight" in tensors
     published = ("conv_first.weight", "body.0.rdb1.conv1.weight")
     names = ("0.weight", "1.weight") if numbered else published
     for name in names:
         if name not in tensors:
-            raise ValueError(f"evaluation.baseline: {path} holds no tensor {name!r}: {CURE}.")
+            raise ValueError(f"evaluation.baseline: {path} holds no tensor {name!r}; {CURE}.")
     width, growth = (len(tensors[name]) for name in names)
-    with torch.device("meta"):  # real parameters would draw from the global random state
+    with torch.device("meta"):  # real parameters would consume the global random state
         network = RRDBNet(width, growth, (len(tensors) // 2 - NUM_OUTER) // NUM_BLOCK)
     if numbered:
         tensors = _published_names(network, tensors)
@@ -123,7 +123,7 @@ def read_upscaler(path: str | Path) -> Upscaler:
 
 
 def _published_names(network: RRDBNet, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by the network's names; a name that is no number of its stays as it is."""
+    """Rename numbered tensors to the network's names; other names stay as they are."""
     modules = network.named_modules()
     order = [name for name, module in modules if isinstance(module, nn.Conv2d)]
     kinds = ("weight", "bias")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# Tiny networks gain nothing from threads, and sums split over another number of them round
-# differently: one thread here and in every process that a test starts.
+# One thread here and in every process that a test starts: tiny networks gain nothing from more, and
+# sums round differently with another number of threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 

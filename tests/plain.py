@@ -1,9 +1,9 @@
-"""The method in the simplest code that is right: no fusing, no caching, one formula a line.
+"""The method in the simplest correct code: no fusing, no caching, one formula per line.
 
-The oracle of the fast paths' tests and the baseline of the benchmark. It works on tensors under the
-published key names and knows nothing of `pid_lightning.nn`. Everything is computed at every call,
-in the dtype of the weights; time and norms' statistics in fp32 at least, as the method asks, and
-rotations and the gate's alpha, as the published network does.
+The reference for tests of the fast paths and the baseline of the benchmark. It takes tensors with
+the published key names and does not use `pid_lightning.nn`. Everything is computed at every call in
+the dtype of the weights, except in fp32 at least: time and norm statistics, as the method requires,
+rotations and the gate's alpha, as in the published network.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def plain_velocity(
 
 
 def plain_features(params: Params, arguments: Arguments, latents: Tensor) -> list[Tensor]:
-    """Adapter features (B, N, D), one an injection point, the pixel blocks' last."""
+    """Adapter features (B, N, D), one per injection point, that of the pixel blocks last."""
     x = rearrange(_latent_maps(params, arguments, latents)[-1], "b c h w -> b (h w) c")
     heads = [f"lq_proj.output_heads.{i}" for i in range(_num_injections(arguments))]
     if arguments.get("pit_lq_inject", False):
@@ -60,7 +60,7 @@ def plain_features(params: Params, arguments: Arguments, latents: Tensor) -> lis
 
 
 def plain_rgb(params: Params, arguments: Arguments, latents: Tensor) -> Tensor:
-    """v1.5's low-resolution picture (B, 3, H/scale, W/scale)."""
+    """The low-resolution image (B, 3, H/scale, W/scale) of v1.5's RGB head."""
     block = arguments.get("lq_aux_rgb_head_latent_block_idx", -1)
     x = _latent_maps(params, arguments, latents)[block if block > 0 else -1]
     x = rearrange(x, "b c h w -> b h w c")
@@ -72,12 +72,12 @@ def plain_rgb(params: Params, arguments: Arguments, latents: Tensor) -> Tensor:
 
 
 class PlainPiD(nn.Module):
-    """`plain_velocity` as a module, its parameters in fp32 whatever `params` hold."""
+    """`plain_velocity` as a module, with fp32 parameters whatever the dtype of `params`."""
 
     def __init__(self, params: Params, arguments: Arguments) -> None:
         super().__init__()
         self.arguments = dict(arguments)
-        # Names of parameters must not hold a dot.
+        # Parameter names must not contain a dot.
         self.params = nn.ParameterDict(
             {k.replace(".", "/"): v.detach().float().clone() for k, v in params.items()}
         )
@@ -218,7 +218,7 @@ def _pixel_block(
 
 
 def _latent_maps(params: Params, arguments: Arguments, latents: Tensor) -> list[Tensor]:
-    """What the convolutions give (B, width, H/P, W/P), and what each residual block makes of it."""
+    """Output (B, width, H/P, W/P) of the first convolutions and of each residual block."""
     x = latents.to(params["lq_proj.latent_proj.0.weight"].dtype)
     unpack = arguments.get("lq_latent_unpatchify_factor", 1)
     x = rearrange(x, "b (c p q) h w -> b c (h p) (w q)", p=unpack, q=unpack)
@@ -258,7 +258,7 @@ def _num_injections(arguments: Arguments) -> int:
     return math.ceil(arguments["patch_depth"] / arguments["lq_interval"])
 
 
-# ---------------------------------------------------------------- the basics
+# ------------------------------------------------------------- basic layers
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -287,7 +287,7 @@ def _time(params: Params, t: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Channel pairs (2i, 2i+1) of (B, heads, N, d) turned by angles (N, d/2)."""
+    """Rotate channel pairs (2i, 2i+1) of (B, heads, N, d) by angles (N, d/2)."""
     even, odd = _wide(x)[..., 0::2], _wide(x)[..., 1::2]
     cos, sin = angles.cos().to(even.dtype), angles.sin().to(even.dtype)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
@@ -303,7 +303,7 @@ def _text_angles(length: int, d: int, device: torch.device) -> Tensor:
 def _patch_angles(
     arguments: Arguments, rows: int, columns: int, d: int, device: torch.device
 ) -> Tensor:
-    """(N, d/2): the column's and the row's angles in turn."""
+    """(N, d/2): column and row angles, interleaved."""
     theta_x = theta_y = 10000.0
     if arguments.get("rope_mode", "ntk_aware") == "ntk_aware":
         a, patch = d // 2, arguments["patch_size"]
@@ -319,7 +319,7 @@ def _patch_angles(
 
 
 def _pixel_positions(height: int, width: int, channels: int, device: torch.device) -> Tensor:
-    """(H, W, C): sines and cosines of the column, then of the row."""
+    """(H, W, C): sines and cosines of the column, then those of the row."""
     steps = torch.arange(channels // 4, dtype=torch.float64, device=device)
     frequencies = 10000.0 ** (-steps / (channels / 4))
     x = torch.arange(width, dtype=torch.float64, device=device)[:, None] * frequencies
@@ -333,7 +333,7 @@ def _pixel_positions(height: int, width: int, channels: int, device: torch.devic
 
 
 def random_released(arguments: Arguments, generator: torch.Generator) -> dict[str, Tensor]:
-    """Weights of such a network in fp32, under the published names: random, none of them zero."""
+    """Random fp32 weights, none of them zero, under the published names."""
     made = {}
     for name, shape in released_shapes(arguments):
         values = torch.randn(shape, generator=generator)
@@ -350,7 +350,7 @@ def random_released(arguments: Arguments, generator: torch.Generator) -> dict[st
 
 
 def released_shapes(arguments: Arguments) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every published name and its shape."""
+    """Yield every published name and its shape."""
     d, patch, c = (arguments[k] for k in ("hidden_size", "patch_size", "pixel_hidden_size"))
     heads, text_length = arguments["num_groups"], arguments["txt_max_length"]
     yield from _affine("s_embedder.proj", d, 3 * patch**2)

@@ -1,4 +1,4 @@
-"""Processes that start at once: forked from a server that has imported everything."""
+"""Processes that start fast, forked from a server that has imported everything."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ DMD2 = """
 
 
 def write_config(folder: Path, teacher: Path | None = None) -> Path:
-    """A whole experiment on 9 pictures of noise: 5 to train on, so that a pass ends within a batch.
+    """Write a full experiment on 9 noise pictures, 5 of them for training, so that an epoch ends
+    with a partial batch.
 
     With a teacher it is a distillation.
     """
@@ -110,7 +111,7 @@ def _run(
 
 
 def run_pid(folder: Path, *arguments: str) -> None:
-    """`pid` in a folder."""
+    """Run `pid` in a folder."""
     from pid_lightning.cli import main
 
     os.chdir(folder)
@@ -118,7 +119,7 @@ def run_pid(folder: Path, *arguments: str) -> None:
 
 
 def finish(process: BaseProcess, log: Path, seconds: float = 120) -> None:
-    """Wait for a process that must end well."""
+    """Wait for a process and raise if it fails."""
     process.join(seconds)
     if process.exitcode != 0:
         process.kill()
@@ -136,7 +137,7 @@ def run_ranks(log: Path, target: Callable[..., None], *arguments: Any) -> None:
     until = time.monotonic() + 120
     while any(rank.is_alive() for rank in ranks) and time.monotonic() < until:
         if any(rank.exitcode for rank in ranks):
-            break  # the other one would wait for it for ever
+            break  # the other one would wait for it forever
         time.sleep(0.02)
     for rank, file in zip(ranks, logs, strict=True):
         finish(rank, file, seconds=1)

@@ -1,4 +1,4 @@
-"""The latent adapter and the sigma gate: geometry, starting values, mistakes."""
+"""The latent adapter and the sigma gate: geometry, initial values, error messages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ V15 = AdapterConfig(
 def random_adapter(
     config: AdapterConfig, channels: int, stride: int, scale: int, seed: int = 0
 ) -> LatentAdapter:
-    """An adapter of patch size 16 and 3 injections, in fp64, nothing in it zero."""
+    """An adapter of patch size 16 and 3 injections, in fp64, with no zero weights."""
     torch.manual_seed(seed)
     adapter = LatentAdapter(config, 12, 3, 16, channels, stride, scale).double()
     for parameter in adapter.parameters():
@@ -104,7 +104,7 @@ def test_unpacking_is_the_inverse_of_flux2s_packing() -> None:
 
 @torch.no_grad()
 def test_replicate_padding_sees_no_edge() -> None:
-    """A constant latent stays constant under replicate padding; under zeros its rim shows."""
+    """A constant latent stays constant with replicate padding; zeros show at its border."""
     latents = torch.full((1, 4, 5, 5), 0.7, dtype=torch.float64)
     spread = {}
     for padding in ("zeros", "replicate"):
@@ -174,7 +174,7 @@ def test_without_a_gate_the_whole_feature_comes_in_at_every_noise_level() -> Non
     for network in (pid, gated):
         for weight in network.parameters():
             torch.nn.init.normal_(weight, std=0.1)
-    for gate in gated.gates:  # as open as it gets
+    for gate in gated.gates:  # fully open
         torch.nn.init.zeros_(gate.tokens.weight)
         torch.nn.init.zeros_(gate.feature.weight)
         torch.nn.init.constant_(gate.feature.bias, 60.0)
@@ -187,7 +187,7 @@ def test_without_a_gate_the_whole_feature_comes_in_at_every_noise_level() -> Non
 
 
 def test_alpha_is_exact_under_autocast_and_in_bf16() -> None:
-    """log_alpha is a bare parameter: only the sum is rounded, not alpha or sigma before it."""
+    """log_alpha is a bare parameter: only the result is rounded, not alpha or sigma before it."""
     torch.manual_seed(0)
     module = SigmaGate(8, "token")
     torch.nn.init.zeros_(module.feature.weight)
@@ -207,7 +207,7 @@ def test_alpha_is_exact_under_autocast_and_in_bf16() -> None:
 
 @torch.no_grad()
 def test_only_learned_upsampling_tells_the_patches_of_a_cell_apart() -> None:
-    """Far from any change of the latents a repeated cell looks the same to all its patches."""
+    """Where latents are constant, a repeated cell looks the same to all its patches."""
     latents = torch.full((1, 4, 7, 7), 0.7, dtype=torch.float64)
     for upsampling, differ in (("nearest", False), ("shuffle", True)):
         config = dataclasses.replace(V1, padding="replicate", upsampling=upsampling)
@@ -218,7 +218,7 @@ def test_only_learned_upsampling_tells_the_patches_of_a_cell_apart() -> None:
 
 @torch.no_grad()
 def test_learned_upsampling_moves_with_the_latents() -> None:
-    """Shifted by one cell, the features are those of the patches one cell further."""
+    """Shifting the latents by one cell shifts the features by one cell."""
     config = dataclasses.replace(V1, num_res_blocks=0, upsampling="shuffle")
     adapter = random_adapter(config, 4, 8, 4)
     latents = torch.randn(1, 4, 9, 9, dtype=torch.float64)
@@ -236,9 +236,9 @@ def test_only_a_sigma_plane_tells_the_adapter_the_noise_level(upsampling: str) -
     for sigma_plane in (False, True):
         config = dataclasses.replace(V1, upsampling=upsampling, sigma_plane=sigma_plane)
         adapter = random_adapter(config, 4, 8, 4)
-        told, clean = (features_of(adapter, latents, s)[0] for s in (sigma, torch.zeros(2)))
-        assert torch.equal(told[0], clean[0])
-        assert torch.equal(told[1], clean[1]) != sigma_plane
+        noisy, clean = (features_of(adapter, latents, s)[0] for s in (sigma, torch.zeros(2)))
+        assert torch.equal(noisy[0], clean[0])
+        assert torch.equal(noisy[1], clean[1]) != sigma_plane
 
 
 # --------------------------------------------------------------- published sizes
@@ -308,7 +308,7 @@ def test_a_fresh_adapter_injects_nothing() -> None:
     assert rgb.any()
 
 
-# --------------------------------------------------------------------- mistakes
+# --------------------------------------------------------------- error messages
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_impossible_adapters_are_told_in_one_sentence(changes: dict, sentence: s
     [
         (V1, 4, 8, 0, r"^scale: 0 must be at least 1\.$"),
         (V1, 4, 8, 3, r"^scale: 3 does not fit: a latent cell covers 3 x 8 = 24 output pixels"),
-        # (patch_size / scale)^2 pixels a token are whole for divisors of the patch size only.
+        # The RGB head predicts (patch_size / scale)^2 pixels per token, so scale must divide it.
         (V15, 4, 16, 3, r"scale: 3 .*"),
         (dataclasses.replace(V1, unpack=2), 6, 16, 4, r"6 .*unpack"),
     ],

@@ -12,12 +12,8 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from pid_lightning.encoders.bundled import (
-    BUNDLED,
-    load_autoencoder,
-    load_bundled_autoencoder,
-    save_autoencoder,
-)
+from pid_lightning import PiDConfig, VAEPiD
+from pid_lightning.encoders.small_vae import BUNDLED, SmallVAE, save_autoencoder
 from pid_lightning.modules.autoencoder import AutoencoderModule, psnr, reconstruction_loss
 from pid_lightning.nn.autoencoder import (
     PrincipalComponents,
@@ -48,7 +44,9 @@ def crops() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def bundled() -> SmallAutoencoder:
-    return load_bundled_autoencoder()
+    encoder = SmallVAE()
+    encoder.load()
+    return encoder.network
 
 
 def test_shapes_and_stride(bundled):
@@ -188,9 +186,13 @@ def test_fit_starts_from_components_learns_and_exports(crops, tmp_path):
     losses = torch.tensor(losses).view(10, 3).mean(1)  # by epoch
     assert losses.isfinite().all()
     assert losses[-1] < losses[0] < 0.2  # a random linear path would give about 0.5
-    exported = load_autoencoder(path)
+    exported = VAEPiD(vae=str(path), denoiser=PiDConfig(num_blocks=1)).encoder
+    exported.load()
     torch.testing.assert_close(
-        exported(crops[:2]), module.network(crops[:2]).detach(), atol=1e-2, rtol=0
+        exported.decode(exported.encode(crops[:2])),
+        module.network(crops[:2]).detach(),
+        atol=1e-2,
+        rtol=0,
     )
 
 
@@ -198,13 +200,19 @@ def test_files_are_loaded_strictly(tmp_path):
     network = SmallAutoencoder(**TINY)
     path = tmp_path / "small.safetensors"
     save_autoencoder(network, path, "a test")
-    assert load_autoencoder(path).config == network.config
+    encoder = SmallVAE(path)
+    assert encoder.network.config == network.config
+    assert encoder.latent_space != SmallVAE().latent_space
     network.config = {**network.config, "width": 8}
     save_autoencoder(network, path, "a test")
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        load_autoencoder(path)
+    with pytest.raises(ValueError, match="of another shape"):
+        SmallVAE(path).load()
     with pytest.raises(FileNotFoundError, match="missing"):
-        load_autoencoder(tmp_path / "missing.safetensors")
+        SmallVAE(tmp_path / "missing.safetensors")
+    for content in (b"not weights", path.read_bytes()[:100]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is no autoencoder of this package"):
+            SmallVAE(path)
 
 
 def test_settings_out_of_range_are_refused():

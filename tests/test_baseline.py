@@ -1,4 +1,4 @@
-"""The cascade of native decoder and Real-ESRGAN: its network, its tiles, its file, its report."""
+"""The cascade of native decoder and Real-ESRGAN: network, tiles, files and report."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ WIDTH, GROWTH, NUM_BLOCKS = 6, 4, 2
 
 
 def shapes(width: int, growth: int, num_blocks: int) -> list[tuple[int, int]]:
-    """Inputs and outputs of every convolution, in the order of the forward pass."""
+    """Input and output channels of every convolution, in the order of the forward pass."""
     dense = [(width + i * growth, growth) for i in range(4)] + [(width + 4 * growth, width)]
     return [(3, width), *dense * 3 * num_blocks, *[(width, width)] * 4, (width, 3)]
 
 
 def numbered(num_blocks: int = NUM_BLOCKS, dtype: torch.dtype = torch.float32) -> dict:
-    """Random tensors with the names of the numbered layout."""
+    """Random tensors in the numbered layout."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for i, (inputs, outputs) in enumerate(shapes(WIDTH, GROWTH, num_blocks)):
@@ -39,7 +39,7 @@ def numbered(num_blocks: int = NUM_BLOCKS, dtype: torch.dtype = torch.float32) -
 
 
 def published(tensors: dict) -> dict:
-    """The same tensors with the names of the published files."""
+    """The same tensors in the published layout."""
     body = [
         f"body.{b}.rdb{r}.conv{c}"
         for b in range(NUM_BLOCKS)
@@ -52,7 +52,7 @@ def published(tensors: dict) -> dict:
 
 
 def transcription(tensors: dict, images: torch.Tensor) -> torch.Tensor:
-    """The published equations, one convolution after the other, for images in [0, 1]."""
+    """The published equations, one convolution at a time, for images in [0, 1]."""
     count = iter(range(len(tensors)))
 
     def conv(x: torch.Tensor) -> torch.Tensor:
@@ -87,7 +87,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "tiny.safetensors"
 
 
-# The network and what is around it.
+# The network and its tiling.
 
 
 def test_the_network_equals_a_transcription_of_the_equations(file: Path) -> None:
@@ -129,14 +129,14 @@ def test_tiles_with_a_wide_margin_equal_the_whole(file: Path) -> None:
     network = read_upscaler(file).network
     low = images(1, 3, 50, 37)
     whole = Upscaler(network, tile=50)(low, 4)
-    # As far as the network sees: 30 dense layers and 3 more of the input's pixels, and the last 4
-    # within 3 pixels.
+    # The receptive field: 30 dense layers and 3 more at input resolution, and the last 4 within
+    # 3 pixels.
     wide = Upscaler(network, tile=16, margin=37)(low, 4)
     torch.testing.assert_close(wide, whole, atol=1e-5, rtol=0)
     without = (Upscaler(network, tile=16, margin=0)(low, 4) - whole).abs()
     narrow = (Upscaler(network, tile=16, margin=4)(low, 4) - whole).abs()
     assert without.max() > 1e-2  # the margin is what makes them equal
-    assert narrow.max() < 1e-2 * without.max()  # what is far counts little
+    assert narrow.max() < 1e-2 * without.max()  # distant pixels have little weight
 
 
 def test_other_scales_end_bicubically(file: Path) -> None:
@@ -153,32 +153,32 @@ def test_other_scales_end_bicubically(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
-        (lambda t: t.pop("7.bias"), "1 tensors are missing, left over or of another shape"),
+        (lambda t: t.pop("7.bias"), "1 tensors are missing, unexpected or of another shape"),
         (lambda t: t.pop("0.weight"), "holds no tensor 'conv_first.weight'"),
-        (lambda t: t.update(extra=torch.zeros(1)), "the first 'extra'"),
+        (lambda t: t.update(extra=torch.zeros(1)), "the first is 'extra'"),
         (lambda t: t.update({"0.weight": torch.zeros(WIDTH, 12, 3, 3)}), "'conv_first.weight'"),
         (lambda t: t.update({"9.weight": t["9.weight"][:1]}), "'body.0.rdb2.conv4.weight'"),
     ],
     ids=["missing", "first", "extra", "x2plus", "shape"],
 )
-def test_another_network_is_one_sentence(change: object, told: str, tmp_path: Path) -> None:
+def test_another_network_is_one_sentence(change: object, message: str, tmp_path: Path) -> None:
     tensors = numbered()
     change(tensors)
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     save_file(tensors, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"other\.safetensors") as raised:
         read_upscaler(tmp_path / "other.safetensors")
-    assert told in str(raised.value)
-    assert "give the file of Real-ESRGAN's x4plus network" in str(raised.value)
+    assert message in str(raised.value)
+    assert "give the file of Real-ESRGAN x4plus" in str(raised.value)
 
 
 def test_no_file_and_half_a_file_are_one_sentence(file: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         read_upscaler(tmp_path / "nowhere")
     file.write_bytes(file.read_bytes()[:-50])
-    with pytest.raises(ValueError, match="cannot be read as weights"):
+    with pytest.raises(ValueError, match="cannot be read"):
         read_upscaler(file)
 
 
@@ -189,7 +189,7 @@ def test_mistakes_are_told_before_data_is_opened(stage: str, file: Path) -> None
     fitted.evaluation = judged
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         fitted.prepare(None, stage)
-    fitted.prepare(None, "predict")  # which compares nothing
+    fitted.prepare(None, "predict")  # uses no baseline
     judged = Evaluation(baseline=str(file))
     siglip = SigLIPPiD(
         "vit_base_patch16_siglip_224",
@@ -264,7 +264,7 @@ def test_the_report_has_the_cascade(
     capsys.readouterr()
     main(["test", *run, f"--baseline={file}", "--trainer.logger.init_args.version=0"])
     said, rows = capsys.readouterr().out, table(tmp_path)
-    for key in before:  # what was there is what it was
+    for key in before:  # existing rows are unchanged
         assert rows[key]["psnr"] == before[key]["psnr"]
     for sigma in ("0.0", "0.8"):
         row = rows["native + Real-ESRGAN", sigma]

@@ -1,4 +1,4 @@
-"""`pid bench`: what it counts, what it compares, what it refuses."""
+"""`pid bench`: its counts, its comparisons and its refusals."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ def info(**changes) -> ModelInfo:
     return dataclasses.replace(networks.named("small"), config=config)
 
 
-def pieces(name: str, told: ModelInfo, batch_size: int = 1) -> dict[str, work.Work]:
-    denoiser = networks.build_random(told, torch.Generator().manual_seed(0))
-    inputs = networks.draw_inputs(told, 64, batch_size, CPU)
-    gathered = work.gather(name, denoiser, told)
-    return work.assemble(name, gathered, inputs, told, torch.float32)
+def pieces(name: str, spec: ModelInfo, batch_size: int = 1) -> dict[str, work.Work]:
+    denoiser = networks.build_random(spec, torch.Generator().manual_seed(0))
+    inputs = networks.draw_inputs(spec, 64, batch_size, CPU)
+    gathered = work.gather(name, denoiser, spec)
+    return work.assemble(name, gathered, inputs, spec, torch.float32)
 
 
 @functools.cache
@@ -73,20 +73,20 @@ def estimated(name: str) -> dict[str, tuple[int, int]]:
 # ------------------------------------------------------------------- operations
 
 
-def forward_flops(told: ModelInfo, size: int) -> tuple[int, int]:
-    """By hand from the method: of the condition, and of one evaluation; v1, one picture."""
-    config, side = told.config, told.config.patch_size
+def forward_flops(spec: ModelInfo, size: int) -> tuple[int, int]:
+    """Hand-computed operations of the condition and of one evaluation; v1, one picture."""
+    config, side = spec.config, spec.config.patch_size
     n, length, d = (size // side) ** 2, config.text_length, config.width
     num_gates = -(-config.num_blocks // config.adapter.interval)
     adapter = config.adapter.width
-    convs = told.latent_channels + (1 + 2 * config.adapter.num_res_blocks) * adapter
+    convs = spec.latent_channels + (1 + 2 * config.adapter.num_res_blocks) * adapter
     condition = 9 * convs * adapter * n + n * adapter * num_gates * d  # convolutions, heads
     condition += num_gates * n * d * d + length * config.text_width * d  # gates' halves, text
 
     hidden, total = int(2 * 4 * d / 3), n * 3 * side**2 * d + (256 + d) * d
     for i in range(config.num_blocks):
         both = n + length
-        tokens = n if i == config.num_blocks - 1 else both  # the last block's text is not read
+        tokens = n if i == config.num_blocks - 1 else both  # the last block's text is unused
         total += 2 * 6 * d * d + both * 3 * d * d + 2 * tokens * both * d
         total += tokens * (d * d + 3 * d * hidden)
     total += num_gates * n * d * d
@@ -98,22 +98,22 @@ def forward_flops(told: ModelInfo, size: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("changes", [{}, {"num_blocks": 3, "num_pixel_blocks": 2, "width": 24}])
 def test_operations_are_those_of_the_method(changes: dict) -> None:
-    told = info(**changes)
-    condition, evaluation = forward_flops(told, 96)
-    assert estimate.count_flops("forward", told, 96, 1) == {"forward": condition + evaluation}
-    assert estimate.count_flops("decode", told, 96, 3) == {
+    spec = info(**changes)
+    condition, evaluation = forward_flops(spec, 96)
+    assert estimate.count_flops("forward", spec, 96, 1) == {"forward": condition + evaluation}
+    assert estimate.count_flops("decode", spec, 96, 3) == {
         "decode": 3 * (condition + 4 * evaluation)
     }
 
 
 def test_windows_save_the_scores_of_other_windows() -> None:
-    told = info(text_length=0)
+    spec = info(text_length=0)
     whole, parts = (
-        estimate.count_flops("forward", told, 96, 2, window)["forward"] for window in (None, 48)
+        estimate.count_flops("forward", spec, 96, 2, window)["forward"] for window in (None, 48)
     )
     # Of 6 x 6 patches: sides of 3 and 3 in the first block, shifted to 1, 3 and 2 in the second.
     pairs = 2 * 36**2 - (3**2 + 3**2) ** 2 - (1 + 3**2 + 2**2) ** 2
-    assert whole - parts == 2 * 4 * told.config.width * pairs
+    assert whole - parts == 2 * 4 * spec.config.width * pairs
 
 
 def test_the_quickstart_is_that_of_its_config() -> None:
@@ -123,16 +123,16 @@ def test_the_quickstart_is_that_of_its_config() -> None:
     assert networks.CONFIGS["quickstart"] == PiDConfig(**denoiser)
 
 
-@pytest.mark.parametrize("odd", [{"gate": "none"}, {"head_norm": True}])
-def test_what_the_plain_transcription_lacks_is_refused(odd: dict) -> None:
-    told = info(adapter=AdapterConfig(**odd))
-    with pytest.raises(ValueError, match=r"without adapter\.(gate: none|head_norm: true); take"):
-        baseline.published_arguments(told)
+@pytest.mark.parametrize("changes", [{"gate": "none"}, {"head_norm": True}])
+def test_what_the_plain_transcription_lacks_is_refused(changes: dict) -> None:
+    spec = info(adapter=AdapterConfig(**changes))
+    with pytest.raises(ValueError, match=r"support adapter\.(gate: none|head_norm: true); use"):
+        baseline.published_arguments(spec)
 
 
 def test_operations_agree_with_torchs_counter() -> None:
     (forward,) = pieces("forward", info()).values()
-    # Of attention the oldest versions' counter knows only this kind on a CPU.
+    # On a CPU the counter of the oldest torch versions only knows this attention kernel.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         forward.run()
     assert estimate.count_flops("forward", info(), 64, 1) == {"forward": counter.get_total_flops()}
@@ -156,15 +156,15 @@ def test_the_floor_is_the_larger_of_its_two_terms() -> None:
 
 
 def test_traffic_counts_weights_inputs_and_what_learns() -> None:
-    told = info()
-    (forward,), (train,) = (pieces(name, told).values() for name in ("forward", "train"))
+    spec = info()
+    (forward,), (train,) = (pieces(name, spec).values() for name in ("forward", "train"))
     train.run()
-    num = sum(p.numel() for p in told.build().parameters())
-    learned = sum(p.numel() for p in told.build().parameters() if p.requires_grad)
+    num = sum(p.numel() for p in spec.build().parameters())
+    learned = sum(p.numel() for p in spec.build().parameters() if p.requires_grad)
     picture = 3 * 64 * 64
     seen = picture + 1 + 16 * 2 * 2 + 1 + 5 * 6  # noise, time, latents, their level, text
     assert forward.traffic_bytes() == 4 * (num + seen + picture)
-    num_tensors = sum(p.requires_grad for p in told.build().parameters())
+    num_tensors = sum(p.requires_grad for p in spec.build().parameters())
     # read, written; both moments and the step count read and written; the average likewise
     states = 2 * (2 * learned + num_tensors)
     assert train.traffic_bytes() == 4 * (
@@ -177,15 +177,15 @@ def test_traffic_counts_weights_inputs_and_what_learns() -> None:
 
 @pytest.mark.slow
 def test_what_a_step_keeps_is_counted_exactly() -> None:
-    told = info()
-    weights = list(told.build().parameters())
+    spec = info()
+    weights = list(spec.build().parameters())
     num = sum(p.numel() for p in weights)
     learned = sum(p.numel() for p in weights if p.requires_grad)
     num_tensors = sum(p.requires_grad for p in weights)
-    inputs = 4 * sum(t.numel() for t in networks.draw_inputs(told, 64, 1, CPU).tensors())
+    inputs = 4 * sum(t.numel() for t in networks.draw_inputs(spec, 64, 1, CPU).tensors())
     moments = 4 * (2 * learned + num_tensors)
     assert estimated("train")["train"][0] == 4 * 2 * num + moments + inputs
-    critic = list(Discriminator(told.config.width, 1).parameters())
+    critic = list(Discriminator(spec.config.width, 1).parameters())
     size = sum(p.numel() for p in critic)
     expected = 4 * 3 * num + 2 * num + 4 * size  # student, average, fake score; teacher; critic
     expected += 2 * moments + 4 * (2 * size + len(critic)) + inputs
@@ -194,10 +194,10 @@ def test_what_a_step_keeps_is_counted_exactly() -> None:
 
 
 def test_the_peak_grows_with_the_batch_and_falls_with_checkpointing() -> None:
-    told = info()
+    spec = info()
 
     def peak(batch_size: int, recomputes: bool) -> int:
-        options = (told, 64, batch_size, torch.bfloat16, recomputes)
+        options = (spec, 64, batch_size, torch.bfloat16, recomputes)
         return estimate.estimate_peaks("train", *options)["train"][1]
 
     assert peak(1, False) < peak(8, True) < peak(8, False)
@@ -215,19 +215,19 @@ def test_an_estimate_is_what_a_run_holds(name: str) -> None:
 
 
 def test_a_decode_is_estimated_as_the_decoder_does() -> None:
-    told = dataclasses.replace(info(), student_times=STUDENT_TIMES)
-    ((_, peak),) = estimate.estimate_peaks("decode", told, 128, 2, torch.bfloat16, False).values()
-    working = estimate_working_memory(told, 128, 128, None, batch_size=2)
-    weights = weight_bytes(networks.build_meta(told).bfloat16())
+    spec = dataclasses.replace(info(), student_times=STUDENT_TIMES)
+    ((_, peak),) = estimate.estimate_peaks("decode", spec, 128, 2, torch.bfloat16, False).values()
+    working = estimate_working_memory(spec, 128, 128, None, batch_size=2)
+    weights = weight_bytes(networks.build_meta(spec).bfloat16())
     assert peak == pytest.approx(weights + working, rel=0.1)
 
 
 @pytest.mark.parametrize(("size", "gigabytes"), [(2048, 6), (4096, 12)])
 @pytest.mark.parametrize("network", ["full", "full_v15"])
 def test_the_published_size_decodes_untiled_within(network: str, size: int, gigabytes: int) -> None:
-    told = networks.named(network)
-    weights = weight_bytes(networks.build_meta(told).bfloat16())
-    assert weights + estimate_working_memory(told, size, size) < gigabytes * 1e9
+    spec = networks.named(network)
+    weights = weight_bytes(networks.build_meta(spec).bfloat16())
+    assert weights + estimate_working_memory(spec, size, size) < gigabytes * 1e9
 
 
 # ------------------------------------------------------------------- the baseline
@@ -237,13 +237,13 @@ def test_the_published_size_decodes_untiled_within(network: str, size: int, giga
     "changes", [{}, {"adapter": V15, "num_blocks": 3}, {"rope_reference": None}]
 )
 def test_baseline_and_ours_are_one_function(changes: dict) -> None:
-    told = info(**changes)
-    arguments = baseline.published_arguments(told)
+    spec = info(**changes)
+    arguments = baseline.published_arguments(spec)
     rebuilt = build_from_arguments(arguments)
-    assert rebuilt.config == dataclasses.replace(told.config, learned_null=False)
-    denoiser = networks.build_random(told, torch.Generator().manual_seed(1))
-    pair = baseline.build_pair(denoiser, told, torch.Generator().manual_seed(2))
-    inputs = networks.draw_inputs(told, 64, 2, CPU)
+    assert rebuilt.config == dataclasses.replace(spec.config, learned_null=False)
+    denoiser = networks.build_random(spec, torch.Generator().manual_seed(1))
+    pair = baseline.build_pair(denoiser, spec, torch.Generator().manual_seed(2))
+    inputs = networks.draw_inputs(spec, 64, 2, CPU)
     ours, plain = (work.forward(network, inputs) for network in pair)
     assert measure.relative_error(plain, measure.exact_velocity(pair[0], inputs)) < 1e-3
     assert measure.relative_error(ours, plain.double()) < 1e-3
@@ -296,10 +296,10 @@ def test_table_and_json_hold_the_same_rows(
     options = "--work forward train --sizes 64 --dtype float32 --device cpu --repeat 1"
     arguments = [*options.split(), "--baseline", "--check", "--json", str(out)]
     main(["bench", "--model", str(model), *arguments])
-    told = json.loads(out.read_text())
-    assert told["parameters"] == sum(p.numel() for p in info().build().parameters())
-    assert told["machine"]["rates"]["float32"]["flops_per_second"] == 1e9
-    rows = told["rows"]
+    saved = json.loads(out.read_text())
+    assert saved["parameters"] == sum(p.numel() for p in info().build().parameters())
+    assert saved["machine"]["rates"]["float32"]["flops_per_second"] == 1e9
+    rows = saved["rows"]
     assert [(row["work"], row["mode"]) for row in rows] == [
         (name, mode) for name in ("forward", "train") for mode in ("eager", "plain")
     ]
@@ -314,7 +314,7 @@ def test_table_and_json_hold_the_same_rows(
 def test_eight_bits_and_windows_are_rows_beside_the_exact_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("torchao", reason="8-bit weights are the extra int8's")
+    pytest.importorskip("torchao", reason="8-bit weights need the extra int8")
     monkeypatch.setattr(
         "pid_lightning.bench.rates.measure_rates", lambda device, dtype: Rates(1e9, 1e9)
     )
@@ -335,7 +335,7 @@ def test_eight_bits_and_windows_are_rows_beside_the_exact_picture(
 
 
 def test_attention_is_the_same_by_every_kernel() -> None:
-    """Heads of 8 padded to 16, and heads of 16 as they are."""
+    """Heads of size 8 padded to 16, and heads of size 16 unpadded."""
     drawn = attention.draw_heads(info(), 96, 2, torch.float32, CPU)
     modes = {"patch attention": {"flash", "flash padded to 16"}, "pixel attention": {"flash"}}
     for piece, heads in drawn.items():
@@ -373,30 +373,30 @@ def test_an_estimate_needs_no_measurement(model: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ("--sizes 100", "output size 100 x 100 is not a multiple of"),
         ("--sizes 0", "sizes: 0 must be at least 1"),
         ("--repeat 0", "--repeat: 0 must be at least 1"),
-        ("--estimate --baseline", "leave out --baseline"),
-        ("--check --work train", "add one to --work"),
-        ("--int8 weights --work dmd2", "add one to --work"),
-        ("--freeze --work train", "add one to --work"),
-        ("--cuda_graphs --work attention", "add one to --work"),
-        ("--cuda_graphs --device cpu", "a CPU has none"),
-        ("--window 100", "take 96"),
-        ("--window 64 --work train", "add one to --work"),
-        ("--compile --work attention", "adds no rows to attention"),
-        ("--activation_checkpointing on --work decode", "is for train and dmd2"),
-        ("--estimate --work attention", "leave attention out of --work"),
-        ("--network quickstart --baseline", "take --network full or small"),
-        ("--json no_such_folder/rows.json", "there is no folder no_such_folder"),
+        ("--estimate --baseline", "leave out --baseline or --estimate"),
+        ("--check --work train", "add one of them to --work"),
+        ("--int8 weights --work dmd2", "add one of them to --work"),
+        ("--freeze --work train", "add one of them to --work"),
+        ("--cuda_graphs --work attention", "add one of them to --work"),
+        ("--cuda_graphs --device cpu", "leave it out on a CPU"),
+        ("--window 100", "use 96"),
+        ("--window 64 --work train", "add one of them to --work"),
+        ("--compile --work attention", "adds no rows for attention"),
+        ("--activation_checkpointing on --work decode", "only for train and dmd2"),
+        ("--estimate --work attention", "attention can only be measured"),
+        ("--network quickstart --baseline", "use --network full or small"),
+        ("--json no_such_folder/rows.json", "folder no_such_folder does not exist"),
         ("--model no_such_model.safetensors", "was not found"),
-        ("--device cuda", "take cpu or auto"),
+        ("--device cuda", "use cpu or auto"),
     ],
 )
 def test_mistakes_are_one_sentence(
-    arguments: str, told: str, capsys: pytest.CaptureFixture
+    arguments: str, message: str, capsys: pytest.CaptureFixture
 ) -> None:
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
@@ -404,7 +404,7 @@ def test_mistakes_are_one_sentence(
         main(["bench", *arguments.split()])
     captured = capsys.readouterr()
     assert stopped.value.code == 2
-    assert told in captured.err
+    assert message in captured.err
     assert captured.err.count("\n") == 1
 
 

@@ -18,8 +18,8 @@ from PIL import Image
 
 from pid_lightning import DMD2, EMA, DINOv2PiD, SigLIPPiD
 from pid_lightning.callbacks import LastCheckpoint, turns
-from pid_lightning.checkpointing import find_last_checkpoint
 from pid_lightning.cli import main, parser_sentence
+from pid_lightning.hub import find_last_checkpoint
 
 NUM_STEPS = 14
 STATE = ("state_dict", "optimizer_states", "lr_schedulers", "pid", "global_step")
@@ -92,7 +92,7 @@ def forbid_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--trainer.precision=foo"], "bf16-mixed"),
         (["--model=Nothing"], "Nothing"),
         (["--trainer.strategy=fsdp"], "fsdp"),
-        (["--model.vae=flux"], "'flux' (black-forest-labs/FLUX.1-schnell) cannot be had"),
+        (["--model.vae=flux"], "'flux' (black-forest-labs/FLUX.1-schnell) are not available"),
         (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt does not exist"),
         (["--trainer.callbacks+=DMD2", "--trainer.callbacks.teacher=no.ckpt"], "model no.ckpt was"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
@@ -144,7 +144,7 @@ def test_a_cut_checkpoint_is_one_sentence(
     for size in (0, 1000, len(whole) // 2, len(whole) - 1):
         cut.write_bytes(whole[:size])
         said = mistake(capsys, command, f"--config={runs / 'tiny.yaml'}", f"--ckpt_path={cut}")
-        assert "cut.ckpt cannot be read, it is cut short" in said
+        assert "cut.ckpt cannot be read: it is truncated" in said
 
 
 def test_a_checkpoint_of_another_family_is_one_sentence(

@@ -133,7 +133,7 @@ def test_comparison_and_colour(tmp_path: Path, model: Path, capsys: pytest.Captu
     assert max(map(abs, plain["mean"])) == pytest.approx(127.5 * errors[0].item(), abs=2)
 
 
-def test_ctrl_c_leaves_whole_files(
+def test_ctrl_c_leaves_complete_files(
     tmp_path: Path, model: Path, monkeypatch, capsys: pytest.CaptureFixture
 ) -> None:
     for name in "ab":
@@ -150,7 +150,7 @@ def test_ctrl_c_leaves_whole_files(
     with pytest.raises(SystemExit) as status:
         pid("decode", *inputs, "--model", model, "--output", tmp_path / "out")
     assert status.value.code == 130
-    assert "stopped; the files written so far are whole" in capsys.readouterr().err
+    assert "stopped; the files written so far are complete" in capsys.readouterr().err
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.json", "a.png"]
     read_picture(tmp_path / "out" / "a.png")
 
@@ -172,10 +172,10 @@ def test_mistakes_are_told_before_the_work(
     assert "have 4 channels" in refused(capsys, "decode", tmp_path / "z.safetensors", *common)
     assert not out.exists()
     pid("decode", good, *common)
-    assert "is there already" in refused(capsys, "decode", good, *common)
+    assert "exists already" in refused(capsys, "decode", good, *common)
     pid("decode", good, *common, "--overwrite")
     beside = ("--model", model, "--output", tmp_path, "--overwrite")
-    assert "would replace the input" in refused(capsys, "decode", good, *beside)
+    assert "would overwrite the input" in refused(capsys, "decode", good, *beside)
 
 
 def test_help_is_quick_and_brings_no_library() -> None:
@@ -206,7 +206,7 @@ def test_a_run_is_exported_averaged(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert denoiser.dtype == torch.float32
     assert "the teacher of" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
-    assert "no checkpoints/last.ckpt" in refused(capsys, "export", tmp_path / "empty", out)
+    assert "nor a run's checkpoints" in refused(capsys, "export", tmp_path / "empty", out)
     assert "must end in .safetensors" in refused(
         capsys, "export", tmp_path / "run", tmp_path / "out.pth"
     )
@@ -284,7 +284,7 @@ def test_the_average_is_taken_when_asked(tmp_path: Path, capsys: pytest.CaptureF
     release(path, small("flux", "v1"), "net_ema.")
     info = import_released(path, out, "flux", "v1", ema=True, student_times=None, sizes=SMALL)
     assert info.student_times is None
-    with pytest.raises(ValueError, match=r"holds no tensors under net\. but net_ema\."):
+    with pytest.raises(ValueError, match=r"holds no tensors under net\., only net_ema\."):
         import_released(path, out, "flux", "v1", sizes=SMALL)
 
 
@@ -317,7 +317,7 @@ def test_what_is_not_exactly_the_released_network_is_refused(tmp_path: Path) -> 
     release(path, small("flux", "v1.5"))
     assert "holds v1.5 weights (their gates are one value a token), not v1" in told("flux", "v1")
     path.write_bytes(path.read_bytes()[:1000])
-    assert "cut short" in told("flux", "v1.5")
+    assert "truncated" in told("flux", "v1.5")
 
 
 class Trap:

@@ -1,4 +1,4 @@
-"""Compiled networks: one graph a size, none again between steps, and the eager picture."""
+"""Compiled networks: one graph per size, no recompiling between steps, same picture as eager."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TEXTLESS = AdapterConfig(width=16, num_res_blocks=1, inject_pixels=True, sigma_p
 
 
 def make_decoder() -> PiDDecoder:
-    """A student with nothing in it zero."""
+    """A student with no zero weights."""
     module = tiny.module(adapter=TEXTLESS, prediction="x0")
     module.student_times, module.image_size = (0.999, 0.866, 0.634, 0.342), 64
     with torch.random.fork_rng():
@@ -42,7 +42,7 @@ def test_one_graph_a_size_whatever_the_steps_and_tiles(fixed: bool) -> None:
         if steps == 4:
             assert torch.equal(compiled, eager)
     assert counter.frame_count == 1
-    for size in ((4, 6), (3, 4), (5, 2)):  # a tile is as a whole picture of its size
+    for size in ((4, 6), (3, 4), (5, 2)):  # a tile is like a whole picture of its size
         decoder.decode(draw_latents(*size), 0.3, seed=0, tile=64, progress=False)
         assert counter.frame_count == 1
     decoder.decode(draw_latents(3, 2), 0.3, seed=0, progress=False)
@@ -52,7 +52,7 @@ def test_one_graph_a_size_whatever_the_steps_and_tiles(fixed: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_decodes_as_eager(dtype: torch.dtype) -> None:
-    """Two networks of one shape, each compiled in both ways, in one process: four pictures."""
+    """Two networks of one shape, each compiled both ways, in one process: four pictures."""
     torch._dynamo.reset()
     latents = draw_latents(2, 3)
     near = 1e-7 if dtype == torch.bfloat16 else 1e-12
@@ -79,10 +79,10 @@ def test_only_frozen_graphs_do_not_see_weights_that_change() -> None:
 
 def test_what_frozen_graphs_would_not_see_is_refused() -> None:
     decoder = make_decoder().compile(freeze=True)
-    told = "comes too late, compiled graphs hold the weights"
-    with pytest.raises(ValueError, match=rf"^dtype: torch.bfloat16 {told}"):
+    message = "comes too late: compiled graphs hold the weights"
+    with pytest.raises(ValueError, match=rf"^dtype: torch.bfloat16 {message}"):
         decoder.to(dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=rf"^quantise {told}"):
+    with pytest.raises(ValueError, match=rf"^quantise {message}"):
         decoder.quantise()
     make_decoder().compile().to(dtype=torch.bfloat16)
 
@@ -94,7 +94,7 @@ def test_cuda_graphs_need_a_gpu() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_cuda_graphs_decode_as_eager() -> None:
-    """Also with two results at a time: one replay must not write over the last."""
+    """Also with two results alive at once: a replay must not overwrite the previous one."""
     torch._dynamo.reset()
     decoder = make_decoder().to("cuda")
     latents = draw_latents(2, 3).to("cuda")
@@ -114,7 +114,7 @@ def test_cuda_graphs_decode_as_eager() -> None:
 
 
 class OneProduct(torch.nn.Module):
-    """Not one of torch's own modules, which old versions do not compile by themselves."""
+    """Not one of torch's own modules, which old torch versions do not compile on their own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class OneProduct(torch.nn.Module):
 
 
 def test_many_sizes_are_compiled_each_once() -> None:
-    """torch itself stops with an error at the ninth."""
+    """torch's default limit raises at the ninth size."""
     torch._dynamo.reset()
     network = OneProduct()
     compile_for_inference(network)

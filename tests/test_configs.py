@@ -1,4 +1,4 @@
-"""Every shipped config: it parses, has the published size, and takes a step when shrunk."""
+"""Every shipped config parses, has the published size, and trains a step when shrunk."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SMALL_ENCODERS = {
 
 
 def parse(config: Path, *arguments: str) -> PiDCLI:
-    """The objects of a config, nothing run."""
+    """The objects of a config, without running anything."""
     return PiDCLI(
         LightningModule,
         LightningDataModule,

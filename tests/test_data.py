@@ -1,4 +1,4 @@
-"""Pictures to batches: what is read, what is skipped, and that a continued run sees the same."""
+"""ImageData: what is read, what is skipped, and that a resumed run gets the same batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pid_lightning.sources import BUNDLED_PHOTOS
 
 
 def picture(number: int, width: int = 24, height: int = 20, mode: str = "RGB") -> Image.Image:
-    """Noise, so that no two crops are equal."""
+    """A noise picture, so that no two crops are equal."""
     noise = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(noise).convert(mode)
 
@@ -51,7 +51,7 @@ def data_module(path: str, **changes) -> ImageData:
 
 @pytest.fixture(autouse=True)
 def quick_streams(monkeypatch):
-    """`datasets` sleeps 5 s after each pass of a stream that it shuffled, for its threads' sake."""
+    """Skip the 5 s that `datasets` waits for its threads after each pass of a shuffled stream."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
@@ -68,7 +68,7 @@ def names(loader) -> list[str]:
 
 
 class Recorder(pl.LightningModule):
-    """Remembers every training batch that it sees."""
+    """Records every training batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Recorder(pl.LightningModule):
 
 
 def fit(data: ImageData, folder, max_steps: int, ckpt_path=None, **options):
-    """The batches of a run up to `max_steps`, and its last checkpoint."""
+    """Train up to `max_steps`; return the batches and the last checkpoint."""
     module = Recorder()
     saver = ModelCheckpoint(
         folder, save_last=True, every_n_train_steps=5, save_on_train_epoch_end=False
@@ -107,7 +107,7 @@ def fit(data: ImageData, folder, max_steps: int, ckpt_path=None, **options):
     return module.seen, saver.last_model_path
 
 
-# ---- what a batch is
+# ---- batches
 
 
 def test_a_batch_is_what_the_contract_says(tmp_path):
@@ -123,7 +123,7 @@ def test_a_batch_is_what_the_contract_says(tmp_path):
 def test_evaluation_takes_the_centre_of_the_upright_picture(tmp_path):
     original = picture(0, width=24, height=20)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
     original.save(tmp_path / "turned.png", exif=exif)
     upright = np.asarray(original.rotate(-90, expand=True))  # 24 high, 20 wide
     want = torch.from_numpy(upright[4:20, 2:18].copy()).permute(2, 0, 1) / 127.5 - 1
@@ -245,11 +245,11 @@ def test_parquet_columns(tmp_path, streaming):
     held = [c for batch in data.val_dataloader() for c in batch["caption"]]
     assert held == (["caption 0", "caption 1"] if streaming else ["caption 2", "caption 6"])
     assert shown == {f"caption {i}" for i in range(9)} - set(held)
-    with pytest.raises(ValueError, match="no column 'image', choose among"):
+    with pytest.raises(ValueError, match="no column 'image'; choose from"):
         ready(path)
 
 
-# ---- mistakes
+# ---- errors
 
 
 def test_unusable_pictures_are_named_once_and_skipped(tmp_path):
@@ -272,7 +272,7 @@ def test_a_picture_damaged_behind_its_header_gives_way_to_the_next(tmp_path):
     whole = (tmp_path / "p01.png").read_bytes()
     (tmp_path / "p01.png").write_bytes(whole[: len(whole) // 2])
     data = ready(str(tmp_path), num_val=0, cache_bytes=0)
-    with pytest.warns(UserWarning, match="1 picture.* skipped so far, now p01: damaged"):
+    with pytest.warns(UserWarning, match="1 picture.* skipped so far, most recently p01: damaged"):
         assert sorted(names(data.train_dataloader())) == ["p00", "p02", "p02", "p03"]
 
 
@@ -293,11 +293,11 @@ def test_unusable_rows_are_skipped_as_they_come(tmp_path, streaming):
 
 
 @pytest.mark.parametrize(
-    ("make", "changes", "error", "sentence"),
+    ("make", "changes", "error", "message"),
     [
         (lambda d: str(d / "none"), {}, FileNotFoundError, "none' is no folder of pictures"),
         (lambda d: "misspelt", {}, FileNotFoundError, "'misspelt' is no folder of pictures"),
-        (lambda d: "owner/name", {}, FileNotFoundError, "look at the network"),
+        (lambda d: "owner/name", {}, FileNotFoundError, "check the path, or the network"),
         (lambda d: str(d), {}, ValueError, "there are no pictures"),
         (lambda d: fill(d, 3), {"image_size": 32}, ValueError, "none of 3 pictures is usable"),
         (lambda d: fill(d, 3), {"num_val": 3}, ValueError, "leave none of 3 to train on"),
@@ -306,7 +306,7 @@ def test_unusable_rows_are_skipped_as_they_come(tmp_path, streaming):
             lambda d: fill(d, 3),
             {"streaming": True, "samples_per_epoch": 3},
             ValueError,
-            "streaming is for parquet",
+            "only parquet files and hub data",
         ),
         (lambda d: "x", {"image_size": 0}, ValueError, "data.image_size: 0 is too small"),
         (lambda d: "x", {"batch_size": 0}, ValueError, "data.batch_size: 0 is too small"),
@@ -315,18 +315,18 @@ def test_unusable_rows_are_skipped_as_they_come(tmp_path, streaming):
     ],
 )
 def test_mistakes_are_one_sentence_before_training(
-    tmp_path, monkeypatch, make, changes, error, sentence
+    tmp_path, monkeypatch, make, changes, error, message
 ):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     path = make(tmp_path)
-    with pytest.raises(error, match=sentence) as caught:
+    with pytest.raises(error, match=message) as caught:
         ready(path, **changes)
     assert "\n" not in str(caught.value)
 
 
-# ---- order, repetition, continuation
+# ---- order, reproducibility, resuming
 
 
 def draws(rank: int, world_size: int, batch_size: int, start: int = 0) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Two processes (gloo, CPU) hold the same networks, and those of one with the same batches."""
+"""Two processes (gloo, CPU) train the same networks as one process with the same batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NETWORKS = ("denoiser", "denoiser_ema", "fake_score", "discriminator")
 
 
 def train(folder: Path, teacher: Path | None, num_ranks: int) -> None:
-    """Some steps, as one of `num_ranks` processes; each saves what it holds in the end."""
+    """Train a few steps as one of `num_ranks` processes; each saves its final state."""
     callbacks = [EMA()]
     if teacher is not None:
         callbacks.insert(0, DMD2(str(teacher), student_every=2, taps=(0, 1), learning_rate=1e-3))
@@ -43,14 +43,14 @@ def train(folder: Path, teacher: Path | None, num_ranks: int) -> None:
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint of a short training in this process."""
+    """Checkpoint of a short training run in this process."""
     folder = tmp_path_factory.mktemp("teacher")
     tiny.fit(folder, 2, EMA())
     return folder / "last.ckpt"
 
 
 def networks(path: Path) -> dict[str, dict[str, Tensor]]:
-    """What a process saved, by network."""
+    """The state that a process saved, by network."""
     state = torch.load(path, weights_only=True)
     return {
         network: {k: v for k, v in state.items() if k.startswith(f"{network}.")}
@@ -71,11 +71,11 @@ def test_two_processes_are_one_with_their_batches_together(
         networks(tmp_path / f"rank_{name}.pt") for name in ("0_of_2", "1_of_2", "0_of_1")
     )
     assert set(first) == set(NETWORKS if distilled else NETWORKS[:2])
-    tiny.assert_equal_states(first, second)  # gradients are summed once, for all
+    tiny.assert_equal_states(first, second)  # gradients are reduced over processes
     for network, state in single.items():
-        # Not bit for bit: halves of a batch are summed apart and then averaged, and Adam divides
-        # by the gradient's own size, so where a gradient is almost nothing its rounding decides
-        # the step. The network as a whole must agree.
+        # Not bit for bit: halves of a batch are summed separately and then averaged, and Adam
+        # divides by the gradient's own size, so rounding decides the step where a gradient is
+        # almost zero. The network as a whole must agree.
         ours, theirs = (
             torch.cat([tensor.flatten() for tensor in tensors.values()])
             for tensors in (first[network], state)
@@ -138,7 +138,7 @@ def test_distilling_without_finding_unused_parameters_is_refused(
     processes.run_ranks(tmp_path / "log", refuse, tmp_path, config)
     for rank in range(2):
         said = (tmp_path / f"log.{rank}.log").read_text()
-        assert "pid: DMD2 alternates networks" in said
+        assert "pid: trainer.strategy: DMD2 alternates networks" in said
         assert "ddp_find_unused_parameters_true" in said
         assert "Traceback" not in said
 
@@ -146,13 +146,13 @@ def test_distilling_without_finding_unused_parameters_is_refused(
 def test_fsdp_on_a_cpu_is_refused_by_lightning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lightning has FSDP on GPUs only, so there is nothing to compare here."""
+    """Lightning supports FSDP on GPUs only, so there is nothing to compare here."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["pid"])
     config = processes.write_config(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         main(["fit", f"--config={config}", "--trainer.strategy=fsdp"])
     assert stopped.value.code == 2
-    (told,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("pid: "))
-    assert "fsdp" in told.lower()
-    assert "GPU accelerator" in told
+    (message,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("pid: "))
+    assert "fsdp" in message.lower()
+    assert "GPU accelerator" in message

@@ -1,4 +1,4 @@
-"""PiDDecoder: same seed same picture, mistakes told, memory as estimated, files and the hub."""
+"""PiDDecoder: reproducibility, error messages, memory estimates, files and the hub."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def make_info(**changes) -> ModelInfo:
 
 
 def make(**changes) -> PiDDecoder:
-    """A decoder with random weights, so that the output depends on everything that goes in."""
+    """A decoder with random weights, so that the output depends on every input."""
     info = make_info(**changes)
     denoiser = info.build()
     generator = torch.Generator().manual_seed(0)
@@ -82,7 +82,7 @@ def test_a_picture_does_not_depend_on_its_batch() -> None:
     two = decode(decoder, latents[:2], torch.tensor(sigma[:2]))
     assert psnr(together[:2], two) > 100
     assert psnr(together[:1], decode(decoder, latents[:1], 0.0)) > 100
-    assert psnr(together[2:], decode(decoder, latents[2:], 0.7)) < 60  # another place, other noise
+    assert psnr(together[2:], decode(decoder, latents[2:], 0.7)) < 60  # another index, other noise
 
 
 def test_the_seed_is_the_only_randomness() -> None:
@@ -131,7 +131,7 @@ def test_steps_are_the_trained_ones_or_fewer() -> None:
     assert decode(teacher, latents, steps=2).isfinite().all()
 
 
-# ------------------------------------------------------------------- mistakes
+# ------------------------------------------------------------------- error messages
 
 
 @pytest.mark.parametrize(
@@ -143,26 +143,26 @@ def test_steps_are_the_trained_ones_or_fewer() -> None:
         ({"latent_sigma": [0.1, 0.2]}, r"^latent_sigma: .* or 1 of them"),
         ({"latent_sigma": float("nan")}, r"^latent_sigma: nan"),
         ({"tile": 100}, r"^tile: 100 pixels must be a multiple of 32"),
-        ({"tile": "big"}, r"^tile: 'big' is neither"),
+        ({"tile": "big"}, r"^tile: 'big' must be a number of pixels, 'auto' or None"),
         ({"prompt": "a cat"}, r"^prompt: this model was trained without text"),
         ({"guidance_scale": 5.0}, r"^guidance: "),
         ({"latents": noise(1, 16, 4, 4)}, r"^latents: shape \(1, 16, 4, 4\) is not \(B, 4, h, w\)"),
         ({"latents": noise(4, 4, 4)}, r"^latents: shape \(4, 4, 4\)"),
-        ({"latents": torch.full((1, 4, 4, 4), torch.nan)}, r"^latents: they are not all finite"),
+        ({"latents": torch.full((1, 4, 4, 4), torch.nan)}, r"^latents: some values are not finite"),
         ({"generator": torch.Generator()}, r"^seed and generator were both given"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments: dict, sentence: str) -> None:
     arguments = {"latents": noise(1, 4, 6, 6), "seed": 0, "progress": False} | arguments
-    with pytest.raises(ValueError, match=sentence) as told:
+    with pytest.raises(ValueError, match=sentence) as raised:
         make(image_size=None).decode(**arguments)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
     ("latents", "options", "sentence"),
     [
-        (noise(1, 4, 4, 4), {"latent_sigma": 0.9}, r"latent_sigma 0\.9 is beyond 0\.8"),
+        (noise(1, 4, 4, 4), {"latent_sigma": 0.9}, r"latent_sigma: 0\.9 is above 0\.8"),
         (3 * noise(1, 4, 4, 4), {}, "standard deviation of .* LatentSpace.normalise"),
         (noise(1, 4, 5, 4), {}, "sees 160 pixels a side but was trained on 128"),
         (noise(1, 4, 1, 1, seed=2), {}, "sees 32 pixels a side but was trained on 128"),
@@ -186,7 +186,7 @@ def test_a_network_of_another_scale_is_refused() -> None:
 
 
 class CountedText(TextEncoder):
-    """Features that depend on the caption; counts what it was asked."""
+    """Features that depend on the caption; records the captions it encodes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ def test_prompts_are_encoded_once_and_kept_in_a_file(tmp_path: Path) -> None:
     assert torch.equal(other.encode_prompt("bb", tmp_path), features[1:])
     with pytest.raises(ValueError, match=r"^prompt: 'ccc' needs a language model"):
         other.encode_prompt("ccc", tmp_path)
-    with pytest.raises(ValueError, match=r"^prompt: .* one prompt or one a sample"):
+    with pytest.raises(ValueError, match=r"^prompt: .* one prompt or one per sample"):
         decode(other, latents, prompt=noise(3, 5, 8))
 
 
@@ -242,11 +242,11 @@ def test_saved_models_come_back_by_every_name(tmp_path: Path, monkeypatch) -> No
     for name in (tmp_path / "folder", file, str(file), "small"):
         found = PiDDecoder.from_pretrained(name)
         assert found.info == decoder.info
-        # Not bit for bit: weights mapped from a file are aligned otherwise, and sums round with it.
+        # Not bit for bit: weights mapped from a file are aligned differently, so sums round so too.
         torch.testing.assert_close(decode(found, latents), expected, rtol=0, atol=1e-5)
     assert PiDDecoder.from_pretrained(file, torch.bfloat16).dtype == torch.bfloat16
-    told = json.loads((tmp_path / "folder" / hub.CONFIG_FILE).read_text())
-    assert ModelInfo.from_plain(told) == decoder.info
+    saved = json.loads((tmp_path / "folder" / hub.CONFIG_FILE).read_text())
+    assert ModelInfo.from_plain(saved) == decoder.info
     card = (tmp_path / "folder" / hub.CARD_FILE).read_text()
     assert card.startswith("---\nlibrary_name: pid_lightning\n")
     assert "a student of 4 steps" in card
@@ -295,12 +295,12 @@ def test_pushing_uploads_what_saving_writes(monkeypatch) -> None:
 
 def test_unknown_models_are_one_sentence(tmp_path: Path, monkeypatch) -> None:
     for name in ("no-such-bundled", "folder/none.safetensors", "./a/b", str(tmp_path)):
-        with pytest.raises(FileNotFoundError, match=r"name a model|was not found") as told:
+        with pytest.raises(FileNotFoundError, match=r"name a model|was not found") as raised:
             PiDDecoder.from_pretrained(name)
-        assert "\n" not in str(told.value)
-    with pytest.raises(OSError, match=r"'owner/none' is no file .* the hub does not") as told:
+        assert "\n" not in str(raised.value)
+    with pytest.raises(OSError, match=r"'owner/none' is no local .* the hub does not") as raised:
         PiDDecoder.from_pretrained("owner/none", cache_dir=tmp_path, local_files_only=True)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_release_gives_everything_back_and_to_brings_it_again() -> None:
@@ -315,7 +315,7 @@ def test_release_gives_everything_back_and_to_brings_it_again() -> None:
 
 
 def test_families_that_are_not_ours_have_no_encoder() -> None:
-    with pytest.raises(ValueError, match="family OwnPiD is not one of"):
+    with pytest.raises(ValueError, match="family: OwnPiD is not one of"):
         build_encoder(make_info(family="OwnPiD"))
 
 
@@ -354,7 +354,7 @@ print(json.dumps(figures))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a resettable high-water mark")
 def test_memory_is_what_was_estimated() -> None:
-    # Freed blocks go back to the system at once, so that resident memory is what tensors hold.
+    # Return freed blocks to the system at once, so that resident memory is what tensors hold.
     settings = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", MEASURE],

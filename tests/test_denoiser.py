@@ -1,4 +1,4 @@
-"""The network against the plain transcription of the method, and the laws it must keep."""
+"""The network against the plain transcription of the method, and its invariants."""
 
 from __future__ import annotations
 
@@ -121,12 +121,12 @@ class Case:
         return {k: v.to(dtype) for k, v in self.released.items()}
 
     def typed(self, dtype: torch.dtype) -> list[Tensor]:
-        """x_t, t, text, latents, latent_sigma: in fp64, else in fp32 as callers hand them over."""
+        """x_t, t, text, latents, latent_sigma: in fp64, else in fp32 as callers pass them."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return [value.to(wide) for value in self.inputs.values()]
 
     def rounded(self) -> Case:
-        """The same with weights that bf16 holds exactly."""
+        """The same case with weights that bf16 represents exactly."""
         released = {k: v.bfloat16().float() for k, v in self.released.items()}
         return dataclasses.replace(self, released=released)
 
@@ -218,7 +218,7 @@ def test_gradients_equal_plain_in_fp64(case: Case) -> None:
     for computed, expected in zip(ours, plain, strict=True):
         assert torch.allclose(computed, expected, rtol=1e-8, atol=1e-10 * float(along.norm()))
 
-    # The way from released names to ours only moves numbers, so it takes gradients too.
+    # The conversion from released names only moves numbers, so it works for gradients too.
     released = {k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in weights.items()}
     expected = from_released(released, network)
     norm = torch.cat([v.flatten() for v in expected.values()]).norm()
@@ -267,15 +267,15 @@ def test_plain_module_learns_and_keeps_fp32() -> None:
     velocity = module(*case.typed(torch.float32))
     assert relative_error(velocity, case.rounded().plain(torch.float32)) < 1e-6
     velocity.square().mean().backward()
-    untaught = {k.replace("/", ".") for k, p in module.params.items() if p.grad is None}
+    no_gradient = {k.replace("/", ".") for k, p in module.params.items() if p.grad is None}
     last = f"patch_blocks.{case.arguments['patch_depth'] - 1}."
     dead = ("attn.proj_y", "norm_y2", "mlp_y")
-    for name in untaught:
+    for name in no_gradient:
         assert name.startswith("lq_proj.lq_aux_rgb_head") or (name.startswith(last) and
             name.removeprefix(last).startswith(dead)), name  # fmt: skip
 
 
-# ------------------------------------------------------------------------ laws
+# ------------------------------------------------------------------ invariants
 
 
 @torch.no_grad()
@@ -344,7 +344,7 @@ def test_dropped_latents_inject_nothing(name: str) -> None:
 
 @torch.no_grad()
 def test_dropped_text_is_the_learned_null() -> None:
-    case = make_case("v1")  # its text is as long as the network's
+    case = make_case("v1")  # its text has the full text_length
     network = with_null(case)
     x_t, t, text, latents, latent_sigma = case.typed(torch.float64)
     keep = torch.tensor([True, False])
@@ -413,7 +413,7 @@ def test_a_network_that_predicts_x0_returns_its_velocity() -> None:
     case = make_case("v1_depth_3_interval_1")
     network = case.network(torch.float64)
     case.inputs["t"] = torch.tensor([0.7, 0.05, 0.01])
-    x0 = case.ours(torch.float64, network)  # what the last layer says
+    x0 = case.ours(torch.float64, network)  # the output of the last layer
     network.config = dataclasses.replace(network.config, prediction="x0")
     velocity = case.ours(torch.float64, network)
     x_t, t = case.typed(torch.float64)[:2]
@@ -433,14 +433,14 @@ def test_features_are_what_the_blocks_say() -> None:
     network = case.network(torch.float64)
     x_t, t, text, latents, latent_sigma = case.typed(torch.float64)
     condition = network.condition(latents, latent_sigma, text)
-    said = []
+    outputs = []
     for block in network.patch_blocks:
-        block.register_forward_hook(lambda _, __, output: said.append(output[0]))
+        block.register_forward_hook(lambda _, __, output: outputs.append(output[0]))
     network(x_t, t, condition)
-    whole = list(said)
-    said.clear()
+    whole = list(outputs)
+    outputs.clear()
     tapped = network.features(x_t, t, condition, (1, 0))
-    assert len(said) == 2  # no further than the last tap
+    assert len(outputs) == 2  # stops after the last tap
     rows, columns = (side // case.arguments["patch_size"] for side in x_t.shape[-2:])
     for i, tap in zip((1, 0), tapped, strict=True):
         assert tap.shape[2:] == (rows, columns)
@@ -464,15 +464,15 @@ def test_activation_checkpointing_keeps_the_gradients(name: str) -> None:
 
 
 def test_every_trainable_parameter_is_taught() -> None:
-    """Else DistributedDataParallel waits for it for ever."""
+    """Otherwise DistributedDataParallel would wait for its gradient forever."""
     case = make_case("v15_rgb_tap")
     network = case.network(torch.float32)
     x_t, t, text, latents, latent_sigma = case.typed(torch.float32)
     condition = network.condition(latents, latent_sigma, text, with_rgb=True)
     (network(x_t, t, condition).square().mean() + condition.rgb.square().mean()).backward()
     for name, parameter in network.named_parameters():
-        taught = parameter.grad is not None
-        assert taught == parameter.requires_grad, name
+        has_gradient = parameter.grad is not None
+        assert has_gradient == parameter.requires_grad, name
 
 
 @torch.no_grad()
@@ -513,20 +513,20 @@ def test_the_published_sizes() -> None:
     assert {p.device.type for p in network.parameters()} == {"meta"}
 
 
-# --------------------------------------------------------------------- mistakes
+# --------------------------------------------------------------- error messages
 
 
 def test_mistakes_are_told_in_one_sentence() -> None:
     case = make_case("v1")
     network = case.network(torch.float32)
     x_t, t, text, latents, latent_sigma = case.typed(torch.float32)
-    with pytest.raises(ValueError, match=r"latents have 7 channels.* built for 4"):
+    with pytest.raises(ValueError, match=r"^latents: 7 channels, .* built for 4; use"):
         network.condition(torch.zeros(1, 7, 2, 2), torch.zeros(1), text[:1])
     condition = network.condition(latents, latent_sigma, text)
-    with pytest.raises(ValueError, match=r"x_t is 16 x 40, but its latents .* 24 x 40"):
+    with pytest.raises(ValueError, match=r"^x_t: 16 x 40 does not match .* noise of 24 x 40\.$"):
         network(x_t[:, :, :16], t, condition)
     for size in ((20, 40), (24, 41)):
-        with pytest.raises(ValueError, match=r"is not a multiple of 8 .*; take \d+ x \d+\.$"):
+        with pytest.raises(ValueError, match=r"is not a multiple of 8 .*; use \d+ x \d+\.$"):
             network.check_size(*size)
 
 
@@ -552,13 +552,13 @@ def test_impossible_sizes_are_told_in_one_sentence(changes: dict, sentence: str)
 
 
 def tiny_config() -> PiDConfig:
-    """Sizes with a learned null, as this package trains them."""
+    """A small config with a learned null, as this package trains."""
     config = build_from_arguments(SMALL).config
     return dataclasses.replace(config, learned_null=True)
 
 
 def with_null(case: Case) -> PiD:
-    """The network of a case with a learned null, random too, in fp64."""
+    """The network of a case plus a random learned null, in fp64."""
     released = case.network(torch.float64)
     config = dataclasses.replace(released.config, learned_null=True)
     network = PiD(config, released.latent_channels, released.latent_stride, released.scale)
@@ -570,8 +570,8 @@ def with_null(case: Case) -> PiD:
 
 @pytest.mark.parametrize("cached", [2**21, 2 * 150 * 150, 150 * 150, 1])
 def test_attention_by_rows_is_softmax_attention(cached: int, monkeypatch) -> None:
-    """The CPU's way in bf16 loses no more than bf16's own rounding of scores and weights, in
-    whichever parts: all at once, two heads, one, and parts of its rows."""
+    """The bf16 CPU path loses no more than bf16's own rounding of scores and weights, for any
+    chunks: all at once, two heads, one head, and some of its rows."""
     from pid_lightning.nn import layers
     from pid_lightning.nn.layers import _attend_by_rows
 

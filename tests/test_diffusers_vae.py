@@ -1,4 +1,4 @@
-"""PiDAutoencoder in diffusers' own pipelines: 4x pictures of the right latents, all else as was."""
+"""PiDAutoencoder in diffusers' own pipelines: 4x pictures, everything else unchanged."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from pid_lightning.encoders.vae import VAEEncoder
 
 
 def normalised(name: str, pipe: Any, returned: Tensor) -> Tensor:
-    """What a pipeline returns for output_type="latent", to normalised latents (B, C, h, w).
+    """A pipeline's output for output_type="latent", as normalised latents (B, C, h, w).
 
-    Every pipeline has its own layout; this is written down from diffusers, not from the package.
+    Every pipeline has its own layout; this follows diffusers, independently of the package.
     """
     if name in ("flux", "qwen"):  # tokens of 2 x 2 cells
         latents = pipe._unpack_latents(returned, HEIGHT, WIDTH, pipe.vae_scale_factor)
@@ -49,7 +49,7 @@ def test_a_pipeline_returns_the_decoders_picture(name: str) -> None:
     by_hand = decoder.decode(normalised(name, tiny.pipe, latents), seed=0, progress=False)
     torch.testing.assert_close(picture, by_hand / 2 + 0.5, atol=1e-5, rtol=0)
     assert picture.std() > 0.05
-    # The latents count: pictures of others differ by far more than the tolerance above.
+    # The latents matter: others give pictures that differ by far more than the tolerance above.
     other = decoder.decode(random_tensor(*by_hand_shape(tiny.pipe.vae)), seed=0, progress=False)
     assert (other - by_hand).abs().mean() > 2e-3
 
@@ -86,7 +86,7 @@ AUTOENCODERS = {
 @pytest.mark.filterwarnings("ignore:.*have a standard deviation of")  # it is untrained
 @pytest.mark.parametrize("name", AUTOENCODERS)
 def test_decode_undoes_what_the_encoder_of_the_space_does(name: str, tmp_path: Any) -> None:
-    """Raw latents of the autoencoder decode as the encoder of PiD's training normalises them."""
+    """Raw latents are normalised exactly as the encoder used in training does."""
     vae = AUTOENCODERS[name]()
     assert space_of(vae).name == name
     vae.save_pretrained(tmp_path)
@@ -141,7 +141,7 @@ def test_the_decoder_goes_where_the_autoencoder_goes() -> None:
     assert decoder.denoiser.out.weight.device.type == "meta"
     assert decoder.dtype == torch.float32
 
-    # Offloading: accelerate's hook is asked before each decode, as diffusers does itself.
+    # Offloading: accelerate's hook is called before each decode, as in diffusers.
     vae = tiny_pipelines.sdxl_vae()
     wrapped = PiDAutoencoder(vae, decoder_for(vae))
     asked = []
@@ -153,32 +153,33 @@ def test_the_decoder_goes_where_the_autoencoder_goes() -> None:
 def test_settings_reach_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     vae = tiny_pipelines.sd3_vae()
     decoder = decoder_for(vae)
-    told: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
 
     def decode(
         latents: Tensor, latent_sigma: float, prompt: Any, steps: Any, **rest: Any
     ) -> Tensor:
-        told.update(rest, latent_sigma=latent_sigma, prompt=prompt, steps=steps)
+        arguments.update(rest, latent_sigma=latent_sigma, prompt=prompt, steps=steps)
         return torch.zeros(1, 3, 8, 8)
 
     monkeypatch.setattr(decoder, "decode", decode)
     wrapped = PiDAutoencoder(vae, decoder, prompt="a cat", steps=1, seed=5, tile=64)
     z = random_tensor(1, 16, 2, 2)
     wrapped.decode(z)
-    assert (told["prompt"], told["steps"], told["seed"], told["tile"]) == ("a cat", 1, 5, 64)
-    assert told["latent_sigma"] == 0.0
-    assert told["generator"] is None
+    passed = [arguments[name] for name in ("prompt", "steps", "seed", "tile")]
+    assert passed == ["a cat", 1, 5, 64]
+    assert arguments["latent_sigma"] == 0.0
+    assert arguments["generator"] is None
     wrapped.tile, wrapped.steps = None, 2
     generator = torch.Generator()
     wrapped.decode(z, generator=generator)
-    assert (told["steps"], told["tile"], told["seed"]) == (2, None, None)
-    assert told["generator"] is generator
+    assert [arguments[name] for name in ("steps", "tile", "seed")] == [2, None, None]
+    assert arguments["generator"] is generator
     wrapped.enable_tiling()
     wrapped.decode(z)
-    assert told["tile"] == "auto"
+    assert arguments["tile"] == "auto"
     wrapped.disable_tiling()
     wrapped.decode(z)
-    assert told["tile"] is None
+    assert arguments["tile"] is None
 
 
 def test_the_pipeline_goes_on_as_before(tmp_path: Any) -> None:
@@ -190,7 +191,7 @@ def test_the_pipeline_goes_on_as_before(tmp_path: Any) -> None:
     assert tiny.pipe.vae_scale_factor == 8
     assert tiny.pipe.device.type == "cpu"
 
-    tiny.pipe.save_pretrained(tmp_path)  # without PiD, and to be loaded without this package
+    tiny.pipe.save_pretrained(tmp_path)  # without PiD, loadable without this package
     loaded = diffusers.StableDiffusionXLPipeline.from_pretrained(
         tmp_path, low_cpu_mem_usage=False, add_watermarker=False
     )
@@ -215,7 +216,7 @@ def test_a_picture_goes_in_and_a_larger_one_comes_out() -> None:
     """Image to image: `encode` is the autoencoder's, `decode` is PiD's."""
     tiny = tiny_pipelines.sd3()
     tiny.pipe.vae = PiDAutoencoder(tiny.pipe.vae, decoder_for(tiny.pipe.vae))
-    # diffusers' from_pipe carries over none but its own classes by itself
+    # from_pipe carries over only components of diffusers' exact classes
     pipe = diffusers.StableDiffusion3Img2ImgPipeline.from_pipe(tiny.pipe, vae=tiny.pipe.vae)
     assert pipe.vae is tiny.pipe.vae
     picture = call(
@@ -244,7 +245,9 @@ def test_the_same_latents_make_the_same_picture() -> None:
 def test_a_decoder_of_another_space_is_refused() -> None:
     vae = tiny_pipelines.flux_vae()
     of_sd3 = decoder_for(tiny_pipelines.sd3_vae())
-    with pytest.raises(ValueError, match=r"decodes 'sd3' latents .* makes 'flux' ones") as refusal:
+    with pytest.raises(
+        ValueError, match=r"decodes 'sd3' latents .* produces 'flux' latents"
+    ) as refusal:
         PiDAutoencoder(vae, of_sd3)
     assert str(refusal.value).count(".") == 1
     with pytest.raises(ValueError, match="4 channels, stride 8"):
@@ -267,7 +270,7 @@ def test_an_unknown_autoencoder_is_refused() -> None:
 
 def test_latents_of_several_frames_are_refused() -> None:
     vae = tiny_pipelines.qwen_vae()
-    with pytest.raises(ValueError, match="hold 2 frames"):
+    with pytest.raises(ValueError, match="has 2 frames"):
         PiDAutoencoder(vae, decoder_for(vae)).decode(random_tensor(1, 16, 2, 2, 2))
 
 

@@ -1,4 +1,4 @@
-"""DMD2: the gradient, the turns, resumption, refusals, and that it matches distributions."""
+"""DMD2: gradients, alternation, resumption, refusals and distribution matching."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pid_lightning.sampling import STUDENT_TIMES
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoint of a short training."""
+    """Checkpoint of a short training run."""
     folder = tmp_path_factory.mktemp("teacher")
     tiny.fit(folder, 3)
     return folder / "last.ckpt"
@@ -39,7 +39,7 @@ def run(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Watch(tiny.pl.Callback):
-    """Which networks moved in each batch, and what was counted and logged."""
+    """Records which networks each batch updates, and what is counted and logged."""
 
     def __init__(self) -> None:
         self.moved: list[set[str]] = []
@@ -63,7 +63,7 @@ class Watch(tiny.pl.Callback):
         objective = pl_module.objective
         self.steps.append((trainer.global_step, objective.num_student_updates, _[-1]))
         self.logged |= trainer.callback_metrics.keys()
-        assert all(p.grad is None for p in pl_module.parameters())  # nothing left over
+        assert all(p.grad is None for p in pl_module.parameters())  # no leftover gradients
 
 
 @pytest.mark.parametrize("student_input", ["rollout", "noised_data"])
@@ -115,7 +115,7 @@ def test_resuming_without_the_callback_is_refused(run: Path, tmp_path: Path) -> 
 
 
 def test_resuming_a_plain_run_as_distillation_is_refused(teacher: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no distillation"):
+    with pytest.raises(ValueError, match="not from DMD2"):
         tiny.fit(tmp_path, 7, distillation(teacher), EMA(), resume=teacher)
 
 
@@ -185,8 +185,8 @@ def test_resting_networks_take_no_gradient() -> None:
 
 
 def test_student_mean_moves_to_the_teachers() -> None:
-    """Gaussian student N(m, 1), Gaussian scores known exactly: only the means differ, and the
-    student's mean must end at the teacher's."""
+    """With a Gaussian student N(m, 1) and exact Gaussian scores, the student's mean must converge
+    to the teacher's."""
     generator = torch.Generator().manual_seed(0)
     mean = torch.nn.Parameter(torch.full((1, 3, 1, 1), -1.0))
     optimizer = torch.optim.Adam([mean], lr=0.02)
@@ -229,7 +229,7 @@ def test_a_discriminator_deeper_than_the_picture_is_refused(teacher: Path) -> No
     module = tiny.module()
     module.image_size = tiny.IMAGE_SIZE  # 4 patches a side, halved to 2, to 1, to none
     assert distillation(teacher, discriminator_depth=2).open_teacher(module)
-    with pytest.raises(ValueError, match="discriminator_depth: 3 halves 4 patches of a side to"):
+    with pytest.raises(ValueError, match="depth: 3 halves 4 patches a side to none; use at most 2"):
         distillation(teacher, discriminator_depth=3).open_teacher(module)
 
 

@@ -1,4 +1,4 @@
-"""On a distribution with a known answer, DMD2's few-step students match it."""
+"""DMD2's few-step students match the teacher on a known toy distribution."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CENTRES = torch.tensor([[1.5, 0.0, 0.5], [-1.0, 1.0, -0.5], [-0.5, -1.5, 0.0]])
 
 
 class ToyDenoiser(nn.Module):
-    """An MLP on points (B, 3, 1, 1) with the parts of `PiD` that DMD2 uses."""
+    """An MLP on points (B, 3, 1, 1) with the `PiD` interface that DMD2 uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def draw_points(num: int, generator: torch.Generator) -> Tensor:
 
 
 def energy_distance(a: Tensor, b: Tensor) -> float:
-    """`2 E|a-b| - E|a-a'| - E|b-b'|`, 0 for equal distributions."""
+    """`2 E|a-b| - E|a-a'| - E|b-b'|`, which is 0 for equal distributions."""
     a, b = a.flatten(1), b.flatten(1)
 
     def spread(c: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def train_teacher(generator: torch.Generator) -> ToyDenoiser:
 
 @torch.no_grad()
 def sample_finely(network: ToyDenoiser, noise: Tensor, num_steps: int = 200) -> Tensor:
-    """What the network's own flow makes of noise."""
+    """Integrate the network's flow from noise in many small steps."""
     x, times = noise, torch.linspace(1, 0, num_steps + 1)
     for now, after in itertools.pairwise(times):
         x = x + (after - now) * network(x, now.expand(len(x)), None)
@@ -89,7 +89,7 @@ def sample_finely(network: ToyDenoiser, noise: Tensor, num_steps: int = 200) -> 
     [
         ("rollout", 1200, {1: 0.15}),
         pytest.param("rollout", 6000, {1: 0.05, 2: 0.15, 4: 0.5}, marks=pytest.mark.slow),
-        # Inputs that sampling never sees: the single step is learned, four steps hardly gain.
+        # Sampling never sees such inputs: a single step is learned, four steps hardly improve.
         pytest.param("noised_data", 6000, {1: 0.15, 2: 0.2}, marks=pytest.mark.slow),
     ],
 )
@@ -99,8 +99,8 @@ def test_students_match_the_teachers_distribution(
     largest_shares: dict[int, float],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Energy distance to the teacher's distribution, as a share of the undistilled network's at
-    the same number of steps."""
+    """Compares energy distances to the teacher's distribution with those of the undistilled
+    network at the same number of steps."""
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -121,7 +121,7 @@ def test_students_match_the_teachers_distribution(
     optimizers = torch.optim.Adam(student.parameters(), 2e-3), torch.optim.Adam(critics, 2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[0], num_batches // 10)
     batch_size = 128
-    # One stream for all draws: a generator a sample, as in a run, would take most of the time.
+    # One generator for all draws: one per sample, as in a run, would take most of the time.
     monkeypatch.setattr(dmd2, "_noise", lambda *_: torch.randn(x0.shape, generator=generator))
     monkeypatch.setattr(
         dmd2, "_times", lambda *_: flow.sample_times(128, generator=generator).clamp(0.02, 0.99)

@@ -1,4 +1,4 @@
-"""Early stop: the latents handed over are the frame's formula at the sigma that PiD is told."""
+"""Early stop: latents passed to PiD match the frame's formula at the sigma passed with them."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ SDXL_SCHEDULERS = {
 }
 
 
-class Handed:
-    """Latents and level as the network's `condition` gets them, pictures left as they are."""
+class Recorder:
+    """Records the latents and noise level passed to the network's `condition`."""
 
     def __init__(self, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         denoiser = pipe.vae.pid_decoder.denoiser
@@ -57,7 +57,7 @@ def unpacked(name: str, pipe: Any, latents: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", [name for name in PIPELINES if name != "sdxl"])
 def test_flow_matching_pipelines(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An analytic denoiser: the straight line from eps to z, whatever the step."""
+    """An analytic denoiser: the straight line from eps to z at every step."""
     tiny = with_pid(PIPELINES[name]())
     pipe = tiny.pipe
     z, eps = random_tensor(*tiny.shape, seed=1), random_tensor(*tiny.shape, seed=2)
@@ -66,26 +66,26 @@ def test_flow_matching_pipelines(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         velocity = velocity.flatten(2).transpose(1, 2)  # (B, N, C)
 
     def forward(*inputs: Any, **more: Any) -> tuple:
-        if name == "z_image":  # a list of pictures, the velocity's sign turned round
+        if name == "z_image":  # a list of pictures, with the velocity negated
             return ([-velocity[0][:, None]],)
-        batch_size = more["hidden_states"].shape[0]  # both branches of the guidance
+        batch_size = more["hidden_states"].shape[0]  # both guidance branches
         return (velocity.expand(batch_size, *velocity.shape[1:]),)
 
     monkeypatch.setattr(pipe.transformer, "forward", forward)
-    handed = Handed(pipe, monkeypatch)
+    recorder = Recorder(pipe, monkeypatch)
     stop = stop_early(pipe, AT_STEP)
     picture = call(tiny, STEPS, latents=eps, callback_on_step_end=stop)
 
     sigma = float(pipe.scheduler.sigmas[AT_STEP])
     assert 0.05 < sigma < 0.95
     assert stop.latent_sigma == pytest.approx(sigma, abs=1e-6)
-    assert handed.latent_sigma.tolist() == pytest.approx([sigma], abs=1e-6)
+    assert recorder.latent_sigma.tolist() == pytest.approx([sigma], abs=1e-6)
     expected = noising.add_latent_noise(z, eps, torch.tensor([sigma]))
     torch.testing.assert_close(
-        handed.latents, unpacked(name, pipe, expected), atol=1e-4, rtol=0, check_dtype=False
+        recorder.latents, unpacked(name, pipe, expected), atol=1e-4, rtol=0, check_dtype=False
     )
     assert picture.shape == (1, 3, HEIGHT * SCALE, WIDTH * SCALE)
-    assert pipe.scheduler.step_index == AT_STEP  # the loop took no more
+    assert pipe.scheduler.step_index == AT_STEP  # no further steps
 
 
 @pytest.mark.parametrize("noise_frame", noising.FRAMES)
@@ -101,26 +101,26 @@ def test_sdxl_schedulers(name: str, noise_frame: str, monkeypatch: pytest.Monkey
         return (eps.expand(sample.shape[0], *eps.shape[1:]),)
 
     monkeypatch.setattr(pipe.unet, "forward", forward)
-    handed = Handed(pipe, monkeypatch)
+    recorder = Recorder(pipe, monkeypatch)
     stop = stop_early(pipe, AT_STEP)
     call(tiny, STEPS, latents=start(scheduler, z, eps), callback_on_step_end=stop)
 
-    # The level from diffusers' own table at the timestep that would come next.
+    # The level from diffusers' own table at the next timestep.
     kept = float(scheduler.alphas_cumprod[round(float(scheduler.timesteps[AT_STEP]))])
-    if name in ("euler_karras", "dpm_karras", "heun"):  # fractions: take the schedule itself
+    if name in ("euler_karras", "dpm_karras", "heun"):  # fractional timesteps: use the schedule
         kept = 1 / (1 + float(scheduler.sigmas[AT_STEP]) ** 2)
     signal, noise = kept**0.5, (1 - kept) ** 0.5
     sigma = noise if noise_frame == "variance_preserving" else noise / (signal + noise)
     assert 0.05 < sigma < 0.95
     assert stop.latent_sigma == pytest.approx(sigma, abs=1e-4)
-    assert handed.latent_sigma.tolist() == pytest.approx([stop.latent_sigma], abs=1e-6)
-    told = torch.tensor([stop.latent_sigma])
-    expected = noising.add_latent_noise(z, eps, told, noise_frame)
-    torch.testing.assert_close(handed.latents, expected, atol=1e-4, rtol=0)
+    assert recorder.latent_sigma.tolist() == pytest.approx([stop.latent_sigma], abs=1e-6)
+    level = torch.tensor([stop.latent_sigma])
+    expected = noising.add_latent_noise(z, eps, level, noise_frame)
+    torch.testing.assert_close(recorder.latents, expected, atol=1e-4, rtol=0)
 
 
 def start(scheduler: Any, z: Tensor, eps: Tensor) -> Tensor:
-    """Latents on the line from eps to z, as the pipeline takes them for its first step."""
+    """Latents on the line from eps to z, in the form that the pipeline expects as input."""
     scheduler.set_timesteps(STEPS)
     first = scheduler.timesteps[:1]
     if hasattr(scheduler, "sigmas"):
@@ -150,7 +150,7 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_step_of_every_scheduler(name: str) -> None:
-    """`signal * z + noise * eps` are the latents after each step, the last one included."""
+    """Latents equal `signal * z + noise * eps` after every step, including the last."""
     scheduler = SCHEDULERS[name]()
     z, eps = random_tensor(1, 4, 4, 4), random_tensor(1, 4, 4, 4, seed=1)
     is_flow = "flow" in name
@@ -178,7 +178,7 @@ def test_every_step_of_every_scheduler(name: str) -> None:
     ids=lambda scheduler: type(scheduler).__name__,
 )
 def test_schedulers_that_draw_fresh_noise(scheduler: Any) -> None:
-    """A perfect denoiser, fresh noise every step: what is not picture has the level told."""
+    """With a perfect denoiser and z = 0, the latents' standard deviation is the reported noise."""
     z = torch.zeros(1, 4, 128, 128)
     generator = torch.Generator().manual_seed(0)
     eps = torch.randn(z.shape, generator=generator)
@@ -188,7 +188,7 @@ def test_schedulers_that_draw_fresh_noise(scheduler: Any) -> None:
     for timestep in scheduler.timesteps[:-1]:
         now = scheduler.scale_model_input(latents, timestep)
         kept = scheduler.alphas_cumprod[int(timestep)]
-        predicted = now / (1 - kept).sqrt()  # the rest is noise, since z is 0
+        predicted = now / (1 - kept).sqrt()  # z is 0, so all of it is noise
         latents = scheduler.step(
             predicted, timestep, latents, generator=generator, **eta
         ).prev_sample
@@ -211,34 +211,34 @@ def test_frames_agree_with_the_formulas() -> None:
 
 
 def test_no_level_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Noise is told of for the latents that hold it and for no others."""
+    """The noise level applies to the interrupted call's latents and to no others."""
     tiny = with_pid(tiny_pipelines.sd3())
-    handed = Handed(tiny.pipe, monkeypatch)
+    recorder = Recorder(tiny.pipe, monkeypatch)
     stop = stop_early(tiny.pipe, 2)
     call(tiny, 6, callback_on_step_end=stop)
-    assert handed.latent_sigma.item() == pytest.approx(stop.latent_sigma)
+    assert recorder.latent_sigma.item() == pytest.approx(stop.latent_sigma)
     assert stop.latent_sigma > 0.1
     tiny.pipe.vae.decode(random_tensor(*tiny.shape))
-    assert handed.latent_sigma.item() == 0.0
-    # Interrupted, but its latents never reach the decoder; the next call runs to the end.
+    assert recorder.latent_sigma.item() == 0.0
+    # Interrupted, but its latents never reach the decoder; the next call runs to completion.
     noisy = call(tiny, 6, output_type="latent", callback_on_step_end=stop)
     assert noisy.shape == tiny.shape
     call(tiny)
-    assert handed.latent_sigma.item() == 0.0
+    assert recorder.latent_sigma.item() == 0.0
 
 
 def test_the_same_callback_serves_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = with_pid(tiny_pipelines.flux())
-    handed = Handed(tiny.pipe, monkeypatch)
+    recorder = Recorder(tiny.pipe, monkeypatch)
     stop = stop_early(tiny.pipe, 2)
     levels = []
     for steps in (2, 3, 6):
         picture = call(tiny, steps, callback_on_step_end=stop, num_images_per_prompt=2)
         assert picture.shape[0] == 2
         levels.append(stop.latent_sigma)
-        assert handed.latent_sigma.tolist() == pytest.approx([levels[-1]] * 2)
+        assert recorder.latent_sigma.tolist() == pytest.approx([levels[-1]] * 2)
     assert levels == sorted(levels)
-    assert levels[0] == 0.0  # after the last of two steps nothing is left
+    assert levels[0] == 0.0  # no noise is left after the last of two steps
 
 
 def test_latents_are_returned_in_the_decoders_frame() -> None:
@@ -256,9 +256,7 @@ def test_latents_are_returned_in_the_decoders_frame() -> None:
 
 def test_a_pipeline_without_pid_is_refused() -> None:
     tiny = tiny_pipelines.sd3()
-    with pytest.raises(
-        ValueError, match=r"pipe.vae is of class AutoencoderKL, which would decode noise"
-    ):
+    with pytest.raises(ValueError, match=r"pipe\.vae: AutoencoderKL cannot decode noisy latents"):
         stop_early(tiny.pipe)
 
 
@@ -266,9 +264,9 @@ def test_steps_out_of_range_are_refused() -> None:
     tiny = with_pid(tiny_pipelines.sd3())
     with pytest.raises(ValueError, match="at_step: 0 must be at least 1"):
         stop_early(tiny.pipe, 0)
-    with pytest.raises(ValueError, match="at_step: 24 is beyond the 3 steps of this call"):
+    with pytest.raises(ValueError, match="at_step: 24 exceeds the 3 steps of this call"):
         call(tiny, callback_on_step_end=stop_early(tiny.pipe))
-    with pytest.raises(ValueError, match="must name 'latents'"):
+    with pytest.raises(ValueError, match="must include 'latents'"):
         call(
             tiny,
             callback_on_step_end=stop_early(tiny.pipe, 2),
@@ -278,5 +276,5 @@ def test_steps_out_of_range_are_refused() -> None:
 
 def test_an_unknown_scheduler_is_refused() -> None:
     tiny = with_pid(tiny_pipelines.sdxl(diffusers.KDPM2DiscreteScheduler(**XL)))
-    with pytest.raises(ValueError, match="how a KDPM2DiscreteScheduler holds its noise"):
+    with pytest.raises(ValueError, match="noise level of a KDPM2DiscreteScheduler is not known"):
         stop_early(tiny.pipe)

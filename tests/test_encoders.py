@@ -1,4 +1,4 @@
-"""Frozen encoders against the reference libraries, with small random networks built on the spot."""
+"""Frozen encoders against the reference libraries, with small random networks."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from timm.models import VisionTransformer, build_model_with_cfg, register_model
 
 import pid_lightning.encoders
 from pid_lightning.encoders.base import Encoder, NoNativeDecoder
-from pid_lightning.encoders.bundled import load_bundled_autoencoder
 from pid_lightning.encoders.dinov2 import DINOv2Encoder
 from pid_lightning.encoders.siglip import SigLIPEncoder
-from pid_lightning.encoders.vae import BundledVAE, VAEEncoder, build_vae_encoder
+from pid_lightning.encoders.small_vae import BUNDLED, SmallVAE
+from pid_lightning.encoders.vae import VAEEncoder, build_vae_encoder
 from pid_lightning.encoders.vae_sources import KNOWN_VAES
+from pid_lightning.nn.autoencoder import SmallAutoencoder
 
 PATCH, GRID = 14, 5  # tiny towers: 70-pixel pretraining, so 80-pixel pictures are native
 WIDTH, DEPTH, HEADS = 32, 2, 2
@@ -76,7 +78,7 @@ def pictures(height, width, batch=2):
 
 
 def randomise(network, seed=0):
-    """Every parameter random and large enough to matter (LayerScale starts at 1e-5)."""
+    """Give every parameter random values of noticeable size (LayerScale starts at 1e-5)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -92,7 +94,7 @@ def random_encoder(build):
 
 
 def block_weights(state, index, attention, norms):
-    """timm's names of one block to transformers', whose attention keeps q, k, v apart."""
+    """One block's weights under transformers' names, whose attention has separate q, k and v."""
     prefix = f"blocks.{index}."
     weights = {}
     for kind in ("weight", "bias"):
@@ -134,7 +136,7 @@ def transformers_dinov2(network):
     if "reg_token" in state:
         model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes, num_register_tokens=4))
         weights["embeddings.register_tokens"] = state["reg_token"]
-        # timm has folded the class token's position into the token
+        # timm folds the class token's position into the token
         positions = torch.cat([torch.zeros(1, 1, WIDTH), state["pos_embed"]], dim=1)
     else:
         model = Dinov2Model(Dinov2Config(**sizes))
@@ -343,7 +345,7 @@ def test_siglip_equals_transformers():
 
 @pytest.fixture
 def open_clip_siglip(tmp_path, monkeypatch):
-    """A registered open_clip model whose image tower is the tiny one."""
+    """A registered open_clip model with the tiny image tower."""
     vision = {"image_size": PATCH * GRID, "timm_model_name": "vit_mini_patch14_siglip"}
     vision |= {"timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none"}
     text = {"context_length": 4, "vocab_size": 16, "width": WIDTH, "heads": 2, "layers": 1}
@@ -573,7 +575,7 @@ def test_bundled_autoencoder():
     encoder = build_vae_encoder("bundled")
     images = pictures(16, 24)
     for each in (described, encoder):
-        assert isinstance(each, BundledVAE)
+        assert isinstance(each, SmallVAE)
         assert (each.latent_channels, each.latent_stride) == (16, 8)
         assert (each.latent_space, each.has_decoder) == ("pid-small", True)
         with pytest.raises(RuntimeError, match="load"):
@@ -582,7 +584,9 @@ def test_bundled_autoencoder():
             each.load()
         each.load()
     assert torch.equal(random_state, torch.get_rng_state())
-    network = load_bundled_autoencoder()
+    with safe_open(BUNDLED, framework="pt") as file:
+        network = SmallAutoencoder(**json.loads(file.metadata()["config"]))
+    network.load_state_dict({name: tensor.float() for name, tensor in load_file(BUNDLED).items()})
     assert torch.equal(encoder.encode(images), network.encode(images))
     latents = described.encode(images)
     assert torch.equal(described.decode(latents), network.decode(latents))
@@ -598,7 +602,7 @@ def test_the_bundled_autoencoder_is_never_random():
     assert isinstance(build_vae_encoder("sdxl"), VAEEncoder)
 
 
-# ------------------------------------------------------------------ what all share
+# ------------------------------------------------------------------ all families
 
 
 @pytest.mark.parametrize("family", ["vae", "dinov2", "siglip"])
@@ -636,7 +640,7 @@ def test_vision_towers_stay_frozen_and_have_no_decoder(family):
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
-    """No hub and an empty cache, whatever the machine has."""
+    """No hub access and an empty cache."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -658,7 +662,7 @@ def offline(tmp_path, monkeypatch):
     ],
 )
 def test_unreachable_weights_are_one_sentence(offline, call, hub_id):
-    with pytest.raises(OSError, match="cannot be had") as caught:
+    with pytest.raises(OSError, match="are not available") as caught:
         call()
     sentence = str(caught.value)
     assert hub_id in sentence
@@ -687,7 +691,7 @@ def test_mistakes_are_named(call, error, match):
 
 
 def test_importing_encoders_is_light():
-    """The libraries are imported where they are used, and Lightning never is."""
+    """Libraries are imported only where they are used, and Lightning never is."""
     folder = Path(pid_lightning.encoders.__file__).parent
     files = [*folder.glob("*.py"), folder.parent / "latent_spaces.py"]
     allowed = {"torch", "einops", "pid_lightning"} | set(sys.stdlib_module_names)

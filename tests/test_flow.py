@@ -1,4 +1,4 @@
-"""The laws of the time convention."""
+"""Invariants of the time convention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The C library keeps freed memory where it is asked to, and only there."""
+"""The C library keeps freed memory if asked to, and only then."""
 
 import os
 import platform
@@ -25,7 +25,7 @@ print((held - before) / 2**20, (resident() - before) / 2**20)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 @pytest.mark.parametrize(
     ("asked", "chosen", "stays"),
     [
@@ -38,13 +38,13 @@ print((held - before) / 2**20, (resident() - before) / 2**20)
 def test_a_freed_block_s_memory_stays_only_where_asked(asked, chosen, stays):
     ours = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
     environment = {name: value for name, value in os.environ.items() if name not in ours}
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", PROGRAM, asked],
         env=environment | chosen,
         capture_output=True,
         text=True,
         check=True,
     )
-    held, left = map(float, told.stdout.split())
-    assert held > 60  # MiB, of the 64 of the block
+    held, left = map(float, done.stdout.split())
+    assert held > 60  # MiB; the block has 64
     assert (left > 60) == stays

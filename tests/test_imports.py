@@ -1,4 +1,4 @@
-"""Who may know whom: the plain-torch rooms bring no Lightning, and `import` stays light."""
+"""Import rules: the plain torch modules do not import Lightning, and imports stay light."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ PLAIN_TORCH = (
     "early_stop",
 )
 LAZY = ("timm", "open_clip", "transformers", "datasets", "diffusers", "torchmetrics")
-# What the method's own files may import at their head; the rest only inside functions.
+# Modules that the method's files may import at the top level; others only inside functions.
 METHOD = {"torch", "einops", "pid_lightning"} | set(sys.stdlib_module_names)
 
-# Imports the named modules one by one; says what each brought and fails on any call of CUDA.
+# Imports the modules one by one; prints the heavy imports of each and fails on any CUDA call.
 PROBE = """
 import importlib, json, sys
 import torch
@@ -57,16 +57,16 @@ def forbidden(*arguments, **options):
 for name in ("_lazy_init", "is_available", "device_count", "current_device"):
     setattr(torch.cuda, name, forbidden)
 modules, heavy = json.loads(sys.argv[1])
-state, brought = torch.get_rng_state(), {}
+state, imports = torch.get_rng_state(), {}
 for module in modules:
     importlib.import_module(module)
-    brought[module] = sorted(name for name in heavy if name in sys.modules)
+    imports[module] = sorted(name for name in heavy if name in sys.modules)
 assert torch.equal(torch.get_rng_state(), state), "a global seed was set"
-print(json.dumps(brought))
+print(json.dumps(imports))
 """
 
 
-def brought_by(modules: list[str]) -> dict[str, list[str]]:
+def heavy_imports(modules: list[str]) -> dict[str, list[str]]:
     arguments = json.dumps([modules, HEAVY])
     done = subprocess.run(
         [sys.executable, "-c", PROBE, arguments], capture_output=True, text=True, check=False
@@ -75,10 +75,10 @@ def brought_by(modules: list[str]) -> dict[str, list[str]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_plain_torch_rooms_bring_nothing_heavy() -> None:
+def test_plain_torch_modules_import_nothing_heavy() -> None:
     modules = ["pid_lightning", *(f"pid_lightning.{name}" for name in PLAIN_TORCH)]
-    brought = brought_by(modules)
-    assert {module: names for module, names in brought.items() if names} == {}
+    imports = heavy_imports(modules)
+    assert {module: names for module, names in imports.items() if names} == {}
 
 
 def test_the_public_names_are_there() -> None:
@@ -89,19 +89,19 @@ def test_the_public_names_are_there() -> None:
         _ = pid_lightning.no_such_name
 
 
-# ------------------------------------------------------------------- read, not run
+# ------------------------------------------------------------------- static checks
 
 
-def sources(*rooms: str) -> list[Path]:
+def sources(*modules: str) -> list[Path]:
     found = []
-    for room in rooms:
-        folder = PACKAGE / room
+    for module in modules:
+        folder = PACKAGE / module
         found += sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
     return found
 
 
 def imported(node: ast.AST) -> list[str]:
-    """The modules that an import statement names, in full."""
+    """The full names of the modules in an import statement."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
@@ -111,7 +111,7 @@ def imported(node: ast.AST) -> list[str]:
 
 
 def head(tree: ast.Module) -> list[ast.AST]:
-    """Statements that run at import, those under TYPE_CHECKING left out."""
+    """Statements that run at import, except those under TYPE_CHECKING."""
     found, waiting = [], list(tree.body)
     while waiting:
         node = waiting.pop()
@@ -126,12 +126,12 @@ def head(tree: ast.Module) -> list[ast.AST]:
 
 
 @pytest.mark.parametrize("path", sources(*PLAIN_TORCH), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_plain_torch_rooms_never_name_lightning(path: Path) -> None:
-    rooms = ("lightning", "pytorch_lightning", "lightning_fabric")
-    above = tuple(f"pid_lightning.{room}" for room in ("modules", "callbacks", "cli"))
+def test_plain_torch_modules_never_import_lightning(path: Path) -> None:
+    forbidden = ("lightning", "pytorch_lightning", "lightning_fabric")
+    above = tuple(f"pid_lightning.{module}" for module in ("modules", "callbacks", "cli"))
     for node in ast.walk(ast.parse(path.read_text())):
         for name in imported(node):
-            assert name.split(".")[0] not in rooms, name
+            assert name.split(".")[0] not in forbidden, name
             assert not name.startswith(above), name
 
 
@@ -155,7 +155,7 @@ def test_heavy_libraries_are_imported_where_they_are_used(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sources("."), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_no_source_names_cuda_by_method_or_seeds_the_world(path: Path) -> None:
-    """`.cuda()` fixes the device; `torch.manual_seed` changes what others draw."""
+    """`.cuda()` fixes the device; `torch.manual_seed` changes the global random state."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)

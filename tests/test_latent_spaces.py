@@ -1,4 +1,4 @@
-"""Normalised latents: numbers against the published formulas, packing against diffusers."""
+"""Normalised latents: values against the published formulas, packing against diffusers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pid_lightning.draws import centre_crop
-from pid_lightning.encoders.bundled import BundledVAE
+from pid_lightning.encoders.small_vae import SmallVAE
 from pid_lightning.latent_spaces import (
     KNOWN_SPACES,
     QWEN_MEAN,
@@ -16,7 +16,6 @@ from pid_lightning.latent_spaces import (
     LatentSpace,
     autoencoder_kl_space,
     flux2_space,
-    known_space,
     pack,
     qwen_space,
     unpack,
@@ -36,7 +35,7 @@ def generator():
     [("sd3", 16, 1.5305, 0.0609), ("flux", 16, 0.3611, 0.1159), ("sdxl", 4, 0.13025, 0.0)],
 )
 def test_scalar_spaces_follow_the_published_formula(name, channels, scale, shift, generator):
-    space = known_space(name)
+    space = KNOWN_SPACES[name]
     raw = torch.randn(2, channels, 4, 6, generator=generator)
     assert (space.channels, space.stride) == (channels, 8)
     torch.testing.assert_close(space.normalise(raw), (raw - shift) * scale)
@@ -44,7 +43,7 @@ def test_scalar_spaces_follow_the_published_formula(name, channels, scale, shift
 
 
 def test_qwen_is_per_channel_and_takes_a_frame_axis(generator):
-    space = known_space("qwen")
+    space = KNOWN_SPACES["qwen"]
     raw = torch.randn(2, 16, 1, 4, 6, generator=generator)
     expected = raw[:, :, 0]
     expected = (expected - torch.tensor(QWEN_MEAN).view(1, 16, 1, 1)) / torch.tensor(QWEN_STD).view(
@@ -63,7 +62,7 @@ def test_packing_is_that_of_diffusers(generator):
     packed = pack(raw)
     assert torch.equal(packed, Flux2Pipeline._patchify_latents(raw))
     assert torch.equal(unpack(packed), Flux2Pipeline._unpatchify_latents(packed))
-    # c*4 + row*2 + col, written out
+    # c*4 + row*2 + col
     assert torch.equal(packed[:, 3 * 4 + 1 * 2 + 0], raw[:, 3, 1::2, 0::2])
     with pytest.raises(ValueError, match="5 x 10"):
         pack(raw[:, :, :5])
@@ -94,7 +93,7 @@ def test_configurations_are_recognised_by_their_numbers():
 
 
 def test_per_channel_statistics_of_autoencoder_kl(generator):
-    """diffusers undoes them as ``latents * std / scaling_factor + mean`` (SDXL pipeline)."""
+    """diffusers denormalises by ``latents * std / scaling_factor + mean`` (SDXL pipeline)."""
     mean, std = [0.1, -0.2, 0.3, 0.4], [5.0, 6.0, 7.0, 8.0]
     config = {"latent_channels": 4, "block_out_channels": [8] * 4, "scaling_factor": 0.5}
     space = autoencoder_kl_space({**config, "latents_mean": mean, "latents_std": std})
@@ -117,10 +116,8 @@ def test_dtype_is_kept_and_computed_in_float32():
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: known_space("sd4"), "sd4"),
-        (lambda: known_space("flux2"), "running_mean"),
-        (lambda: known_space("sd3").normalise(torch.zeros(1, 4, 2, 2)), "16, h, w"),
-        (lambda: known_space("sdxl").denormalise(torch.zeros(4, 2, 2)), "4, h, w"),
+        (lambda: KNOWN_SPACES["sd3"].normalise(torch.zeros(1, 4, 2, 2)), "16, h, w"),
+        (lambda: KNOWN_SPACES["sdxl"].denormalise(torch.zeros(4, 2, 2)), "4, h, w"),
         (lambda: LatentSpace("odd", 4, 8, shift=(1.0, 2.0)), "1 or 4"),
     ],
 )
@@ -148,8 +145,8 @@ def test_silent_on_normalised_latents(generator):
 
 
 def test_silent_on_a_small_picture_of_strong_contrast():
-    """The middle 256 x 256 pixels of each bundled photograph, reduced 8 times."""
-    encoder = BundledVAE()
+    """The central 256 x 256 pixels of each bundled photograph, reduced by 8."""
+    encoder = SmallVAE()
     encoder.load()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""The losses in cases that can be computed by hand, and what must not change them."""
+"""The losses in cases computed by hand, and their invariants."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_fake_score_follows_the_student_without_teaching_it() -> None:
 
 
 def test_dmd_gradient_of_constants() -> None:
-    """Student 0, teacher c, fake d: g = (d - c) / |c|, sample by sample."""
+    """Student 0, teacher c, fake d: g = (d - c) / |c| per sample."""
     ones = torch.ones(3, 3, 4, 6)
     teacher = ones * torch.tensor([2.0, -0.5, 1.0]).view(3, 1, 1, 1)
     fake = ones * torch.tensor([3.0, 1.0, 1.0]).view(3, 1, 1, 1)
@@ -110,7 +110,7 @@ def test_adversarial_losses_at_indifference() -> None:
 def test_adversarial_losses_pull_opposite_ways() -> None:
     real, fake = torch.zeros(4, 2, requires_grad=True), torch.zeros(4, 2, requires_grad=True)
     losses.discriminator_loss(real, fake).backward()
-    assert (real.grad < 0).all()  # a descent step raises it
+    assert (real.grad < 0).all()  # gradient descent raises them
     assert (fake.grad > 0).all()
     logits = torch.zeros(4, 2, requires_grad=True)
     losses.generator_loss(logits).backward()
@@ -138,7 +138,7 @@ def test_rgb_alignment_of_equal_pictures_is_its_eps() -> None:
 
 
 def test_rgb_alignment_weighs_luma_a_quarter_of_chroma() -> None:
-    """Grey differs in luma only; blue by 0.5 in Cb, more than in luma."""
+    """Grey differs in luma only, blue mostly in Cb (factor 0.5)."""
     low, sigma = pictures(), torch.zeros(3)
     grey = losses.rgb_alignment_loss(low + 0.4, low, sigma)
     assert float(grey) == pytest.approx((0.25 * 0.4 + 2e-3) / 3, rel=1e-3)
@@ -158,7 +158,7 @@ def test_rgb_alignment_fades_with_the_latents_noise() -> None:
     assert torch.allclose(first * 3, alone)
 
 
-# ------------------------------------------------------------------ laws of them all
+# ------------------------------------------------------------ invariants of all losses
 
 LOSSES = {
     "flow_matching": lambda a, b, c: losses.flow_matching_loss(a, b, c),

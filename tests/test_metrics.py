@@ -27,7 +27,7 @@ NO_LPIPS = "LPIPS was not measured because its weights are not there."
 
 
 def _random_state() -> dict[str, torch.Tensor]:
-    """LPIPS weights as in the published file: heads are vectors, never negative."""
+    """LPIPS weights as in the published file, whose heads are non-negative vectors."""
     generator = torch.Generator().manual_seed(0)
     state = {}
     for name, shape in SHAPES.items():
@@ -56,7 +56,7 @@ def _torchmetrics_lpips(state: dict[str, torch.Tensor], own_heads: bool) -> torc
 
 
 def _pictures(batch: int, height: int = 32, width: int = 48, seed: int = 0):
-    """Random targets, predictions near them, and a low-resolution image at scale 4."""
+    """Random targets, predictions close to them, and low-resolution images at scale 4."""
     generator = torch.Generator().manual_seed(seed)
     target = torch.rand(batch, 3, height, width, generator=generator) * 2 - 1
     noise = torch.randn(target.shape, generator=generator)
@@ -91,7 +91,7 @@ def test_lpips_equals_torchmetrics_from_a_file_and_from_the_hub_cache(tmp_path, 
     expected = _torchmetrics_lpips(state, own_heads=False)(prediction, target).flatten()
     torch.testing.assert_close(network(prediction, target), expected, rtol=1e-5, atol=1e-6)
     cached.write_bytes(cached.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="are damaged"):
+    with pytest.raises(ValueError, match="cannot be read"):
         lpips_network(None)
 
 
@@ -100,7 +100,7 @@ def test_wrong_lpips_weights_give_one_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match="do not exist"):
         lpips_network(path)
     path.write_bytes(b"not weights")
-    with pytest.raises(ValueError, match="no whole"):
+    with pytest.raises(ValueError, match="cannot be read"):
         lpips_network(path)
     state = _random_state()
     for change in ({"lin0.weight": torch.zeros(63)}, {"more": torch.zeros(1)}):
@@ -154,7 +154,7 @@ def test_rows_are_apart_in_order_and_can_be_forgotten():
         ("native + bicubic", 0.4, 1),
     ]
     assert rows[0]["psnr"] == rows[2]["psnr"]
-    assert rows[1]["psnr"] == math.inf  # an equal picture among them
+    assert rows[1]["psnr"] == math.inf  # one picture is identical
     assert {row["lpips"] for row in rows} == {NO_LPIPS}
     measured.reset()
     assert measured.compute() == []
@@ -330,7 +330,7 @@ def _allocate(mebibytes: int) -> PeakMemory:
     not metrics._reset_high_water_mark(), reason="the system does not reset high-water marks"
 )
 def test_peak_memory_sees_what_was_freed_again():
-    # In a fresh process: here, earlier tests may have left resident memory to allocate from.
+    # In a fresh process, since earlier tests may have left resident memory to reuse here.
     code = (
         "import torch; from pid_lightning.metrics import PeakMemory\n"
         "for mebibytes in (128, 64):\n"

@@ -1,4 +1,4 @@
-"""The laws of noise on latents."""
+"""Invariants of noise on latents."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_bf16_latents_are_noised_in_fp32() -> None:
 
 
 def test_another_frame_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^frame 'edm' is not one of flow, variance_preserving"):
+    with pytest.raises(ValueError, match=r"^frame: 'edm' is not one of flow, variance_preserving"):
         noising.add_latent_noise(latents(), latents(1), SIGMA, "edm")
 
 

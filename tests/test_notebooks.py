@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom on tiny runs, and what is committed of them is whole."""
+"""The notebooks run end to end on tiny runs, and the committed files are complete."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ TINY_ENCODERS = {
 
 
 def tiny_fit(family: str, *arguments: str) -> list[str]:
-    """Arguments of a `fit` of that family's config, shrunk."""
+    """Arguments for `fit` with a family's config at a tiny size."""
     config = f"--config={ROOT / 'configs' / f'compare_{family}.yaml'}"
     return ["fit", config, *TINY, *TINY_ENCODERS[family], *arguments]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of runs: the three families at 4x, the autoencoder at 8x too."""
+    """A folder of runs: the three families at 4x, and the autoencoder at 8x."""
     folder = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -70,7 +70,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def execute(name: str, folder: Path, parameters: dict[str, Any]) -> tuple[dict[str, list], str]:
-    """The tables that a notebook leaves in `folder`, by name, and all that it printed."""
+    """Execute a notebook; return its tables in `folder` by name, and its printed output."""
     parameters = parameters | {"device": "cpu", "tables_folder": str(folder)}
     done = papermill.execute_notebook(
         ROOT / "notebooks" / name,
@@ -96,7 +96,7 @@ def assert_finite(rows: list[dict[str, str]], *columns: str) -> None:
 
 
 def keys(rows: list[dict[str, str]], *columns: str) -> list[tuple[str | float, ...]]:
-    """The columns that tell rows apart, sorted; numbers as numbers."""
+    """The values of the key columns, sorted, with numeric columns as floats."""
     numbers = ("latent_sigma", "steps", "step")
     return sorted(tuple(float(r[c]) if c in numbers else r[c] for c in columns) for r in rows)
 
@@ -108,7 +108,7 @@ def test_compare_latent_families(runs: Path, tmp_path: Path) -> None:
         "DINOv2 4x": "compare_dinov2",
         "SigLIP 4x": "compare_siglip",
         "VAE 8x": "compare_vae_8x",
-        "SigLIP 8x": "compare_siglip_8x",  # was never made
+        "SigLIP 8x": "compare_siglip_8x",  # does not exist
     }
     tables, printed = execute(
         "compare_latent_families.ipynb",
@@ -135,7 +135,7 @@ def test_compare_latent_families(runs: Path, tmp_path: Path) -> None:
     assert keys(tables["quality"], "run", "method", "latent_sigma") == expected
     assert_finite(tables["quality"], "psnr", "ssim", "consistency", "seconds", "peak_mebibytes")
     by_pid = [row["psnr"] for row in tables["quality"] if row["method"] == "PiD"]
-    assert len(set(by_pid)) == len(by_pid)  # every one is a decode of its own
+    assert len(set(by_pid)) == len(by_pid)  # every row is a separate decode
 
     shown = [SIGMAS[0], SIGMAS[1]]
     assert keys(tables["steps"], "run", "latent_sigma", "steps") == sorted(
@@ -143,7 +143,7 @@ def test_compare_latent_families(runs: Path, tmp_path: Path) -> None:
     )
     assert_finite(tables["steps"], "psnr", "ssim", "seconds")
 
-    # A few steps have not moved the gates far from their formula.
+    # After a few steps the gates are still close to their initial formula.
     gates = tables["gates"]
     assert keys(gates, "run", "gate", "latent_sigma") == sorted(
         product(made, ["block 1", "pixel blocks"], SIGMAS)
@@ -155,7 +155,7 @@ def test_compare_latent_families(runs: Path, tmp_path: Path) -> None:
     assert keys(tables["costs"], "run", "method") == sorted(methods)
     assert_finite([r for r in tables["costs"] if r["method"] == "PiD"], "estimate_mebibytes")
 
-    # A stand-in for an encoder is called so in every figure's title.
+    # Every figure's title marks encoders with random weights.
     notebook = json.loads((tmp_path / "compare_latent_families.ipynb").read_text())
     drawn = [
         cell
@@ -204,7 +204,7 @@ def test_decode_and_early_stop(runs: Path, tmp_path: Path) -> None:
         sigmas = [float(row["latent_sigma"]) for row in rows]
         assert sigmas == sorted(sigmas, reverse=True)
         assert 1 > sigmas[0] > sigmas[-2] > sigmas[-1] == 0.0
-        # The loop finished has arrived at a photograph; decoded natively, its noise is a loss.
+        # The finished loop arrives at a photograph; natively decoded, remaining noise lowers PSNR.
         psnr = [float(row["psnr"]) for row in rows]
         assert psnr == sorted(psnr)
         assert psnr[-1] > 15
@@ -220,10 +220,10 @@ def test_both_are_here() -> None:
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_committed_notebooks_are_whole(notebook: Path) -> None:
-    """Small, without an error, executed in order if at all, with parameters to execute it small."""
+    """Small, without errors, executed in order or not at all, with a parameters cell first."""
     assert notebook.stat().st_size < LARGEST_BYTES
     text = notebook.read_text(encoding="utf-8")
-    assert str(ROOT) not in text  # a path of whoever executed it
+    assert str(ROOT) not in text  # a local path
     cells = json.loads(text)["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     outputs = [output for cell in code for output in cell["outputs"]]

@@ -1,4 +1,4 @@
-"""Muon beside AdamW as one optimiser: who steps what, one schedule, exact resumption."""
+"""Muon and AdamW as one optimiser: parameter split, schedule and exact resumption."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_both_step_as_torchs_own_and_a_kernel_as_a_matrix() -> None:
         for schedule in schedules:
             schedule.step()
     for a, b in zip(one, other, strict=True):
-        # Two orders of the same bfloat16 products: 5 steps of 0.1 leave 1e-2 between them.
+        # bfloat16 products in different orders: 5 steps of 0.1 differ by up to 1e-2.
         assert (a.flatten() - b.flatten()).abs().max() < 1e-2
     assert torch.equal(one[3], bias)
 

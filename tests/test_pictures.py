@@ -1,3 +1,5 @@
+"""Reading, writing, resizing and arranging pictures."""
+
 from __future__ import annotations
 
 import json
@@ -9,13 +11,13 @@ import torch
 from PIL import Image
 
 from pid_lightning import pictures
+from pid_lightning.files import replaced_file
 from pid_lightning.pictures import (
     enlarge_picture,
     find_inputs,
     picture_grid,
     read_picture,
     reduce_picture,
-    replaced_file,
     write_picture,
 )
 
@@ -106,8 +108,8 @@ def test_wrong_pictures_are_refused_before_anything_is_written(tmp_path):
         (image / 0, "a.png", "not all finite"),
         (torch.zeros(3, 1, 16384), "a.webp", "16383"),
     ]
-    for picture, name, sentence in wrong:
-        with pytest.raises(ValueError, match=sentence):
+    for picture, name, message in wrong:
+        with pytest.raises(ValueError, match=message):
             write_picture(picture, tmp_path / name, {})
     with pytest.raises(TypeError):
         write_picture(image, tmp_path / "a.png", {"device": torch.device("cpu")})
@@ -201,7 +203,7 @@ def test_labels_stand_above_their_columns():
     assert labelled.min() >= 0
     assert labelled.max() <= 1
     assert band[..., :96].min() < 0.5  # text
-    assert (band[..., 96:] == 1).all()  # none over the other column
+    assert (band[..., 96:] == 1).all()  # no text above the other column
     assert (band[:, 0] == 1).all()  # not cut off
     assert (band[..., -1, :] == 1).all()
 

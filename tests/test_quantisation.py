@@ -1,4 +1,4 @@
-"""8-bit weights: near the exact picture, half the memory, what stays exact, what is refused."""
+"""8-bit weights: closeness to the exact picture, memory, what stays exact, what is refused."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pid_lightning.__main__ import main
 from pid_lightning.hub import BUNDLED_MODELS
 from pid_lightning.memory import weight_bytes
 from pid_lightning.pictures import read_picture, reduce_picture
-from pid_lightning.quantisation import SMALLEST_WIDTH, is_quantised
+from pid_lightning.quantisation import MIN_WIDTH, is_quantised
 
-pytest.importorskip("torchao", reason="8-bit weights are the extra int8's")
+pytest.importorskip("torchao", reason="8-bit weights need the extra int8")
 
 (NAME,) = BUNDLED_MODELS
 PHOTO = next((Path(BUNDLED_MODELS[NAME]).parent / "photos" / "test").glob("*.jpg"))
@@ -43,7 +43,7 @@ def test_a_weight_is_rounded_to_a_127th_of_its_rows_largest() -> None:
     exact, rounded = make().denoiser, make().quantise().denoiser
     num_rounded = 0
     for (name, weight), now in zip(exact.named_parameters(), rounded.parameters(), strict=True):
-        wide = weight.ndim == 2 and min(weight.shape) >= SMALLEST_WIDTH
+        wide = weight.ndim == 2 and min(weight.shape) >= MIN_WIDTH
         exact = re.match(r"time_embedding|pixel_blocks\.\d+\.modulation", name)
         assert is_quantised(now) == (wide and not exact)
         if is_quantised(now):
@@ -59,18 +59,18 @@ def test_weights_take_half_the_memory_of_bf16() -> None:
     exact, rounded = make(torch.bfloat16), make(torch.bfloat16).quantise()
     linear = sum(p.numel() for p in rounded.denoiser.parameters() if is_quantised(p))
     saved = weight_bytes(exact.denoiser) - weight_bytes(rounded.denoiser)
-    assert 0.9 * linear < saved < linear  # a byte a weight, less what the scales take
+    assert 0.9 * linear < saved < linear  # one byte per weight, minus the scales
     estimates = [decoder.estimate_memory(128, 128) for decoder in (exact, rounded)]
     assert estimates[0] - estimates[1] == saved
 
 
 def test_mistakes_are_told_in_one_sentence(tmp_path: Path, monkeypatch) -> None:
     decoder = make().quantise()
-    with pytest.raises(ValueError, match=r"^quantise: .* in 8 bits already\.$"):
+    with pytest.raises(ValueError, match=r"^quantise: .* already in 8 bits; call it only once\.$"):
         decoder.quantise()
-    with pytest.raises(ValueError, match=r"^dtype: torch.bfloat16 comes too late, .* quantise\.$"):
+    with pytest.raises(ValueError, match=r"^dtype: torch.bfloat16 comes too late: .* quantise\.$"):
         decoder.to(dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="weights in 8 bits are not saved"):
+    with pytest.raises(ValueError, match="8-bit weights cannot be saved; save before"):
         decoder.save_pretrained(tmp_path / "model")
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(ModuleNotFoundError, match=r"^8-bit weights need torchao: pip install"):

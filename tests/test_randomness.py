@@ -1,4 +1,4 @@
-"""Random numbers depend on seed, purpose and sample, and on nothing else."""
+"""Random numbers depend only on seed, purpose and sample."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_different_names_never_share_numbers() -> None:
 
 
 def test_numbers_are_those_of_every_run_to_come() -> None:
-    """Changing them would change what a resumed run draws and what a seed shows."""
+    """Changing them would change what resumed runs draw and the pictures of a seed."""
     (generator,) = sample_generators(1, "noise", [2])
     assert generator.initial_seed() == 6040257919019760522
 

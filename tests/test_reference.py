@@ -1,6 +1,6 @@
-"""Every `out.*` of the reference vectors, computed with the authors' public network.
+"""Every `out.*` of the reference vectors, which come from the authors' public network.
 
-`pytest tests/test_reference.py --vectors DIR -s` checks another folder and prints each error.
+`pytest tests/test_reference.py --vectors DIR -s` checks another folder and prints every error.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Vectors:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
     def network(self) -> PiD:
-        """The network of the file, or of the file that it `uses`."""
+        """The network of the file, or of the file that its metadata names as `uses`."""
         if "uses" in self.metadata:
             return Vectors(self.file.parent / self.metadata["uses"]).network()
         denoiser = build_from_arguments(json.loads(self.metadata["config"])).eval()
@@ -65,8 +65,8 @@ def test_every_output_agrees(
         print(f"\n{vector_file.name}")
         for name, error in errors.items():
             print(f"  out.{name:<36} relative error {error:.1e}")
-    late = {name: e for name, e in errors.items() if not e <= _tolerance(name)}
-    assert not late
+    failed = {name: e for name, e in errors.items() if not e <= _tolerance(name)}
+    assert not failed
 
 
 def _tolerance(name: str) -> float:
@@ -82,7 +82,7 @@ def _relative_error(computed: Tensor, expected: Tensor) -> float:
 
 @torch.no_grad()
 def _network(vectors: Vectors) -> dict[str, Tensor]:
-    """Velocity, adapter features, gates alone, tokens after blocks, RGB head."""
+    """Velocity, adapter features, single gates, tokens after blocks, RGB head."""
     inputs, denoiser = vectors.inputs, vectors.network()
     with_rgb = "aux_rgb" in vectors.outputs
     condition = denoiser.condition(
@@ -107,7 +107,7 @@ def _network(vectors: Vectors) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _samples(vectors: Vectors, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """`sdeN` and `odeN`: N steps of the student; `dpm2m_N_shiftK_cfgG`: N solver steps."""
+    """`sdeN` and `odeN`: N student steps; `dpm2m_N_shiftK_cfgG`: N solver steps."""
     inputs, denoiser = vectors.inputs, vectors.network()
     with_text = denoiser.condition(inputs["latent"], inputs["sigma"], inputs["text"])
     without = denoiser.without_text(with_text, inputs["null_text"])
@@ -153,7 +153,7 @@ def _samples(vectors: Vectors, monkeypatch: pytest.MonkeyPatch) -> dict[str, Ten
 
 
 def _recorded(inputs: dict[str, Tensor]) -> Callable[..., Tensor]:
-    """In place of `sampling.draw_noise`: the file's own noises, in their order."""
+    """Replacement for `sampling.draw_noise` that returns the file's noises in order."""
     noises = iter(inputs[key] for key in sorted(inputs) if key.startswith("eps."))
     return lambda *_: next(noises)
 

@@ -1,4 +1,4 @@
-"""The published layout: every tensor arrives once, anything else is refused by name."""
+"""The published layout: every tensor is converted once, and anything else is rejected by name."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def make(arguments: dict[str, Any]) -> tuple[dict[str, Tensor], PiD]:
 
 @pytest.mark.parametrize("arguments", [V1, V15], ids=["v1", "v15"])
 def test_every_number_arrives_exactly_once(arguments: dict[str, Any]) -> None:
-    """Each released number is made unique; ours must hold the same numbers, no more, no fewer."""
+    """Released values are made unique; the converted network must hold exactly the same values."""
     released, count = {}, 0
     for name, shape in released_shapes(arguments):
         size = torch.Size(shape).numel()
@@ -62,7 +62,7 @@ def test_every_number_arrives_exactly_once(arguments: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("arguments", [V1, V15], ids=["v1", "v15"])
 def test_the_way_in_is_linear(arguments: dict[str, Any]) -> None:
-    """It only moves numbers, so bf16 stays bf16 and sums stay sums."""
+    """Conversion only moves values, so it is linear and keeps bf16."""
     released, denoiser = make(arguments)
     state = from_released(released, denoiser)
     doubled = from_released({k: 2 * v for k, v in released.items()}, denoiser)
@@ -97,9 +97,9 @@ def test_every_missing_tensor_is_named(arguments: dict[str, Any]) -> None:
     released, denoiser = make(arguments)
     for name in released:
         rest = {k: v for k, v in released.items() if k != name}
-        with pytest.raises(ValueError, match=r"1 tensors? missing") as told:
+        with pytest.raises(ValueError, match=r"1 tensors? missing") as caught:
             from_released(rest, denoiser)
-        assert name in str(told.value)
+        assert name in str(caught.value)
 
 
 def test_every_unknown_tensor_is_named() -> None:
@@ -116,10 +116,10 @@ def test_every_misshaped_tensor_is_named(arguments: dict[str, Any]) -> None:
     released, denoiser = make(arguments)
     for name, tensor in released.items():
         wrong = torch.cat((tensor, tensor)) if tensor.ndim else torch.zeros(2)
-        with pytest.raises(ValueError, match="these weights are not of this network") as told:
+        with pytest.raises(ValueError, match="the weights do not match this network") as caught:
             from_released({**released, name: wrong}, denoiser)
-        assert name in str(told.value), told.value
-        assert str(tuple(wrong.shape)) in str(told.value), told.value
+        assert name in str(caught.value), caught.value
+        assert str(tuple(wrong.shape)) in str(caught.value), caught.value
 
 
 def test_a_tensor_of_another_width_is_named() -> None:
@@ -141,7 +141,7 @@ def test_v1_offered_as_v15_is_refused() -> None:
 def test_other_sizes_are_refused() -> None:
     released, _ = make(V1)
     for change in ({"patch_depth": 4}, {"lq_num_res_blocks": 1}, {"hidden_size": 32}):
-        with pytest.raises(ValueError, match="these weights are not of this network"):
+        with pytest.raises(ValueError, match="the weights do not match this network"):
             from_released(released, build_from_arguments({**V1, **change}))
 
 
@@ -169,7 +169,7 @@ def test_published_tensor_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "message"),
     [
         ({"rope_mode": "yarn"}, r"^rope_mode: 'yarn' is not one of original, ntk_aware\.$"),
         ({"lq_gate_type": "fixed"}, r"^lq_gate_type: 'fixed' is not one of "),
@@ -178,6 +178,6 @@ def test_published_tensor_counts() -> None:
         ({"use_text_rope": False}, "not supported"),
     ],
 )
-def test_other_options_are_told_in_one_sentence(change: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
+def test_unsupported_options_give_one_sentence(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         build_from_arguments({**V1, **change})

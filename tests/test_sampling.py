@@ -1,4 +1,4 @@
-"""Samplers on distributions whose exact velocity is known; where their randomness comes from."""
+"""Samplers on distributions with a known exact velocity, and the source of their randomness."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def point_mass(x0: Tensor) -> sampling.Velocity:
-    """The exact velocity when the data is one picture: `(x_t - x0) / t`."""
+    """The exact velocity if the data is one picture: `(x_t - x0) / t`."""
     return lambda x_t, t: (x_t - x0) / flow.per_sample(t, x_t)
 
 
 def gaussian(mean: float, std: float) -> sampling.Velocity:
-    """The exact velocity `(x_t - E[x0 | x_t]) / t` when every pixel is N(mean, std^2)."""
+    """The exact velocity `(x_t - E[x0 | x_t]) / t` if every pixel is N(mean, std^2)."""
 
     def velocity(x_t: Tensor, t: Tensor) -> Tensor:
         t = flow.per_sample(t, x_t)
@@ -121,7 +121,7 @@ def test_solver_recovers_a_point_mass(shift: float) -> None:
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.3, 0.5), (-0.6, 0.1)])
 def test_solver_follows_a_gaussians_flow(mean: float, std: float) -> None:
-    """The exact flow takes `eps` to `mean + std eps`."""
+    """The exact flow maps `eps` to `mean + std eps`."""
     eps = noise(1, 3, 100, 100)
     sampled = sampling.sample_solver(gaussian(mean, std), eps, 160, shift=1.0)
     assert (sampled - (mean + std * eps)).abs().max() < 0.03 * std
@@ -142,7 +142,7 @@ def test_solver_is_of_second_order() -> None:
 
 @pytest.mark.parametrize(("steps", "shift"), [(1, 6.0), (2, 6.0), (25, 8.5), (320, 6.0)])
 def test_solver_takes_any_number_of_steps(steps: int, shift: float) -> None:
-    """Whole-number timesteps of many steps coincide, where the steps do not."""
+    """With many steps, integer timesteps repeat although the times do not."""
     times = []
 
     def velocity(x_t: Tensor, t: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ def test_noise_comes_from_the_generators() -> None:
 
 
 def test_one_generator_a_sample_or_one() -> None:
-    with pytest.raises(ValueError, match=r"^3 generators for a batch of 2: give one each\.$"):
+    with pytest.raises(ValueError, match=r"^generator: 3 generators .* 2; give one per sample\.$"):
         sampling.draw_noise(SHAPE, sample_generators(0, "noise", range(3)), "cpu")
 
 
@@ -247,7 +247,7 @@ def test_one_generator_a_sample_or_one() -> None:
 
 
 def tiny_network() -> PiD:
-    """A random network of patch size 8 whose 4-channel latents have stride 4, scale 2."""
+    """A random network with patch size 8, scale 2 and 4-channel latents of stride 4."""
     config = PiDConfig(
         width=16,
         num_heads=2,
@@ -339,7 +339,7 @@ def test_guided_decoding_weighs_text_against_null_text() -> None:
 @pytest.mark.parametrize("student_times", [sampling.STUDENT_TIMES, None])
 @pytest.mark.parametrize("steps", [0, -1])
 def test_decoding_refuses_no_steps(steps: int, student_times: tuple[float, ...] | None) -> None:
-    """0 is not silently taken for the default."""
+    """0 does not silently mean the default."""
     with pytest.raises(ValueError, match=rf"steps: {steps}"):
         decode_latents(
             tiny_network(),

@@ -1,4 +1,4 @@
-"""Batches prepared beside training: the same batches, and the same weights after them."""
+"""Batches prepared on the side stream are the same, and so are the weights after training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 
 
 class Watched:
-    """In a `SideStream`'s place: prepares at once and remembers what."""
+    """Replaces `SideStream`: prepares immediately and records the results."""
 
     def __init__(self) -> None:
         self.prepared: list[object] = []
@@ -32,7 +32,7 @@ class Watched:
 
 
 class Swap(pl.Callback):
-    """Puts another side stream, or none, in the module's."""
+    """Replaces the module's side stream by another or by none."""
 
     def __init__(self, other: object) -> None:
         self.other = other

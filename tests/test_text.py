@@ -1,4 +1,4 @@
-"""Caption features: chosen tokens, padding on the right, and a cache that gives back every bit."""
+"""Caption features: token selection, right padding, and a bit-exact cache."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LENGTH = 6
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random Gemma 2 of 32 channels and a tokenizer of whole words, saved as the hub would."""
+    """A random Gemma 2 with 32 channels and a whole-word tokenizer, saved as on the hub."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
@@ -74,7 +74,7 @@ def encoder(folder: str, **changes) -> LanguageModelText:
 
 
 def by_hand(folder: str, ids: list[int]) -> torch.Tensor:
-    """Last hidden state (L, 32) of the whole model, head included, padding masked."""
+    """Last hidden state (L, 32) of the full model with head and masked padding."""
     from transformers import Gemma2ForCausalLM
 
     model = Gemma2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -87,7 +87,7 @@ def by_hand(folder: str, ids: list[int]) -> torch.Tensor:
 def test_features_are_token_0_and_the_last_ones(folder):
     text = encoder(folder)
     features = text.encode(["a fox", "a red fox on snow"])
-    # <bos> and 4 words of prefix are 5 tokens, so 5 + 6 - 2 = 9 with padding on the right.
+    # <bos> and 4 prefix words are 5 tokens, so 5 + 6 - 2 = 9 tokens with right padding.
     short = by_hand(folder, [1, 3, 4, 5, 6, 7, 9, 0, 0])
     long = by_hand(folder, [1, 3, 4, 5, 6, 7, 8, 9, 10])
     kept = [0, 4, 5, 6, 7, 8]
@@ -150,7 +150,7 @@ def test_a_write_that_fails_leaves_nothing_behind(folder, tmp_path, monkeypatch)
 def test_a_missing_caption_is_named_with_its_cure(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"'a cat' is not in .* add it with .*cache_cap"):
         CachedText(str(tmp_path)).encode(["a cat"])
-    with pytest.raises(FileNotFoundError, match="does not exist: make it with"):
+    with pytest.raises(FileNotFoundError, match="does not exist: create it with"):
         CachedText(str(tmp_path / "none")).load()
 
 
@@ -169,7 +169,7 @@ def test_no_text_is_none_and_cannot_be_cached(tmp_path):
 
 
 def test_mistakes_are_one_sentence(folder, tmp_path):
-    with pytest.raises(OSError, match=r"cannot be had .* give a local folder") as caught:
+    with pytest.raises(OSError, match=r"is not available .* give a local folder") as caught:
         LanguageModelText(str(tmp_path)).load()
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="is 32 wide, not 2304: set text_width"):

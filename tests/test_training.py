@@ -1,4 +1,4 @@
-"""Training: exact resumption, averages, what checkpoints hold, what is refused."""
+"""Training: exact resumption, averages, checkpoint contents and refusals."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_only_adapter_and_gates_move(tmp_path: Path) -> None:
     settings = Training(train="adapter", learning_rate=1e-2, warmup_steps=1)
     fitted = tiny.fit(tmp_path, 3, fitted=tiny.module(settings))
     moved = {k for k, v in fitted.denoiser.state_dict().items() if not torch.equal(v, start[k])}
-    # The output is zero at first and frozen here, so no gradient reaches anything.
+    # The zero-initialised output is frozen here, so all gradients are zero.
     assert moved <= {k for k in start if k.startswith(("adapter.", "gates."))}
     learning = {k for k, p in fitted.denoiser.named_parameters() if p.requires_grad}
     assert learning == {k for k in start if k.startswith(("adapter.", "gates."))}
@@ -156,7 +156,7 @@ def test_dropouts_and_noise_have_their_shares() -> None:
     assert abs(share(sample.keep_text) - 0.5) < 0.03
     assert abs(share(sample.latent_sigma == 0) - 0.25) < 0.03
     assert sample.latent_sigma.max() <= 0.8
-    # Latents of zero hold nothing but their noise: as much as the gate is told.
+    # Zero latents become pure noise, of the level given to the gate.
     noisy = sample.latent_sigma > 0
     spread = (sample.latents.flatten()[noisy] / sample.latent_sigma[noisy]).std()
     assert abs(spread - 1) < 0.06
@@ -166,18 +166,18 @@ def test_without_a_learned_null_a_dropped_caption_is_an_empty_one() -> None:
     captions = [f"photograph {i}" for i in range(12)]
     images = torch.zeros(12, 3, 64, 64)
     batch = {"image": images, "caption": captions, "number": torch.arange(12)}
-    samples, asked = [], []
+    samples, captions_seen = [], []
     for learned_null in (True, False):
         training = Training(caption_dropout=0.5)
         fitted = tiny.module(training, tiny.Text(), learned_null=learned_null)
         fitted.encoder.load()
         samples.append(draw_sample(fitted, batch, "train"))
-        asked.append([*fitted.text_encoder.asked])
+        captions_seen.append([*fitted.text_encoder.asked])
         assert (fitted.null_text(2) is None) == learned_null
     kept = samples[0].keep_text
     assert 0 < kept.sum() < 12
-    assert asked[0] == captions
-    assert asked[1] == [c if keep else "" for c, keep in zip(captions, kept, strict=True)]
+    assert captions_seen[0] == captions
+    assert captions_seen[1] == [c if keep else "" for c, keep in zip(captions, kept, strict=True)]
     assert samples[1].keep_text is None
     samples[1].condition(fitted.denoiser)  # does not ask for the null
 
@@ -202,7 +202,7 @@ def test_published_weights_can_be_trained_with_captions_only(tmp_path: Path) -> 
     }
     assert moved == {"adapter", "gates"}
     for text in (None, NoText()):
-        with pytest.raises(ValueError, match="without a learned null, as the published weights"):
+        with pytest.raises(ValueError, match="without a learned null, as in the published weights"):
             tiny.module(text=text, text_length=3, learned_null=False)
 
 
@@ -254,7 +254,7 @@ def test_rgb_head_stage_moves_the_adapter_alone(tmp_path: Path) -> None:
 
 
 def test_rgb_head_stage_needs_an_rgb_head() -> None:
-    with pytest.raises(ValueError, match="rgb_head needs an adapter with one, set denoiser"):
+    with pytest.raises(ValueError, match="rgb_head needs an adapter with an RGB head; set model"):
         tiny.module(Training(train="rgb_head"))
 
 

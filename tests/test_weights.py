@@ -154,7 +154,7 @@ def test_no_such_file(tmp_path: Path) -> None:
 def test_a_truncated_model_is_refused(saved: Path, kept: float) -> None:
     content = saved.read_bytes()
     saved.write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(ValueError, match=rf"{saved.name} is cut short or not a safetensors file"):
+    with pytest.raises(ValueError, match=rf"{saved.name} is truncated or not a safetensors file"):
         load_model(saved)
 
 
@@ -164,7 +164,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path, kept: float) -> None:
     torch.save(checkpoint(), path)
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(ValueError, match=r"last\.ckpt cannot be read, it is cut short"):
+    with pytest.raises(ValueError, match=r"last\.ckpt cannot be read: it is truncated"):
         read_checkpoint(path)
 
 
@@ -174,7 +174,7 @@ def test_a_file_that_does_not_describe_itself_is_refused(
 ) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(random_network().state_dict(), path, metadata)
-    with pytest.raises(ValueError, match=r"model\.safetensors does not describe itself"):
+    with pytest.raises(ValueError, match=r"model\.safetensors has no .pid. metadata"):
         load_model(path)
 
 
@@ -203,14 +203,14 @@ def test_weights_that_do_not_match_their_description_are_refused(tmp_path: Path)
     named = {"missing": name, "surplus": "patch_embedding.scale", "shape": name}
     for case, wrong in cases.items():
         safetensors.torch.save_file(wrong, path, metadata)
-        with pytest.raises(ValueError, match="does not match its own description") as told:
+        with pytest.raises(ValueError, match="does not match its own metadata") as told:
             load_model(path)
         assert named[case] in str(told.value)
 
 
 def test_a_mistake_in_the_files_name_is_told_before_writing(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
-    with pytest.raises(ValueError, match=r"model\.pt: the file's name must end in \.safetensors"):
+    with pytest.raises(ValueError, match=r"model\.pt: the file name must end in \.safetensors"):
         save_model(random_network(), INFO, path, torch.float32)
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""Attention in windows: who attends to whom, and when that is everyone."""
+"""Attention in windows: equal to masked attention, and to full attention with one window."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def table(rows: int, columns: int, text_length: int) -> tuple[Tensor, Tensor]:
-    angles = torch.cat((text_angles(text_length, 12, "cpu"), patch_angles(rows, columns, 12)))
+    angles = torch.cat((text_angles(text_length, 12), patch_angles(rows, columns, 12)))
     return rotation(angles, torch.float64)
 
 
@@ -59,9 +59,9 @@ def test_it_is_attention_under_a_mask(shifted: bool, text_length: int, text_quer
     for i, place in enumerate(windows):
         number[place] = i
     same = number.flatten()[:, None] == number.flatten()
-    seen = F.pad(same, (text_length, 0), value=True)  # all patches see the text
+    seen = F.pad(same, (text_length, 0), value=True)  # all patches attend to the text
     if text_queries:
-        seen = F.pad(seen, (0, 0, text_length, 0), value=True)  # and the text sees all
+        seen = F.pad(seen, (0, 0, text_length, 0), value=True)  # and the text attends to everything
 
     turned = rotated(q, k, table(rows, columns, text_length))
     expected = F.scaled_dot_product_attention(*turned, v, attn_mask=seen)
@@ -95,7 +95,7 @@ def test_the_network_sees_windows_until_they_are_undone(text_length: int) -> Non
 
 
 def test_the_second_block_sees_across_the_first_ones_borders() -> None:
-    """Without text a change in one corner stays in its window, until a shifted block comes."""
+    """Without text, a change in one corner stays in its window until a shifted block."""
     denoiser = network(0)
     denoiser.attend_in_windows(64)  # 4 x 4 patches, on a grid of 8 x 8
     condition = denoiser.condition(draw(1, 4, 4, 4), torch.zeros(1))
@@ -113,7 +113,7 @@ def test_the_second_block_sees_across_the_first_ones_borders() -> None:
     first = torch.zeros(8, 8, dtype=torch.bool)
     first[:4, :4] = True
     assert torch.equal(moved[0], first)
-    second = first.clone()  # the shifted windows that this one touches: rows and columns 0 to 5
+    second = first.clone()  # the shifted windows that overlap the first: rows and columns 0 to 5
     second[:6, :6] = True
     assert torch.equal(moved[1], second)
 
@@ -134,7 +134,7 @@ def test_windows_compile_to_one_graph() -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize(("size", "taken"), [(100, 96), (16, 32), (0, 32), (-8, 32)])
-def test_windows_that_are_not_whole_patches_are_refused(size: int, taken: int) -> None:
-    with pytest.raises(ValueError, match=rf"^window: {size} pixels must .*; take {taken}\.$"):
+@pytest.mark.parametrize(("size", "suggested"), [(100, 96), (16, 32), (0, 32), (-8, 32)])
+def test_windows_that_are_not_whole_patches_are_refused(size: int, suggested: int) -> None:
+    with pytest.raises(ValueError, match=rf"^window: {size} pixels must .*; use {suggested}\.$"):
         network(0).attend_in_windows(size)

@@ -1,4 +1,4 @@
-"""A network, a module and photographs small enough to train in a test."""
+"""A network, a module and photographs, small enough to train in a test."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IMAGE_SIZE = 64
 
 
 def config(**changes: Any) -> PiDConfig:
-    """A network of 60,000 parameters without text."""
+    """The config of a network of 60,000 parameters without text."""
     settings = {
         "width": 32,
         "num_heads": 2,
@@ -34,7 +34,7 @@ def config(**changes: Any) -> PiDConfig:
 
 
 class Text(TextEncoder):
-    """Three features a caption, drawn from its words; remembers what it was asked for."""
+    """Three features per caption, seeded by its text; records the captions it encodes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Text(TextEncoder):
 def module(
     training: Training | None = None, text: TextEncoder | None = None, **changes: Any
 ) -> VAEPiD:
-    """A `VAEPiD` behind the bundled autoencoder, with the same weights every time."""
+    """A `VAEPiD` on the bundled autoencoder, with the same weights every time."""
     if text is not None:
         changes = {"text_width": text.text_width, "text_length": 3} | changes
     training = training or Training(learning_rate=1e-3, warmup_steps=2)
@@ -103,7 +103,7 @@ def fit(
     fitted = fitted or module()
     callbacks = callbacks or (EMA(),)
     with torch.random.fork_rng():
-        torch.manual_seed(1)  # what the command line's seed_everything does: new networks
+        torch.manual_seed(1)  # like the command line's seed_everything, for new networks
         trainer(folder, steps, *callbacks, **changes).fit(
             fitted, data(batch_size), ckpt_path=resume
         )
@@ -111,7 +111,7 @@ def fit(
 
 
 def assert_equal_states(ours: Any, theirs: Any, where: str = "") -> None:
-    """Bit for bit, through dicts and lists."""
+    """Assert bit-identical values, recursing into dicts and lists."""
     if isinstance(ours, torch.Tensor):
         assert torch.equal(ours, theirs), where
     elif isinstance(ours, dict):

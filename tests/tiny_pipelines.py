@@ -1,4 +1,4 @@
-"""Diffusers' own pipeline classes with thin random networks, built on the spot."""
+"""Diffusers' own pipeline classes with tiny random networks."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pid_lightning.diffusers_vae import space_of
 from pid_lightning.nn import AdapterConfig, PiDConfig
 from pid_lightning.weights import ModelInfo
 
-HEIGHT, WIDTH = 32, 64  # of the pipelines' own pictures
+HEIGHT, WIDTH = 32, 64  # of the pipelines' native pictures
 SCALE = 4
 
 
 class Tiny(NamedTuple):
-    """A pipeline and the arguments of a call that need no text encoder.
+    """A pipeline and call arguments that need no text encoder.
 
     Attributes:
         pipe: the pipeline.
-        arguments: of a call.
-        shape: of the latents that a call takes, for a batch of one.
+        arguments: arguments of a call.
+        shape: shape of the latents in a call, for a batch of one.
     """
 
     pipe: Any
@@ -36,7 +36,7 @@ def random_tensor(*shape: int, seed: int = 0) -> Tensor:
 
 
 def randomise(module: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
-    """Every weight anew, so that layers which start at zero take part."""
+    """Redraw every weight, so that zero-initialised layers have an effect."""
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=std, generator=generator)
@@ -44,7 +44,7 @@ def randomise(module: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
 
 
 def decoder_for(vae: Any, noise_frame: str = "flow", **changes: Any) -> PiDDecoder:
-    """A real decoder of that autoencoder's space with 4 student times, tiny and random."""
+    """A tiny random decoder for the autoencoder's latent space, with 2 student times."""
     space = space_of(vae)
     config = PiDConfig(
         width=16,
@@ -288,7 +288,7 @@ def sdxl(scheduler: Any = None) -> Tiny:
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         transformer_layers_per_block=(1, 1),
-        projection_class_embeddings_input_dim=64,  # 6 x 8 and the pooled 16
+        projection_class_embeddings_input_dim=64,  # 6 x 8, plus 16 pooled
         cross_attention_dim=16,
     )
     pipe = diffusers.StableDiffusionXLPipeline(
@@ -308,7 +308,7 @@ def sdxl(scheduler: Any = None) -> Tiny:
         "negative_pooled_prompt_embeds": random_tensor(1, 16, seed=1),
     }
     shape = (1, 4, HEIGHT // 8, WIDTH // 8)
-    # An untrained network removes no noise: start without, so that clean latents come out.
+    # An untrained network removes no noise, so start without any to end with clean latents.
     text["latents"] = random_tensor(*shape) / pipe.scheduler.init_noise_sigma
     return Tiny(pipe, text, shape)
 
@@ -325,7 +325,7 @@ PIPELINES = {
 
 
 def call(tiny: Tiny, steps: int = 3, output_type: str = "pt", **more: Any) -> Any:
-    """The pipeline's first result for a fixed seed."""
+    """The pipeline's first output for a fixed seed."""
     tiny.pipe.set_progress_bar_config(disable=True)
     arguments = {
         "height": HEIGHT,

@@ -1,7 +1,7 @@
-"""`pid bench`: time and memory of every kind of work, beside the floor that this machine sets."""
+"""`pid bench`: time and memory of each kind of work, next to this machine's roofline floor."""
 
 WORK = ("forward", "decode", "train", "dmd2")
-# Third: a compiled graph that holds the weights; last: one that a GPU replays as a whole.
+# "frozen": compiled with the weights as constants; "cuda graph": replayed as a whole on a GPU.
 WAYS = ("eager", "compiled", "frozen", "cuda graph")
-ATTENTION = "attention"  # a part of the others, measured when asked for
-LEARNING = WORK[2:]  # weights in fp32, under autocast where the type is a smaller one
+ATTENTION = "attention"  # part of the others, measured only on request
+LEARNING = WORK[2:]  # weights in fp32, under autocast for smaller dtypes

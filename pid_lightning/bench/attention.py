@@ -1,4 +1,4 @@
-"""Attention of one block of each kind, by each of torch's kernels that takes its head size."""
+"""Attention of one block of each kind, by each torch kernel that supports its head size."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from pid_lightning.nn.layers import attend
 from pid_lightning.nn.rope import rotate
 from pid_lightning.weights import ModelInfo
 
-# Not torch's plain one, which holds all scores at once: tens of gigabytes at 2048 x 2048.
+# Without torch's math kernel, which stores all scores: tens of gigabytes at 2048 x 2048.
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-PADDED_TO = 16  # head sizes are tried padded to the next multiple too: 72 to 80
+PADDED_TO = 16  # head sizes are also tried padded to the next multiple: 72 to 80
 
 
 class Heads(NamedTuple):
-    """One block's q, k and v (B, heads, N, d) and the rotations of its positions."""
+    """One block's q, k and v (B, heads, N, d) and its RoPE table."""
 
     q: Tensor
     k: Tensor
@@ -45,10 +45,10 @@ def attention_rows(
     rates: Rates,
     repeat: int,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a patch block's attention and a pixel block's, without their projections.
+    """Rows for the attention of a patch block and a pixel block, without the projections.
 
-    The mode ``eager`` is what the network runs. All take turns; a kernel that does not take the
-    head size, the type or the device has no row.
+    The mode ``eager`` is what the network runs. The modes take turns; a kernel that does not
+    support the head size, dtype or device has no row.
     """
     for piece, heads in draw_heads(info, size, batch_size, dtype, device).items():
         run = torch.no_grad()(partial(attend, *heads))
@@ -77,7 +77,7 @@ def attention_rows(
 def draw_heads(
     info: ModelInfo, size: int, batch_size: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Heads]:
-    """Random q, k and v of both kinds of block, by the names of their rows."""
+    """Random q, k and v for both kinds of block, keyed by the names of their rows."""
     config = info.config
     joint, pixel, _, _ = position_tables(config, size, size, config.text_length, device, dtype)
     generator = torch.Generator().manual_seed(0)
@@ -92,21 +92,21 @@ def draw_heads(
 
 
 def kernels_for(heads: Heads) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """The calls by each kernel that takes these heads, as they are and padded."""
+    """A call for each kernel that supports these heads, unpadded and padded."""
     head_dim = heads.q.shape[-1]
     padding = -head_dim % PADDED_TO
     for name, kernel in KERNELS.items():
-        for more in (0, padding) if padding else (0,):
-            call = partial(_attend_by, kernel, heads, more)
+        for extra in (0, padding) if padding else (0,):
+            call = partial(_attend_by, kernel, heads, extra)
             try:
                 call()
             except RuntimeError:  # "No available kernel"
                 continue
-            yield f"{name} padded to {head_dim + more}" if more else name, call
+            yield f"{name} padded to {head_dim + extra}" if extra else name, call
 
 
 def _attend_by(kernel: SDPBackend, heads: Heads, padding: int) -> Tensor:
-    """As `attend`: channels of zeros change no score, and are cut from the result."""
+    """`attend` by one kernel; zero channels change no score and are cut from the result."""
     head_dim = heads.q.shape[-1]
     q, k = rotate(heads.q, heads.table), rotate(heads.k, heads.table)
     padded = (F.pad(x, (0, padding)) for x in (q, k, heads.v))

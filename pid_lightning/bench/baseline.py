@@ -1,4 +1,4 @@
-"""The repository's plain transcription of the method in the denoiser's place: the baseline."""
+"""The benchmark baseline: the plain transcription in tests/plain.py in place of the denoiser."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ PLAIN = Path(__file__).parents[2] / "tests" / "plain.py"
 
 
 def load_plain(path: Path = PLAIN) -> ModuleType:
-    """The module of the plain transcription.
+    """Import the plain transcription.
 
     Raises:
         FileNotFoundError: the package was installed without the repository's tests.
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"--baseline: {path} is not there; an installed package has no tests, run from a clone "
-            "of the repository (pip install -e .)."
+            f"--baseline: {path} does not exist, since an installed package has no tests; run from "
+            "a clone of the repository (pip install -e .)."
         )
     spec = importlib.util.spec_from_file_location("pid_lightning_plain", path)
     module = importlib.util.module_from_spec(spec)
@@ -37,13 +37,13 @@ def load_plain(path: Path = PLAIN) -> ModuleType:
 
 
 def published_arguments(info: ModelInfo) -> dict[str, Any]:
-    """The published constructor's arguments for a network: `released.build_from_arguments` back.
+    """The published constructor's arguments, the inverse of `released.build_from_arguments`.
 
     Raises:
-        ValueError: a network that the published layout cannot express.
+        ValueError: the published layout cannot express the network.
     """
     config, adapter = info.config, info.config.adapter
-    odd = {
+    unsupported = {
         "text_length: 0": config.text_length == 0,
         "prediction: x0": config.prediction != "velocity",
         "adapter.upsampling: shuffle": adapter.upsampling != "nearest",
@@ -51,11 +51,11 @@ def published_arguments(info: ModelInfo) -> dict[str, Any]:
         "adapter.head_norm: true": adapter.head_norm,
         f"adapter.gate: {adapter.gate}": adapter.gate not in GATES.values(),
     }
-    if any(odd.values()):
-        told = ", ".join(name for name, is_odd in odd.items() if is_odd)
+    if any(unsupported.values()):
+        names = ", ".join(name for name, is_present in unsupported.items() if is_present)
         raise ValueError(
-            f"--baseline: the plain transcription knows the published network, without {told}; "
-            "take --network full or small."
+            "--baseline: the plain transcription covers the published network and does not support "
+            f"{names}; use --network full or small."
         )
     rope_height, rope_width = config.rope_reference or (1024, 1024)
     return {
@@ -102,7 +102,7 @@ def build_pair(
 
 
 class Condition(NamedTuple):
-    """The plain transcription keeps nothing between calls but its inputs."""
+    """The inputs: the plain transcription caches nothing between calls."""
 
     latents: Tensor
     latent_sigma: Tensor
@@ -111,13 +111,13 @@ class Condition(NamedTuple):
 
 
 class Transcription(nn.Module):
-    """The plain transcription with the calls of `nn.PiD` that measured work makes.
+    """The plain transcription behind the `nn.PiD` methods that the benchmarks call.
 
     Args:
-        plain: the module of `load_plain`.
+        plain: the module from `load_plain`.
         released: weights under the published names.
-        arguments: of the published constructor.
-        info: geometry.
+        arguments: the published constructor's arguments.
+        info: the model's geometry.
     """
 
     def __init__(
@@ -130,14 +130,14 @@ class Transcription(nn.Module):
         super().__init__()
         self.scale, self.latent_stride = info.scale, info.latent_stride
         self.config, self.arguments = info.config, arguments
-        # Functions, not their module: copies of this network shall share them.
+        # Functions instead of their module, which `deepcopy` cannot copy.
         names = ("plain_velocity", "plain_features", "plain_tokens", "plain_rgb")
         self.plain = SimpleNamespace(**{name: getattr(plain, name) for name in names})
-        # Names of parameters must not hold a dot.
+        # Parameter names must not contain dots.
         self.weights = nn.ParameterDict({k.replace(".", "/"): v for k, v in released.items()})
 
     def check_size(self, height: int, width: int) -> None:
-        """Sizes were checked for the denoiser."""
+        """Do nothing: the denoiser has checked the sizes."""
 
     def condition(
         self,
@@ -148,19 +148,19 @@ class Transcription(nn.Module):
         keep_text: Tensor | None = None,
         with_rgb: bool = False,
     ) -> Condition:
-        """The inputs; measured work drops none of them."""
+        """Bundle the inputs; the benchmarks drop none of them."""
         rgb = None
         if with_rgb and self.arguments["lq_aux_rgb_head"]:
             rgb = self.plain.plain_rgb(self._params(), self.arguments, latents)
         return Condition(latents, latent_sigma, text, rgb)
 
     def without_text(self, condition: Condition, null_text: Tensor | None = None) -> Condition:
-        """No text is text of zeros where none is given."""
+        """The condition with `null_text`, or zeros by default."""
         null = torch.zeros_like(condition.text) if null_text is None else null_text
         return condition._replace(text=null)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The velocity."""
+        """Predict the velocity."""
         latents, latent_sigma, text, _ = condition
         return self.plain.plain_velocity(
             self._params(), self.arguments, x_t, t, text, latents, latent_sigma

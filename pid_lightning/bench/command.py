@@ -1,4 +1,4 @@
-"""`pid bench`: what is asked, checked before long work, then rows of figures."""
+"""`pid bench`: parses and checks its arguments, then measures and prints rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pid_lightning.bench import ATTENTION, LEARNING, WAYS, WORK
 
-# torch is imported when the arguments are known to be right: help and mistakes shall be quick.
+# torch is imported after the arguments are checked, so that --help and errors are fast.
 if TYPE_CHECKING:
     import torch
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     from pid_lightning.weights import ModelInfo
 
 NETWORKS = ("full", "full_v15", "small", "quickstart")
-RECOMPUTED = " recomputed"  # ends the mode of rows with activation checkpointing
-IN_WINDOWS = " in windows"  # ends the mode of rows of attention in windows
+RECOMPUTED = " recomputed"  # mode suffix of rows with activation checkpointing
+IN_WINDOWS = " in windows"  # mode suffix of rows with windowed attention
 INT8 = ("weights", "products")
 MEBIBYTE = 2**20
 
 
 def bench(arguments: Sequence[str]) -> None:
-    """Print the table, and write the JSON where asked.
+    """Print the table, and write the JSON file if requested.
 
     Raises:
-        ValueError, OSError: a mistake in the arguments, in one sentence.
+        ValueError, OSError: an invalid argument, described in one sentence.
     """
-    # The standard library's parser: a machine with a GPU may have torch and little else.
+    # argparse, because a GPU machine may have little more than torch installed.
     given = parser().parse_args(arguments)
     _check(given)
     import torch
@@ -46,11 +46,11 @@ def bench(arguments: Sequence[str]) -> None:
 
     device = _device(given.device)
     if given.cuda_graphs and device.type != "cuda":
-        raise ValueError("--cuda_graphs: a CPU has none, leave it out.")
+        raise ValueError("--cuda_graphs: needs a GPU; leave it out on a CPU.")
     denoiser, info = find(given.network, given.model)
     check_sizes(info, given.sizes)
-    build_meta(info).attend_in_windows(given.window)  # its mistakes, before weights are drawn
-    told = {
+    build_meta(info).attend_in_windows(given.window)  # raises before weights are drawn
+    details = {
         "network": given.model or given.network,
         "parameters": sum(p.numel() for p in build_meta(info).parameters()),
     }
@@ -60,132 +60,127 @@ def bench(arguments: Sequence[str]) -> None:
         rates = {dtype: measure_rates(device, getattr(torch, dtype)) for dtype in given.dtype}
         rows = [*measure_attention(given, info, device, rates)]
         rows += measure_rows(given, denoiser, info, device, rates)
-        told["machine"] = report.describe_machine(
+        details["machine"] = report.describe_machine(
             device, {name: vars(rate) for name, rate in rates.items()}
         )
         for name, rate in rates.items():
             print(
-                f"{name}: {rate.flops_per_second / 1e12:.3g} TFLOP/s of a matrix product, "
-                f"{rate.bytes_per_second / 1e9:.3g} GB/s of a copy, torch {torch.__version__}"
+                f"{name}: {rate.flops_per_second / 1e12:.3g} TFLOP/s for a matmul, "
+                f"{rate.bytes_per_second / 1e9:.3g} GB/s for a copy, torch {torch.__version__}"
             )
     print(report.format_table(rows))
     if given.json is not None:
-        report.write_json(given.json, rows, **told)
+        report.write_json(given.json, rows, **details)
 
 
 def parser() -> argparse.ArgumentParser:
     """The options of `pid bench`."""
     made = argparse.ArgumentParser(
         prog="pid bench",
-        description="Seconds and peak memory of a forward pass, a 4-step decode, a training step "
-        "and DMD2's two steps, beside the floor: operations and bytes over this machine's measured "
-        "rates.",
+        description="Measure time and peak memory of a forward pass, a 4-step decode, a training "
+        "step and both DMD2 steps, next to the roofline floor: operations and bytes divided by "
+        "this machine's measured rates.",
     )
     add = made.add_argument
-    add("--network", choices=NETWORKS, default="small", help="Sizes; the weights are random.")
-    add("--model", help="As of pid decode, instead; --baseline takes only its sizes.")
+    add("--network", choices=NETWORKS, default="small", help="Network, with random weights.")
+    add("--model", help="Model as in pid decode, instead; --baseline takes only its sizes.")
     add(
         "--work",
         nargs="+",
         choices=(*WORK, ATTENTION),
         default=list(WORK),
-        help="What to measure; attention: that of one block of each kind, by each of torch's "
-        "kernels.",
+        help="What to measure; attention: one block of each kind, by each torch kernel.",
     )
-    add("--sizes", nargs="+", type=int, default=[512], help="Sides of the output in pixels.")
-    add("--batch_size", nargs="+", type=int, default=[1], help="Pictures at a time.")
+    add("--sizes", nargs="+", type=int, default=[512], help="Output sides in pixels.")
+    add("--batch_size", nargs="+", type=int, default=[1], help="Batch sizes.")
     add(
         "--dtype",
         nargs="+",
         choices=("float32", "bfloat16"),
         default=["bfloat16"],
-        help="To compute in; what learns is kept in float32 and run under autocast.",
+        help="Compute dtype; trained networks stay in float32 and run under autocast.",
     )
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="Where.")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="Device to use.")
     add(
         "--activation_checkpointing",
         nargs="+",
         choices=("off", "on"),
         default=["off"],
-        help="Of train and dmd2: recompute blocks in the backward pass.",
+        help="For train and dmd2: recompute blocks in the backward pass.",
     )
-    add("--compile", action="store_true", help="Add rows of one compiled graph.")
+    add("--compile", action="store_true", help="Add rows for the compiled network.")
     add(
         "--freeze",
         action="store_true",
-        help="Of forward and decode: add rows of one compiled graph that holds the weights.",
+        help="For forward and decode: add rows compiled with the weights as constants.",
     )
     add(
         "--cuda_graphs",
         action="store_true",
-        help="Of forward and decode on a GPU: add rows of one compiled graph replayed as a whole.",
+        help="For forward and decode on a GPU: add rows compiled and replayed as a CUDA graph.",
     )
-    add("--baseline", action="store_true", help="Add rows of tests/plain.py, taken in turn.")
+    add("--baseline", action="store_true", help="Add rows for tests/plain.py, run in turn.")
     add(
         "--int8",
         nargs="+",
         choices=INT8,
         default=[],
-        help="Of forward and decode: add rows of linear layers in 8 bits (torchao), their weights "
-        "held so, or multiplied so too.",
+        help="For forward and decode: add rows with 8-bit linear layers (torchao): weights stored "
+        "in 8 bits, or products computed in 8 bits too.",
     )
     add(
         "--window",
         type=int,
-        help="Of forward and decode: add rows of attention in windows of at "
-        "most so many pixels a side.",
+        help="For forward and decode: add rows with attention in windows of at most this many "
+        "pixels a side.",
     )
-    add("--repeat", type=int, default=5, help="Timed calls of each row, whose median counts.")
+    add("--repeat", type=int, default=5, help="Timed calls per row; the median is reported.")
     add(
         "--check",
         action="store_true",
-        help="Compare forward passes with the same in fp64, and decoded pictures with eager's.",
+        help="Compare forward passes with fp64, and decoded pictures with eager mode.",
     )
-    add("--estimate", action="store_true", help="State memory without data; measure nothing.")
-    add("--json", type=Path, help="A file for the rows.")
+    add("--estimate", action="store_true", help="Estimate memory and operations, not time.")
+    add("--json", type=Path, help="JSON file for the rows.")
     return made
 
 
 def _check(given: argparse.Namespace) -> None:
-    """Every mistake that needs no torch to be seen."""
+    """Check everything that does not need torch."""
     for name in ("repeat", "batch_size"):
         value = getattr(given, name)
         if min(value if isinstance(value, list) else [value]) < 1:
             raise ValueError(f"--{name}: {value} must be at least 1.")
     if given.json is not None and not given.json.parent.is_dir():
-        raise FileNotFoundError(f"--json: there is no folder {given.json.parent}, make it first.")
+        raise FileNotFoundError(f"--json: folder {given.json.parent} does not exist; create it.")
     for name in ("compile", "freeze", "cuda_graphs", "baseline", "check", "int8", "window"):
         if given.estimate and getattr(given, name):
-            raise ValueError(f"--estimate runs nothing: leave out --{name}, or --estimate.")
+            raise ValueError(f"--estimate: nothing is run; leave out --{name} or --estimate.")
     if given.estimate and ATTENTION in given.work:
-        raise ValueError("--estimate runs nothing: leave attention out of --work, or --estimate.")
-    for name, told in (
-        ("check", "compares"),
-        ("int8", "is for"),
-        ("freeze", "is for"),
-        ("cuda_graphs", "is for"),
-        ("window", "is for"),
-    ):
+        raise ValueError("--estimate: attention can only be measured; leave out one of the two.")
+    for name in ("check", "int8", "freeze", "cuda_graphs", "window"):
         if getattr(given, name) and not {"forward", "decode"} & set(given.work):
-            raise ValueError(f"--{name} {told} forward passes and decodes: add one to --work.")
+            raise ValueError(f"--{name}: only for forward and decode; add one of them to --work.")
     for name in ("compile", "baseline"):
         if getattr(given, name) and set(given.work) == {ATTENTION}:
-            raise ValueError(f"--{name} adds no rows to attention: add other work to it.")
+            raise ValueError(f"--{name}: adds no rows for attention; add other work to --work.")
     if "on" in given.activation_checkpointing and not set(LEARNING) & set(given.work):
-        raise ValueError("--activation_checkpointing is for train and dmd2: add one to --work.")
+        raise ValueError(
+            "--activation_checkpointing: only for train and dmd2; add one of them to --work."
+        )
 
 
 def _device(name: str) -> torch.device:
     import torch
 
-    there = torch.cuda.is_available()
-    if name == "cuda" and not there:
-        raise ValueError("--device: torch sees no CUDA device here, take cpu or auto.")
-    return torch.device("cuda" if there and name != "cpu" else "cpu")
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise ValueError("--device: torch finds no CUDA device; use cpu or auto.")
+    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
 
 
 def estimate_rows(given: argparse.Namespace, info: ModelInfo) -> Iterator[Row]:
-    """Memory and operations without data."""
+    """Rows of estimated memory and operations."""
     import torch
 
     from pid_lightning.bench.estimate import count_flops, estimate_peaks
@@ -193,7 +188,7 @@ def estimate_rows(given: argparse.Namespace, info: ModelInfo) -> Iterator[Row]:
     for name, size, batch_size in itertools.product(given.work, given.sizes, given.batch_size):
         flops = count_flops(name, info, size, batch_size)
         for dtype, recomputes in itertools.product(given.dtype, _recomputes(given, name)):
-            _tell(name, size, batch_size, dtype)
+            _announce(name, size, batch_size, dtype)
             peaks = estimate_peaks(name, info, size, batch_size, getattr(torch, dtype), recomputes)
             for piece, (held, peak) in peaks.items():
                 yield {
@@ -215,7 +210,7 @@ def measure_rows(
     device: torch.device,
     rates: dict[str, Rates],
 ) -> Iterator[Row]:
-    """Figures of every row but those of attention alone."""
+    """Measured rows of all work except attention."""
     import torch
 
     from pid_lightning.bench.baseline import build_pair
@@ -257,16 +252,16 @@ def measure_rows(
                 if given.window is not None:
                     gathered["eager" + IN_WINDOWS] = gathered["eager"].in_windows(given.window)
             for size, batch_size in itertools.product(given.sizes, given.batch_size):
-                _tell(name, size, batch_size, dtype)
+                _announce(name, size, batch_size, dtype)
                 row = {"size": size, "batch_size": batch_size, "dtype": dtype}
                 yield from _measure_size(given, name, gathered, info, row, rates[dtype])
-            del gathered  # before the next are built beside
+            del gathered  # free memory before the next networks are built
 
 
 def measure_attention(
     given: argparse.Namespace, info: ModelInfo, device: torch.device, rates: dict[str, Rates]
 ) -> Iterator[Row]:
-    """Figures of attention alone, where asked for."""
+    """Measured rows of attention, if requested."""
     import torch
 
     from pid_lightning.bench.attention import attention_rows
@@ -274,10 +269,10 @@ def measure_attention(
     if ATTENTION not in given.work:
         return
     for dtype, size, batch_size in itertools.product(given.dtype, given.sizes, given.batch_size):
-        _tell(ATTENTION, size, batch_size, dtype)
+        _announce(ATTENTION, size, batch_size, dtype)
         row = {"size": size, "batch_size": batch_size, "dtype": dtype}
-        asked = (size, batch_size, getattr(torch, dtype), device, rates[dtype], given.repeat)
-        yield from (row | figures for figures in attention_rows(info, *asked))
+        options = (size, batch_size, getattr(torch, dtype), device, rates[dtype], given.repeat)
+        yield from (row | figures for figures in attention_rows(info, *options))
 
 
 def _measure_size(
@@ -315,7 +310,7 @@ def _measure_size(
         work = modes[mode][piece]
         operations = (flops_in_windows if mode.endswith(IN_WINDOWS) else flops)[piece]
         floor = rates.floor_seconds(operations, work.traffic_bytes())
-        if mode.endswith(INT8[1]):  # the rates are of products in `dtype`
+        if mode.endswith(INT8[1]):  # the measured rates are for matmuls in `dtype`
             floor = None
         plain = figures.get((piece, "plain"))
         peak = measured.peak_bytes
@@ -342,18 +337,18 @@ def _measure_size(
 def _variants(
     given: argparse.Namespace, name: str, gathered: dict[str, Networks]
 ) -> dict[str, Networks]:
-    """The networks of every mode, in the order in which they take turns."""
+    """The networks of every mode, in the order of their turns."""
     import torch
 
     variants = {}
     infers = name not in LEARNING
-    asked = (True, given.compile, given.freeze and infers, given.cuda_graphs and infers)
-    ways = list(itertools.compress(WAYS, asked))
-    torch.compiler.reset()  # each size is a compilation of its own, and their number is limited
+    enabled = (True, given.compile, given.freeze and infers, given.cuda_graphs and infers)
+    ways = list(itertools.compress(WAYS, enabled))
+    torch.compiler.reset()  # every size recompiles, and torch limits their number
     ours = [mode for mode in gathered if mode != "plain"]
     for mode, way, recomputes in itertools.product(ours, ways, _recomputes(given, name)):
-        told = mode.replace("eager", way) + (RECOMPUTED if recomputes else "")
-        variants[told] = gathered[mode].variant(way, recomputes)
+        label = mode.replace("eager", way) + (RECOMPUTED if recomputes else "")
+        variants[label] = gathered[mode].variant(way, recomputes)
     if "plain" in gathered:
         variants["plain"] = gathered["plain"]
     return variants
@@ -365,5 +360,5 @@ def _recomputes(given: argparse.Namespace, name: str) -> list[bool]:
     return [choice == "on" for choice in dict.fromkeys(given.activation_checkpointing)]
 
 
-def _tell(name: str, size: int, batch_size: int, dtype: str) -> None:
+def _announce(name: str, size: int, batch_size: int, dtype: str) -> None:
     print(f"{name}, {size} x {size}, batch {batch_size}, {dtype} ...", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""DMD2's two steps as measured work: the callback's own losses, without a trainer."""
+"""Both DMD2 steps as benchmarks: the callback's own losses, without a trainer."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pid_lightning.weights import ModelInfo
 
 
 def distillation_of(info: ModelInfo) -> DMD2:
-    """The callback with its defaults; its one tap is the published one, halfway up.
+    """The callback with its defaults and one tap halfway up, as published.
 
-    The student always starts from its own longest roll-out: a figure shall not depend on a draw,
-    and the longest is the one to plan for.
+    The student always uses its longest rollout, so that results show the largest cost and do not
+    depend on a random draw.
     """
     return DMD2(teacher="", taps=(info.config.num_blocks // 2,), student_steps="last")
 
 
 def gather_distillation(denoiser: nn.Module, info: ModelInfo) -> Networks:
-    """Student, its average, fake score, frozen teacher and discriminator, and both optimisers."""
+    """Student, average, fake score, frozen teacher, discriminator and both optimisers."""
     dmd2 = distillation_of(info)
-    if isinstance(denoiser, PiD):  # the plain transcription holds nothing that is not used
+    if isinstance(denoiser, PiD):  # the plain transcription has no unused weights
         freeze_unused(denoiser)
     with next(denoiser.parameters()).device:
         discriminator = Discriminator(info.config.width, len(dmd2.taps))
@@ -46,14 +46,14 @@ def gather_distillation(denoiser: nn.Module, info: ModelInfo) -> Networks:
 def assemble_distillation(
     networks: Networks, inputs: Inputs, info: ModelInfo, dtype: torch.dtype
 ) -> dict[str, Work]:
-    """The student's step and the critics'."""
+    """The student step and the critic step."""
     dmd2, module, sample = distillation_of(info), stand_in(networks), sample_of(inputs)
     student = (networks.denoiser,)
     critics = (networks.fake_score, networks.discriminator)
 
     def student_step() -> None:
-        # The optimiser inside, as under Lightning's manual optimisation: autocast's own copies of
-        # the weights live until the step is over.
+        # The optimiser steps inside autocast, as under Lightning's manual optimisation, so the
+        # casts that autocast caches live until the step is over.
         with dmd2.turns.only(student, critics), autocast(inputs.x0.device, dtype):
             learn(dmd2._student_loss(module, sample)[0], networks.optimizer)
         move_average(networks)

@@ -1,4 +1,4 @@
-"""Operations and memory of a piece of work from a run without data."""
+"""Operations and peak memory of benchmarks, estimated with fake tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pid_lightning.weights import ModelInfo
 
 
 def weights_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Type of the denoiser's weights: what learns is kept in fp32."""
+    """Dtype of the denoiser's weights: fp32 for training, else `dtype`."""
     return torch.float32 if name in LEARNING else dtype
 
 
@@ -32,16 +32,16 @@ def estimate_peaks(
     dtype: torch.dtype,
     activation_checkpointing: bool,
 ) -> dict[str, tuple[int, int]]:
-    """(bytes kept between calls, peak bytes with them) of each piece.
+    """(bytes kept between calls, peak bytes including them) of each piece.
 
-    Counted with attention as one operation, as on a GPU, once every optimiser has its state. An
-    allocator's own waste and a library's workspaces are not counted.
+    Attention counts as one fused operation, as on a GPU, and every optimiser has its state.
+    Allocator overhead and library workspaces are not counted.
     """
     options = (name, info, size, batch_size, counted_dtype(dtype), activation_checkpointing)
     with without_data(*options) as pieces:
         for work in pieces.values():
             if work.optimizer is not None:
-                work.run()  # makes the optimiser's state
+                work.run()  # creates the optimiser's state
         figures = {}
         for row, work in pieces.items():
             held = work.held_bytes()
@@ -52,32 +52,32 @@ def estimate_peaks(
 def count_flops(
     name: str, info: ModelInfo, size: int, batch_size: int, window: int | None = None
 ) -> dict[str, int]:
-    """Operations of each piece by torch's counter: matrix products and convolutions.
+    """Operations of each piece by torch's formulas: matmuls and convolutions.
 
-    What activation checkpointing computes again does not count.
+    Recomputation by activation checkpointing is not counted.
 
     Args:
-        name: of the work.
+        name: one of `WORK`.
         info: the network.
-        size: side of the output in pixels.
-        batch_size: pictures at a time.
-        window: side in pixels of the windows that patches attend in, None for none.
+        size: output side in pixels.
+        batch_size: pictures per batch.
+        window: side in pixels of the attention windows; None for full attention.
     """
     with without_data(name, info, size, batch_size, torch.float32, False, window) as pieces:
         return {row: count_operations(work.run) for row, work in pieces.items()}
 
 
 def count_operations(run: Callable[[], object]) -> int:
-    """Operations of one call; attention counts as two products forward and four backward."""
-    # Fused attention's backward would count what it computes again.
+    """Operations of one call; attention counts as two matmuls forward and four backward."""
+    # The count of fused attention's backward would include its recomputation.
     with Operations() as operations, sdpa_kernel(SDPBackend.MATH):
         run()
     return operations.flops
 
 
 class Operations(TorchDispatchMode):
-    """Sums the formulas of torch's `FlopCounterMode`, which cannot itself follow modules that are
-    called without gradient on what has one, as DMD2's teacher is."""
+    """Sums the formulas of torch's `FlopCounterMode`, which itself cannot track modules called
+    without gradient on inputs that require one, such as DMD2's teacher."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def without_data(
     activation_checkpointing: bool,
     window: int | None = None,
 ) -> Iterator[dict[str, Work]]:
-    """The pieces on tensors that hold nothing, to be run inside the context."""
+    """The pieces on fake tensors, to be run inside the context."""
     denoiser = build_meta(info)
     denoiser.activation_checkpointing = activation_checkpointing
     denoiser.attend_in_windows(window)

@@ -1,4 +1,4 @@
-"""Times and peaks of the same work in several modes, taken in turn."""
+"""Time and peak memory of the same work in several modes, measured in turn."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from pid_lightning.nn import PiD
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one piece in one mode.
+    """Results of one piece in one mode.
 
     Attributes:
         seconds: median of the calls after the first.
-        first_seconds: of the first call, compilation and warm-up included.
-        held_bytes: kept between calls: weights, optimisers' states, inputs; not what a compiled
+        first_seconds: of the first call, including compilation and warm-up.
+        held_bytes: kept between calls: weights, optimiser states, inputs; not what a compiled
             graph keeps.
-        peak_bytes: with everything that the piece keeps; None where it cannot be counted.
+        peak_bytes: peak memory, including `held_bytes`; None where it cannot be counted.
     """
 
     seconds: float
@@ -39,18 +39,18 @@ class Measured:
 def measure(
     modes: Mapping[str, Mapping[str, Work]], device: torch.device, repeat: int
 ) -> dict[tuple[str, str], Measured]:
-    """Every piece of every mode, as {(piece, mode): figures}.
+    """Measure every piece in every mode, as {(piece, mode): results}.
 
-    The modes of a piece take turns (A B A B ...), so that a machine that slows down favours none.
+    The modes of a piece take turns (A B A B ...), so that a machine slowing down favours none.
 
     Args:
         modes: {mode: {piece: work}}, the same pieces in each.
         device: where the work runs.
-        repeat: timed calls of each.
+        repeat: timed calls per piece and mode.
     """
     pieces = list(next(iter(modes.values())))
     figures = {}
-    # Every first call before anything else: an optimiser's state is part of each peak.
+    # All first calls precede any measurement: optimiser states are part of each peak.
     first = {(p, m): time_call(modes[m][p].run, device) for p in pieces for m in modes}
     for piece in pieces:
         seconds = {mode: [] for mode in modes}
@@ -69,10 +69,10 @@ def measure(
 
 
 def peak_of(work: Work, compiled: bool, device: torch.device) -> int | None:
-    """Peak bytes of one more call, with what the work keeps and without what others do.
+    """Peak bytes of one more call, including what this work keeps but not what other work keeps.
 
-    A GPU's allocator counts; on a CPU the tensors that operations make are counted, which a
-    compiled graph does not show.
+    On a GPU the allocator reports them; on a CPU the outputs of operations are counted, which a
+    compiled graph hides.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -87,12 +87,12 @@ def peak_of(work: Work, compiled: bool, device: torch.device) -> int | None:
 
 
 def exact_velocity(denoiser: PiD, inputs: Inputs) -> Tensor:
-    """The velocity by the same weights in fp64."""
+    """The velocity from the same weights in fp64."""
     wide = copy.deepcopy(denoiser).double()
     doubled = {k: None if v is None else v.double() for k, v in vars(inputs).items()}
     return forward(wide, Inputs(**doubled))
 
 
 def relative_error(velocity: Tensor, exact: Tensor) -> float:
-    """The largest difference over the largest exact value."""
+    """The largest absolute error divided by the largest exact value."""
     return ((velocity.double() - exact).abs().max() / exact.abs().max()).item()

@@ -1,4 +1,4 @@
-"""What is measured: networks by name, their weights, and the inputs of a size."""
+"""Networks to measure: sizes by name, random weights, and random inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pid_lightning.hub import find_model
 from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
 from pid_lightning.weights import ModelInfo, load_model
 
-# "quickstart" is that of configs/quickstart.yaml.
+# "quickstart" matches configs/quickstart.yaml.
 CONFIGS = {
     "full": PiDConfig(),
     "full_v15": PiDConfig(
@@ -59,7 +59,7 @@ CONFIGS = {
 
 
 def named(name: str) -> ModelInfo:
-    """One of `CONFIGS` on 16 latent channels of stride 8, 4x."""
+    """One of `CONFIGS` for 16 latent channels at stride 8, 4x."""
     return ModelInfo(
         family="VAEPiD",
         encoder={},
@@ -76,36 +76,36 @@ def named(name: str) -> ModelInfo:
 
 
 def find(name: str, model: str | None) -> tuple[PiD | None, ModelInfo]:
-    """A model's network and what it is; of one of `CONFIGS` only the latter.
+    """A model's network and description; for one of `CONFIGS` only the description.
 
     Raises:
-        FileNotFoundError: no such model.
-        ValueError: a file that is no model.
+        FileNotFoundError: the model does not exist.
+        ValueError: the file is not a model.
     """
     return (None, named(name)) if model is None else load_model(find_model(model))
 
 
 def check_sizes(info: ModelInfo, sizes: list[int]) -> None:
-    """Refuse output sides that are not whole patches and latent cells.
+    """Check that output sides are whole patches and latent cells.
 
     Raises:
-        ValueError: naming the side and what it must be a multiple of.
+        ValueError: a side does not fit; names the required multiple.
     """
     denoiser = build_meta(info)
     for size in sizes:
         if size < 1:
-            raise ValueError(f"sizes: {size} must be at least 1 pixel.")
+            raise ValueError(f"--sizes: {size} must be at least 1 pixel.")
         denoiser.check_size(size, size)
 
 
 def build_meta(info: ModelInfo) -> PiD:
-    """The network without weights."""
+    """The network on the meta device."""
     with torch.device("meta"):
         return info.build()
 
 
 def build_random(info: ModelInfo, generator: torch.Generator) -> PiD:
-    """The network with random weights in fp32: none is zero, or a check would compare nothing."""
+    """The network with random fp32 weights, none of them zero, so that checks see every layer."""
     denoiser = build_meta(info).to_empty(device="cpu")
     with torch.no_grad():
         for name, weight in denoiser.named_parameters():
@@ -143,12 +143,12 @@ class Inputs:
     text: Tensor | None
 
     def tensors(self) -> list[Tensor]:
-        """All of them."""
+        """All inputs that are not None."""
         return [value for value in vars(self).values() if value is not None]
 
 
 def draw_inputs(info: ModelInfo, size: int, batch_size: int, device: torch.device) -> Inputs:
-    """The same inputs every time, in fp32, drawn on the CPU."""
+    """Deterministic fp32 inputs, drawn on the CPU."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What this machine can do: operations a second in a type, and bytes a second."""
+"""Measured rates of this machine: operations per second in a dtype, and bytes per second."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import torch
 
 @dataclass(frozen=True)
 class Rates:
-    """The best that was seen.
+    """The best measured rates.
 
     Attributes:
-        flops_per_second: of one large matrix product.
-        bytes_per_second: of one large copy, what is read and what is written both counted.
+        flops_per_second: of a large matmul.
+        bytes_per_second: of a large copy, counting both reads and writes.
     """
 
     flops_per_second: float
     bytes_per_second: float
 
     def floor_seconds(self, flops: int, num_bytes: int) -> float:
-        """The least time in which so many operations and bytes could pass (the roofline)."""
+        """Lower bound on the time for these operations and bytes (the roofline)."""
         return max(flops / self.flops_per_second, num_bytes / self.bytes_per_second)
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, repeat: int = 30) -> Rates:
-    """The best of `repeat` products and copies, after one that does not count."""
+    """The best of `repeat` matmuls and copies, after one warm-up each."""
     on_gpu = device.type == "cuda"
     side, length = (8192, 2**28) if on_gpu else (2048, 2**26)  # copies of 1 GiB and 256 MiB
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
@@ -40,12 +40,12 @@ def measure_rates(device: torch.device, dtype: torch.dtype, repeat: int = 30) ->
 
 
 def time_calls(call: Callable[[], object], device: torch.device, repeat: int) -> list[float]:
-    """Seconds of `repeat + 1` calls in a row."""
+    """Seconds of each of `repeat + 1` consecutive calls."""
     return [time_call(call, device) for _ in range(repeat + 1)]
 
 
 def time_call(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call: by events on a GPU, whose queue is empty before and after."""
+    """Seconds of one call; on a GPU by events, synchronised before and after."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()

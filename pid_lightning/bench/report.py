@@ -1,4 +1,4 @@
-"""Rows of figures as a table for the terminal and as JSON."""
+"""Result rows as a terminal table and as JSON."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from pid_lightning.pictures import replaced_file
+from pid_lightning.files import replaced_file
 from pid_lightning.version import __version__
 
 Row = dict[str, Any]
 
-# key of a row, heading in the terminal, how its value is printed
+# (row key, column heading, value format)
 COLUMNS = (
     ("work", "work", "{}"),
     ("size", "size", "{}"),
@@ -37,7 +37,7 @@ COLUMNS = (
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """Aligned plain text; a column that no row fills is left out."""
+    """Aligned plain text; columns that no row fills are left out."""
     shown = [c for c in COLUMNS if any(row.get(c[0]) is not None for row in rows)]
     lines = [[heading for _, heading, _ in shown]]
     for row in rows:
@@ -50,7 +50,7 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def describe_machine(device: torch.device, rates: Mapping[str, Any]) -> dict[str, Any]:
-    """What the figures were taken on."""
+    """The machine, its rates and the versions behind the results."""
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "cpu",
@@ -62,11 +62,11 @@ def describe_machine(device: torch.device, rates: Mapping[str, Any]) -> dict[str
     }
 
 
-def write_json(path: str | Path, rows: Sequence[Row], **told: Any) -> None:
-    """The rows, and what they are of, whole or not at all.
+def write_json(path: str | Path, rows: Sequence[Row], **details: Any) -> None:
+    """Write the rows and `details` about them atomically.
 
     Raises:
         OSError: the file cannot be written.
     """
     with replaced_file(path) as part:
-        part.write_text(json.dumps({**told, "rows": list(rows)}, indent=1) + "\n", "utf-8")
+        part.write_text(json.dumps({**details, "rows": list(rows)}, indent=1) + "\n", "utf-8")

@@ -1,4 +1,4 @@
-"""A training step as measured work: the package's own losses, without a trainer."""
+"""A training step as a benchmark: the package's own losses, without a trainer."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from pid_lightning.modules.objective import FlowMatching, Sample
 from pid_lightning.modules.optimizers import make_optimizer
 from pid_lightning.modules.settings import Training
 
-CLIP = 0.1  # the published recipe's norm of the gradients
+CLIP = 0.1  # gradient norm limit of the published recipe
 
 
 def gather_training(denoiser: nn.Module) -> Networks:
-    """What learns, its average and its optimiser."""
+    """The denoiser, its average and its optimiser."""
     return Networks(denoiser, duplicate(denoiser, torch.float32, False), adamw(denoiser))
 
 
 def assemble_training(networks: Networks, inputs: Inputs, dtype: torch.dtype) -> dict[str, Work]:
-    """The one step."""
+    """The training step, as the only piece."""
     run = partial(training_step, networks, sample_of(inputs), dtype)
     held = (networks, inputs.tensors(), num_bytes([inputs.x0]))
     return {"train": Work(run, *held, networks.optimizer, moves_average=True)}
 
 
 def training_step(networks: Networks, sample: Sample, dtype: torch.dtype) -> None:
-    """Flow matching: draws, loss, backward, clip, step, average."""
+    """One flow-matching step: draws, loss, backward, clipping, optimiser and average."""
     module = stand_in(networks)
     with autocast(sample.x0.device, dtype):
         loss, _ = FlowMatching().losses(module, networks.denoiser, sample, "train")
@@ -40,7 +40,7 @@ def training_step(networks: Networks, sample: Sample, dtype: torch.dtype) -> Non
 
 
 def stand_in(networks: Networks) -> SimpleNamespace:
-    """What the losses ask of their module."""
+    """An object with the attributes that the losses need from their module."""
     return SimpleNamespace(
         **vars(networks),
         training_settings=Training(),
@@ -52,7 +52,7 @@ def stand_in(networks: Networks) -> SimpleNamespace:
 
 
 def sample_of(inputs: Inputs) -> Sample:
-    """The inputs as `draw_sample` would hand them over; measured work drops none of them."""
+    """The inputs as `draw_sample` returns them; the benchmarks drop none of them."""
     batch_size = len(inputs.x0)
     kept = torch.ones(batch_size, dtype=torch.bool, device=inputs.x0.device)
     return Sample(
@@ -68,12 +68,12 @@ def sample_of(inputs: Inputs) -> Sample:
 
 
 def adamw(denoiser: nn.Module) -> torch.optim.Optimizer:
-    """The published recipe's optimiser, its steps too small to lead anywhere."""
+    """The published recipe's optimiser, with a negligible learning rate."""
     return make_optimizer(denoiser, "adamw", 1e-6, Training().weight_decay, fused=True)
 
 
 def learn(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Backward, clip, step."""
+    """Run backward, clip the gradients and step."""
     loss.backward()
     learning = [p for group in optimizer.param_groups for p in group["params"]]
     torch.nn.utils.clip_grad_norm_(learning, CLIP)
@@ -83,11 +83,11 @@ def learn(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def move_average(networks: Networks) -> None:
-    """One update of the average."""
+    """Update the average once."""
     currents = [p.detach() for p in networks.denoiser.parameters()]
     torch._foreach_lerp_(list(networks.average.parameters()), currents, 1e-3)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Mixed precision, off for fp32."""
+    """Mixed precision, disabled for fp32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

@@ -1,4 +1,4 @@
-"""The pieces of work that are measured, each a call on networks that stay."""
+"""The measured pieces of work: calls on networks that persist between them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from pid_lightning.weights import ModelInfo
 
 @dataclass
 class Networks:
-    """Everything that lives from one call to the next; absent parts are None.
+    """Everything that persists between calls; absent parts are None.
 
     Attributes:
-        denoiser: what is evaluated, and trained.
+        denoiser: the evaluated or trained network.
         average: its exponential moving average.
         optimizer: of the denoiser.
-        fake_score, teacher, discriminator: DMD2's.
+        fake_score, teacher, discriminator: DMD2's networks.
         critics_optimizer: of fake score and discriminator.
     """
 
@@ -41,7 +41,7 @@ class Networks:
     critics_optimizer: torch.optim.Optimizer | None = None
 
     def variant(self, way: str, activation_checkpointing: bool) -> Networks:
-        """The same weights and optimisers, evaluated in one of `WAYS`."""
+        """The same weights and optimisers, run in one of `WAYS`."""
         twins = {}
         for name in ("denoiser", "fake_score", "teacher"):
             network = getattr(self, name)
@@ -56,24 +56,24 @@ class Networks:
         return Networks(**{**vars(self), **twins})
 
     def quantised(self, activations: bool) -> Networks:
-        """The denoiser alone with linear layers in 8 bits."""
+        """The denoiser alone, with 8-bit linear layers."""
         denoiser = copy.deepcopy(self.denoiser)
         quantise(denoiser, activations)
         return Networks(denoiser)
 
     def in_windows(self, size: int) -> Networks:
-        """The denoiser alone, its patches attending inside windows."""
+        """The denoiser alone, with patch attention in windows."""
         denoiser = copy.copy(self.denoiser)  # shares its parameters
         denoiser.attend_in_windows(size)
         return Networks(denoiser)
 
     def held_bytes(self) -> int:
-        """Bytes of weights and optimisers' states."""
+        """Bytes of weights and optimiser states."""
         states = [t for o in (self.optimizer, self.critics_optimizer) for t in state_tensors(o)]
         return sum(map(weight_bytes, self._networks())) + num_bytes(states)
 
     def read_bytes(self) -> int:
-        """Bytes of the weights that a call computes with."""
+        """Bytes of the weights that a call reads."""
         networks = [network for network in self._networks() if network is not self.average]
         return sum(map(weight_bytes, networks))
 
@@ -86,12 +86,12 @@ class Work:
     """One measured piece.
 
     Attributes:
-        run: the call.
-        networks: what it works with.
-        inputs: what it works on.
-        picture_bytes: of the picture that it writes.
-        optimizer: what it steps, None where nothing learns.
-        moves_average: whether the average follows.
+        run: the call to measure.
+        networks: the networks it uses.
+        inputs: the tensors it reads.
+        picture_bytes: size of the picture it writes.
+        optimizer: the optimiser it steps, None for inference.
+        moves_average: whether it updates the average.
     """
 
     run: Callable[[], object]
@@ -102,13 +102,13 @@ class Work:
     moves_average: bool = False
 
     def held_bytes(self) -> int:
-        """Bytes that are there before and after each call."""
+        """Bytes in use before and after each call."""
         return self.networks.held_bytes() + num_bytes(self.inputs)
 
     def traffic_bytes(self) -> int:
-        """Bytes that memory moves at the least: every weight read once, inputs read and a picture
-        written; of what learns, weights written, and optimiser's state and average read and
-        written. Activations may all stay in caches."""
+        """Minimum memory traffic in bytes: weights and inputs are read once and the picture is
+        written; training also writes the weights, and reads and writes optimiser state and
+        average. Activations may all stay in caches."""
         total = self.networks.read_bytes() + num_bytes(self.inputs)
         total += self.picture_bytes
         if self.optimizer is not None:
@@ -121,13 +121,13 @@ class Work:
 
 
 def state_tensors(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
-    """What an optimiser keeps, once it has stepped."""
+    """The tensors of an optimiser's state, none before its first step."""
     states = () if optimizer is None else optimizer.state.values()
     return [t for state in states for t in state.values() if isinstance(t, Tensor)]
 
 
 def gather(name: str, denoiser: nn.Module, info: ModelInfo) -> Networks:
-    """What the work of that name needs beside its denoiser (fp32 where it learns)."""
+    """The networks and optimisers for one kind of work; a trained denoiser must be in fp32."""
     if name not in LEARNING:
         return Networks(denoiser.eval().requires_grad_(False))
     if name == "dmd2":
@@ -140,8 +140,8 @@ def gather(name: str, denoiser: nn.Module, info: ModelInfo) -> Networks:
 
 
 def duplicate(network: nn.Module, dtype: torch.dtype, learns: bool) -> nn.Module:
-    """A copy with weights in another type, also of weights without data."""
-    # Given beforehand: `deepcopy` makes a fake tensor's copy of another fake mode.
+    """A copy with weights in another dtype; also works with fake tensors."""
+    # Passed as the memo: `deepcopy` would move fake tensors to another fake mode.
     copies = {
         id(p): nn.Parameter(p.detach().to(dtype, copy=True), learns and p.requires_grad)
         for p in network.parameters()
@@ -152,7 +152,7 @@ def duplicate(network: nn.Module, dtype: torch.dtype, learns: bool) -> nn.Module
 def assemble(
     name: str, networks: Networks, inputs: Inputs, info: ModelInfo, dtype: torch.dtype
 ) -> dict[str, Work]:
-    """The pieces of one kind of work, by the names of their rows."""
+    """The pieces of one kind of work, keyed by the names of their rows."""
     if name == "dmd2":
         from pid_lightning.bench.distillation import assemble_distillation
 
@@ -172,13 +172,13 @@ def assemble(
 
 @torch.no_grad()
 def forward(denoiser: nn.Module, inputs: Inputs) -> Tensor:
-    """The condition and one evaluation, on noise."""
+    """Compute the condition and evaluate the network once, on noise."""
     condition = denoiser.condition(inputs.latents, inputs.latent_sigma, inputs.text)
     return denoiser(inputs.eps, inputs.t, condition)
 
 
 def decode(denoiser: nn.Module, inputs: Inputs, info: ModelInfo) -> Tensor:
-    """A student's steps, as many as trained or 4."""
+    """Decode with the student's own steps, or the published 4."""
     return decode_latents(
         denoiser,
         inputs.latents,

@@ -1,4 +1,4 @@
-"""DMD2: turns `fit` of any family into the distillation of its teacher to a few steps."""
+"""DMD2: turns `fit` of any family into distillation of its teacher to a few steps."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ TEACHER_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class DMD2(Callback):
     """Distribution matching distillation (DMD2, arXiv 2405.14867) as the module's objective.
 
-    The student is `module.denoiser`. It, a frozen teacher and a fake score that follows the
-    student's outputs start from the same weights. Of `student_every` batches one trains the
-    student, the others the fake score and a discriminator on the teacher's features. One batch
-    is one `global_step`; `training.learning_rate`, its schedule and `EMA` are the student's and
-    count the student's steps.
+    The student is `module.denoiser`. Student, frozen teacher and fake score start from the same
+    weights. One of `student_every` batches trains the student; the others train the fake score on
+    the student's outputs and a discriminator on the teacher's features. One batch is one
+    `global_step`; `training.learning_rate`, its schedule and `EMA` apply to the student and count
+    its steps.
 
     Args:
-        teacher: checkpoint of a run of the same config, a model file, a bundled name or a hub id.
+        teacher: checkpoint of a run with the same config, a model file, a bundled name or a hub id.
         student_times: pixel times of the student's steps, from noise to clean.
         student_every: batches from one student step to the next.
         student_input: ``"rollout"``, the student's own steps from noise without gradient, or
-            ``"noised_data"``, real images noised.
-        student_steps: ``"all"`` trains a random one of the student's steps, ``"last"`` only the one
-            that makes the picture. All share one fake score: where the first steps stay blurred,
-            as a small student's do, it drives the last to overdo what they lack.
-        guidance_scale: of the teacher on text; without text both branches are the same.
-        generator_weight: of the adversarial loss in the student's.
+            ``"noised_data"``, noised real images.
+        student_steps: ``"all"`` trains a random step of the student each time, ``"last"`` only the
+            final one. All steps share one fake score: if the first ones stay blurred, as with a
+            small student, it drives the last one to overcompensate.
+        guidance_scale: text guidance of the teacher; it has no effect without text.
+        generator_weight: weight of the adversarial loss in the student's loss.
         generator_warmup: student steps over which that weight rises linearly.
-        r1_weight: of the approximate R1 penalty.
+        r1_weight: weight of the approximate R1 penalty.
         r1_noise: standard deviation of the noise that R1 adds.
         time_clamp: smallest and largest time at which scores are compared and trained.
         taps: teacher blocks (0-based) whose features the discriminator sees.
-        discriminator_depth: strided convolutions of the discriminator.
+        discriminator_depth: number of strided convolutions in the discriminator.
         learning_rate: of fake score and discriminator.
         betas: of their AdamW.
         fake_score_weight_decay: of the fake score.
-        teacher_dtype: type of the frozen teacher's weights.
+        teacher_dtype: dtype of the frozen teacher's weights.
 
     Raises:
-        ValueError: settings out of range; a teacher of another model, or itself distilled.
+        ValueError: settings out of range, or a teacher that is another model or itself distilled.
     """
 
     automatic_optimization = False
@@ -88,13 +88,15 @@ class DMD2(Callback):
             raise ValueError(f"DMD2 student_steps: {student_steps!r} is not one of {accepted}.")
         if student_every < 2:
             raise ValueError(
-                f"DMD2 student_every: {student_every} must be at least 2: the others train critics."
+                f"DMD2 student_every: {student_every} must be at least 2; the others train critics."
             )
         if teacher_dtype not in TEACHER_DTYPES:
             accepted = ", ".join(TEACHER_DTYPES)
             raise ValueError(f"DMD2 teacher_dtype: {teacher_dtype!r} is not one of {accepted}.")
         if not student_times or list(student_times) != sorted(set(student_times), reverse=True):
-            raise ValueError(f"DMD2 student_times: {student_times} must fall from noise to clean.")
+            raise ValueError(
+                f"DMD2 student_times: {student_times} must fall from noise to clean, as 0.9, 0.5."
+            )
         if not all(0 < t <= 1 for t in student_times):
             raise ValueError(f"DMD2 student_times: {student_times} must lie in (0, 1].")
         if not 0 < time_clamp[0] < time_clamp[1] <= 1:
@@ -123,25 +125,25 @@ class DMD2(Callback):
         self.num_student_updates = 0
         self._fingerprint = ""
 
-    # Wiring.
+    # Setup.
 
     def setup(self, trainer: Trainer, pl_module: PiDModule, stage: str) -> None:
-        """Attach the networks, early enough to be wrapped, moved, saved and restored."""
+        """Attach the networks before Lightning wraps, moves, saves and restores the module."""
         if stage != "fit" or pl_module.objective is self:
             return
         if pl_module.training_settings.train == "rgb_head":
-            raise ValueError("training.train: rgb_head makes no pictures to distil; take all.")
+            raise ValueError("training.train: rgb_head makes no pictures to distil; set it to all.")
         teacher = self.open_teacher(pl_module)
         self._fingerprint = weights.fingerprint(teacher)
         pl_module.denoiser.load_state_dict(teacher.state_dict())
         pl_module.fake_score = copy.deepcopy(pl_module.denoiser).requires_grad_(True)
-        # From the run's seed, not torch's own: the same weights in every number of processes.
+        # From the run's seed, not torch's, so that every number of processes gets the same weights.
         seed = pl_module.training_settings.seed
         pl_module.discriminator = Discriminator(
             teacher.config.width, len(self.taps), self.discriminator_depth
         )
         pl_module.discriminator.reset_parameters(*sample_generators(seed, "discriminator", [0]))
-        # Gradients pass the teacher's first blocks on their way to the student.
+        # The student's adversarial loss backpropagates through the teacher's first blocks.
         teacher.activation_checkpointing = pl_module.denoiser.activation_checkpointing
         pl_module.teacher = teacher.to(self.teacher_dtype).requires_grad_(False).eval()
         for network in (pl_module.denoiser, pl_module.fake_score):
@@ -151,41 +153,46 @@ class DMD2(Callback):
         self.turns.take_over(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: PiDModule) -> None:
-        """Compile what the student is compared with as the student is."""
+        """Compile fake score and teacher if the student is compiled."""
         if pl_module.training_settings.compile:
             for network in (pl_module.fake_score, pl_module.teacher):
                 network.compile(dynamic=False, fullgraph=True)
 
     def open_teacher(self, module: PiDModule) -> PiD:
-        """The teacher, checked against `module`.
+        """Load the teacher and check it against `module`.
 
         Raises:
-            ValueError: a teacher of another model, itself distilled, or without a tapped block.
-            OSError: nothing of that name is here or on the hub.
+            ValueError: the teacher is another model, is itself distilled or lacks a tapped block,
+                or the discriminator is too deep.
+            OSError: the teacher is neither a local model nor on the hub.
         """
         teacher, info = weights.load_model(find_model(self.teacher))
         differences = module.info.differences(info)
         if differences:
             raise ValueError(
-                f"DMD2 teacher: {self.teacher} is of another model ({'; '.join(differences)})."
+                f"DMD2 teacher: {self.teacher} is another model ({'; '.join(differences)}); give a "
+                "teacher trained with this config."
             )
         if info.student_times is not None:
-            raise ValueError(f"DMD2 teacher: {self.teacher} is itself a distilled student.")
+            raise ValueError(
+                f"DMD2 teacher: {self.teacher} is itself a distilled student; give its teacher."
+            )
         num_blocks = info.config.num_blocks
         if not self.taps or not all(0 <= tap < num_blocks for tap in self.taps):
             raise ValueError(
-                f"DMD2 taps: {self.taps} must name blocks of the teacher, 0 to {num_blocks - 1}."
+                f"DMD2 taps: {self.taps} must be one or more of the teacher's blocks, 0 to "
+                f"{num_blocks - 1}; use for example [{num_blocks // 2}]."
             )
         side = (module.image_size or 2**30) // info.config.patch_size
         if side >> self.discriminator_depth < 1:
             raise ValueError(
-                f"DMD2 discriminator_depth: {self.discriminator_depth} halves {side} patches of "
-                "a side to none; take fewer or larger pictures."
+                f"DMD2 discriminator_depth: {self.discriminator_depth} halves {side} patches a "
+                f"side to none; use at most {side.bit_length() - 1}, or larger pictures."
             )
         return teacher
 
     def configure_optimizers(self, module: PiDModule) -> tuple[list[Any], list[Any]]:
-        """The student's optimiser with its schedule, and one for both critics."""
+        """The student's optimiser and schedule, and one optimiser for both critics."""
         student = module.make_optimizer()
         critics = torch.optim.AdamW(
             [
@@ -202,26 +209,26 @@ class DMD2(Callback):
         return [student, critics], [module.make_schedule(student)]
 
     def num_denoiser_updates(self, module: PiDModule) -> int:
-        """The student's steps."""
+        """The number of student steps."""
         return self.num_student_updates
 
     def state_dict(self) -> dict[str, Any]:
-        """The student's step count, and which teacher it learns from."""
+        """The student's step count and the teacher's fingerprint."""
         return {"num_student_updates": self.num_student_updates, "teacher": self._fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting, with the same teacher only; a test has no teacher and checks none."""
+        """Restore the step count; a resumed fit must have the same teacher, a test has none."""
         if self._fingerprint and state_dict["teacher"] != self._fingerprint:
             raise ValueError(
                 f"DMD2 teacher: {self.teacher} is not the teacher that this checkpoint was "
-                "distilled from; name the same one to resume."
+                "distilled from; give the same one to resume."
             )
         self.num_student_updates = state_dict["num_student_updates"]
 
     # One batch.
 
     def training_step(self, module: PiDModule, sample: Sample) -> None:
-        """The student's turn or the critics'; one optimiser steps, the other rests."""
+        """Train the student or the critics on this batch; only one optimiser steps."""
         is_student = self.turns.is_student(module.trainer.global_step)
         critics = (module.fake_score, module.discriminator)
         networks, resting = ((module.denoiser,), critics)
@@ -237,7 +244,7 @@ class DMD2(Callback):
         module.log_dict({f"train/{k}": v for k, v in parts.items()}, batch_size=len(sample.x0))
 
     def _student_loss(self, module: PiDModule, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
-        """Distribution matching plus the adversarial loss (method: DMD2, sections 4.1 to 4.3)."""
+        """Distribution matching plus adversarial loss (DMD2 paper, sections 4.1 to 4.3)."""
         with self.turns.timed("student"):
             student_x0 = self._student_x0(module, sample)
         t = self._times(module, sample, "student")
@@ -262,7 +269,7 @@ class DMD2(Callback):
         return dmd + self.generator_weight * warm * generator, parts
 
     def _critic_loss(self, module: PiDModule, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
-        """The fake score follows the student; the discriminator tells its pictures from real."""
+        """Fake score loss on the student's pictures, plus discriminator loss with R1."""
         with self.turns.timed("student"), torch.no_grad():
             student_x0 = self._student_x0(module, sample)
         eps = self._noise(module, sample, "fake score")
@@ -299,8 +306,8 @@ class DMD2(Callback):
     def _student_x0(self, module: PiDModule, sample: Sample) -> Tensor:
         """The student's picture from one of its times.
 
-        That time is one for the batch, the same on every process; gradient flows through the
-        last evaluation only.
+        The batch shares one time, the same on every process; gradient flows through the last
+        evaluation only.
         """
         seed, turn = module.training_settings.seed, module.trainer.global_step
         step = len(self.student_times) - 1
@@ -321,7 +328,7 @@ class DMD2(Callback):
     def _roll_out(
         self, module: PiDModule, sample: Sample, condition: Condition, noise: Tensor, steps: int
     ) -> Tensor:
-        """The student's own x after `steps` stochastic steps from noise."""
+        """The student's state after `steps` of its stochastic steps from noise."""
         x, seed = noise, module.training_settings.seed
         for i in range(steps):
             now, after = self.student_times[i : i + 2]
@@ -344,7 +351,7 @@ class DMD2(Callback):
         return flow.x0_from_velocity(x_t, velocity(x_t, t), t)
 
     def _times(self, module: PiDModule, sample: Sample, purpose: str) -> Tensor:
-        """Logit-normal without shift, clamped."""
+        """Logit-normal times (B,) without shift, clamped."""
         seed = module.training_settings.seed
         generators = sample_generators(seed, f"{purpose} times", sample.numbers)
         t = torch.cat([flow.sample_times(1, generator=generator) for generator in generators])
@@ -357,7 +364,7 @@ class DMD2(Callback):
 
 
 def freeze_unused(network: nn.Module) -> None:
-    """The RGB head has no part in distillation, and the last block's text tail in nothing."""
+    """Freeze the RGB head, unused in distillation, and the last block's unused text weights."""
     if network.adapter.rgb_head is not None:
         network.adapter.rgb_head.requires_grad_(False)
     for block in network.patch_blocks:

@@ -1,4 +1,4 @@
-"""An average of the denoiser over training: what is validated, tested, shown and shipped."""
+"""A running average of the denoiser's weights, used for validation, tests, images and export."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pid_lightning.modules.base import PiDModule
 class EMA(Callback):
     """Averages `denoiser` in fp32 with the power profile of EDM2 (arXiv 2312.02696, equation 3).
 
-    After the n-th update of the denoiser the average keeps `(1 - 1/n)^(power + 1)` of itself: it
-    spans a fixed share of the run, however long that gets. Critic turns of a distillation leave
-    the denoiser alone and do not count.
+    After the n-th denoiser update the average keeps `(1 - 1/n)^(power + 1)` of itself, so it
+    spans a fixed fraction of the run, however long. Critic steps of a distillation leave the
+    denoiser unchanged and do not count.
 
     The average is the module's submodule `denoiser_ema`, attached in `setup`, so that every
     strategy moves, shards, saves and restores it.
@@ -27,14 +27,14 @@ class EMA(Callback):
 
     def __init__(self, power: float = 6.94) -> None:
         if power <= 0:
-            raise ValueError(f"EMA power: {power} must be above 0; 6.94 spans 10 % of the run.")
+            raise ValueError(f"EMA power: {power} must be above 0; use 6.94 for 10 % of the run.")
         self.power = power
         self.num_updates = 0
 
     def setup(self, trainer: Trainer, pl_module: PiDModule, stage: str) -> None:
         """Attach the average, in fp32 and without gradient.
 
-        To test, a checkpoint brings its own, and weights of `init_from` have none.
+        For a test, a checkpoint brings its own average and `init_from` has none.
         """
         if stage == "fit" and pl_module.denoiser_ema is None:
             average = copy.deepcopy(pl_module.denoiser).float()
@@ -42,18 +42,18 @@ class EMA(Callback):
             pl_module.denoiser_ema = average.requires_grad_(False)
 
     def on_fit_start(self, trainer: Trainer, pl_module: PiDModule) -> None:
-        """Stay in fp32 where a precision setting cast the whole module."""
+        """Keep the average in fp32 where a precision setting cast the whole module."""
         pl_module.denoiser_ema.float()
 
     def on_train_start(self, trainer: Trainer, pl_module: PiDModule) -> None:
-        """A new run's average starts from its first weights, `init_from`'s included."""
+        """Start a new run's average from its initial weights, including those of `init_from`."""
         if self.num_updates == 0:
             self._blend(pl_module, 1.0)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: PiDModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Follow the denoiser whenever it has moved."""
+        """Update the average if the denoiser was updated."""
         num_updates = pl_module.num_denoiser_updates
         if num_updates > self.num_updates:
             self.num_updates = num_updates
@@ -66,9 +66,9 @@ class EMA(Callback):
         torch._foreach_lerp_(averages, currents, weight)
 
     def state_dict(self) -> dict[str, Any]:
-        """How often the average was updated; the average itself is in the module."""
+        """The number of updates; the average itself is in the module."""
         return {"num_updates": self.num_updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore the number of updates."""
         self.num_updates = state_dict["num_updates"]

@@ -1,4 +1,4 @@
-"""Pictures and gate curves for TensorBoard while a run trains."""
+"""Picture grids and gate curves for TensorBoard during training."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pid_lightning.pictures import enlarge_picture, picture_grid, reduce_picture
 
 
 class PictureGrids(Callback):
-    """At each validation: a grid of what the encoder saw, the native decode, PiD at several noise
-    levels and the original; and the mean gate at each injection against the noise level.
+    """Logs a grid at each validation (encoder input, native decode, PiD at several noise levels,
+    original), and the mean opening of each gate at these noise levels.
 
     Args:
         num_pictures: rows of the grid, from the first validation batch.
         latent_sigmas: noise levels of the grid's columns.
-        steps: sampling steps; null is the module's own number.
+        steps: sampling steps; null uses the module's own number.
     """
 
     title = "pictures"
@@ -47,12 +47,12 @@ class PictureGrids(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the first batch."""
+        """Store the first batch."""
         if batch_idx == 0:
             self._batch = {key: values[: self.num_pictures] for key, values in batch.items()}
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: PiDModule) -> None:
-        """Draw and log."""
+        """Log the grid and the gates."""
         if self._batch is None or trainer.sanity_checking or not trainer.loggers:
             return
         x0, numbers = self._batch["image"], self._batch["number"].tolist()
@@ -106,12 +106,12 @@ class PictureGrids(Callback):
 
 
 class DistillationGrids(PictureGrids):
-    """The same for a distillation: the teacher at 25 and at 4 steps, the student at each number of
-    steps it can take, from clean latents.
+    """The grid of a distillation, from clean latents: the teacher at 25 and 4 steps, and the
+    student at each of `student_steps`.
 
     Args:
         num_pictures: rows of the grid, from the first validation batch.
-        student_steps: numbers of steps of the student's columns.
+        student_steps: step counts of the student's columns.
     """
 
     title = "distillation"
@@ -123,7 +123,7 @@ class DistillationGrids(PictureGrids):
     def columns(
         self, module: PiDModule, clean: Tensor, text: Tensor | None, numbers: list[int]
     ) -> dict[str, Tensor]:
-        """Teacher and student, few steps and many."""
+        """The columns of teacher and student."""
         latent_sigma = torch.zeros(len(clean), device=clean.device)
         found = {}
         for steps in (TEACHER_STEPS, 4):
@@ -145,12 +145,12 @@ class DistillationGrids(PictureGrids):
     def scalars(
         self, module: PiDModule, x0: Tensor, clean: Tensor, text: Tensor | None, numbers: list[int]
     ) -> dict[str, float]:
-        """None of its own."""
+        """No scalars."""
         return {}
 
 
 def _record(openings: list[float]) -> Callable[..., None]:
-    """A forward hook of `SigmaGate` that notes the gate's mean opening."""
+    """A forward hook of `SigmaGate` that records the gate's mean opening."""
 
     def hook(gate: SigmaGate, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         tokens, _, openness = inputs

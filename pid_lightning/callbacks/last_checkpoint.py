@@ -1,4 +1,4 @@
-"""`last.ckpt` whenever a fit ends: at its last step, or on Ctrl-C after the step in progress."""
+"""Saves `last.ckpt` when a fit ends: after its last step, or on Ctrl-C after the current step."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class LastCheckpoint(Callback):
-    """Saves beside the other checkpoints of a run, so that `--ckpt_path last` always finds its end.
+    """Saves beside a run's other checkpoints, so that `--ckpt_path last` always finds its end.
 
-    On the first Ctrl-C the step in progress is finished, saved and the run stops; the second stops
-    at once. A checkpoint taken between two steps resumes exactly; one from within could not, so
-    where gradients are accumulated over batches, their last one is waited for.
+    The first Ctrl-C finishes the current step, saves and stops the run; the second stops at once.
+    Only a checkpoint taken between two steps resumes exactly, so accumulated gradients are
+    completed first.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class LastCheckpoint(Callback):
         self._saved_step: int | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over Ctrl-C for the length of the fit."""
+        """Handle Ctrl-C during the fit."""
         self._asked = False
         self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
 
@@ -35,11 +35,11 @@ class LastCheckpoint(Callback):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count on from a resumed run's steps."""
+        """Continue from a resumed run's step count."""
         self._num_steps = trainer.global_step
         if isinstance(trainer.checkpoint_callback, ModelCheckpoint):
-            # It forgets that it has saved this step, and would save again within the next group of
-            # accumulated batches.
+            # On resuming it forgets that it saved this step, and would save again during the next
+            # accumulation.
             trainer.checkpoint_callback._last_global_step_saved = trainer.global_step
 
     def on_train_batch_end(
@@ -50,7 +50,7 @@ class LastCheckpoint(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Save where this was the last step, or where Ctrl-C was pressed, and then stop."""
+        """Save after the last step; after Ctrl-C, save and stop."""
         is_between_steps = trainer.global_step != self._num_steps
         self._num_steps = trainer.global_step
         if not is_between_steps:
@@ -60,14 +60,14 @@ class LastCheckpoint(Callback):
             if trainer.is_global_zero and path is not None:
                 print(f"\nsaved {path}; continue with --ckpt_path last", flush=True)
             raise KeyboardInterrupt
-        # Saved here, the last step of an epoch resumes with the next epoch; saved when training
-        # has ended, Lightning would add one more batch to the old one.
+        # Saved here, the last step of an epoch resumes with the next epoch; saved after training,
+        # it would resume with one more batch of the old epoch.
         is_last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
         if trainer.global_step == trainer.max_steps or (is_last_epoch and trainer.is_last_batch):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last step where something else ended the run."""
+        """Save the last step if something else ended the run."""
         if self._saved_step != trainer.global_step:
             self._save(trainer)
 
@@ -76,14 +76,14 @@ class LastCheckpoint(Callback):
         if not isinstance(saver, ModelCheckpoint) or saver.dirpath is None:
             return None
         path = Path(saver.dirpath) / "last.ckpt"
-        # It shall know of this one, or it would save last-v1.ckpt beside it, or again at the end.
+        # Tell it about this file, or it would save last-v1.ckpt beside it, or again at the end.
         saver.last_model_path = saver._last_checkpoint_saved = str(path)
         self._saved_step = trainer.global_step
         trainer.save_checkpoint(path, weights_only=False)
         return path
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give Ctrl-C back."""
+        """Restore the previous Ctrl-C handler."""
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None

@@ -1,4 +1,4 @@
-"""Alternating networks under manual optimisation: whose turn it is, one step a batch."""
+"""Alternating training of student and critics under manual optimisation."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 
 class Turns:
-    """Gives every batch to one group of networks and steps that group's optimiser.
+    """Assigns each batch to one group of networks and steps only that group's optimiser.
 
-    One batch steps one optimiser, so that `global_step` counts batches (or, accumulating, groups
-    of batches) and `max_steps`, checkpoints and logging keep their meaning.
+    So `global_step` counts batches (or groups of accumulated batches), and `max_steps`,
+    checkpoints and logging keep their meaning.
 
     Args:
-        student_every: batches from one student turn to the next; the others are the critics'.
+        student_every: batches from one student turn to the next; the others train the critics.
     """
 
     def __init__(self, student_every: int) -> None:
@@ -32,18 +32,18 @@ class Turns:
         self._is_timing = False
 
     def take_over(self, trainer: Trainer) -> None:
-        """Do by hand what Lightning refuses to do under manual optimisation.
+        """Take over clipping and accumulation, which Lightning refuses in manual optimisation.
 
         Raises:
-            ValueError: a strategy that would wait for gradients of the networks at rest, or scaled
-                gradients.
+            ValueError: scaled gradients, or a strategy that would wait for gradients of the
+                resting networks.
         """
         if trainer.precision == "16-mixed":
             raise ValueError(
-                "trainer.precision: DMD2 clips gradients itself, which 16-mixed scales; take "
+                "trainer.precision: DMD2 clips gradients itself, but 16-mixed scales them; use "
                 "bf16-mixed or 32-true."
             )
-        # Its checkpoints hold the weights after the step, as everywhere else.
+        # Does not apply: checkpoints here hold the weights after the step.
         warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
         self._clip = trainer.gradient_clip_val
         self._clip_algorithm = trainer.gradient_clip_algorithm
@@ -55,28 +55,28 @@ class Turns:
             "find_unused_parameters"
         ):
             raise ValueError(
-                "DMD2 alternates networks: with several processes set "
-                "trainer.strategy to ddp_find_unused_parameters_true."
+                "trainer.strategy: DMD2 alternates networks; with several processes, set it to "
+                "ddp_find_unused_parameters_true."
             )
 
     def is_student(self, turn: int) -> bool:
-        """The critics begin: a student's step is worth what its fake score knows."""
+        """Critics train first: a student step is only as good as the fake score."""
         return turn % self.student_every == self.student_every - 1
 
     @contextmanager
     def only(self, networks: Sequence[nn.Module], resting: Sequence[nn.Module]) -> Iterator[None]:
-        """`networks` learn and `resting` pass gradients on without collecting any."""
-        rested = [p for network in resting for p in network.parameters() if p.requires_grad]
-        for parameter in rested:
+        """Train `networks`; `resting` pass gradients on but accumulate none."""
+        frozen = [p for network in resting for p in network.parameters() if p.requires_grad]
+        for parameter in frozen:
             parameter.requires_grad_(False)
         try:
             yield
         finally:
-            for parameter in rested:
+            for parameter in frozen:
                 parameter.requires_grad_(True)
 
     def step(self, module: LightningModule, loss: Tensor, optimizer: int) -> bool:
-        """Backward, and where a group of batches is complete clip and step.
+        """Run backward; once the accumulation is complete, clip and step.
 
         Returns:
             Whether the optimiser stepped.
@@ -84,7 +84,7 @@ class Turns:
         chosen, trainer = module.optimizers()[optimizer], module.trainer
         module.manual_backward(loss / self._accumulate)
         num_batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        # As under automatic optimisation an epoch ends with a step, or half a group would be left.
+        # As in automatic optimisation an epoch ends with a step, so that no partial group remains.
         is_last = trainer.is_last_batch or num_batches == trainer.num_training_batches
         if num_batches % self._accumulate and not is_last:
             return False
@@ -95,8 +95,8 @@ class Turns:
 
     @contextmanager
     def timed(self, network: str) -> Iterator[None]:
-        """Count the block's time for a network: its forward passes; a GPU is waited for before and
-        after, and so only on the batches that are logged."""
+        """Add the block's duration to a network's forward time; with a GPU, which must be
+        synchronised for that, only on logged batches."""
         if torch.cuda.is_available() and not self._is_timing:
             yield
             return
@@ -105,7 +105,7 @@ class Turns:
         self._seconds[network] = self._seconds.get(network, 0.0) + _now() - start
 
     def shares_of_time(self, module: LightningModule) -> dict[str, float]:
-        """Share of each network in the forward time since the last call that was logged."""
+        """Each network's share of the forward time since the last logged batch."""
         trainer = module.trainer
         due = trainer.global_step % trainer.log_every_n_steps
         self._is_timing = due == trainer.log_every_n_steps - 1
@@ -118,7 +118,7 @@ class Turns:
 
 
 def _now() -> float:
-    """Seconds, once all that was asked for is done."""
+    """Clock in seconds, after queued GPU work has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""What every latent family's frozen encoder offers: images to normalised latents, and back."""
+"""Base class of the frozen encoders: images to normalised latents, and back where possible."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 
 class Encoder(nn.Module, ABC):
-    """A frozen encoder from pictures to the latents that condition a PiD.
+    """A frozen encoder from images to the latents that condition PiD.
 
-    Constructing one is cheap and offline: it builds (or describes) the network with random
-    weights and sets the three attributes below. `load` brings the pretrained weights.
+    Construction is cheap and needs no network access: it builds (or describes) the module with
+    random weights and sets the three attributes below. `load` loads the pretrained weights.
 
     Attributes:
         latent_channels: channels C of the latents.
         latent_stride: pixels of the encoder's input per latent cell.
-        latent_space: name of the space the latents live in, e.g. ``"sd3"`` or ``"dinov2"``;
-            written into checkpoints so that latents are never mixed up.
+        latent_space: name of the latent space, e.g. ``"sd3"`` or ``"dinov2"``; stored in
+            checkpoints so that latents of different spaces are never mixed up.
     """
 
     latent_channels: int
@@ -27,11 +27,11 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def load(self) -> None:
-        """Bring the pretrained weights; a second call does nothing.
+        """Load the pretrained weights; a second call does nothing.
 
         Raises:
-            OSError: the weights cannot be had; the sentence names the id, how to point to a
-                local folder and how to run with random weights on purpose.
+            OSError: the weights are not available; the message names the id, how to use a local
+                folder, and how to run with random weights on purpose.
         """
 
     @abstractmethod
@@ -39,34 +39,33 @@ class Encoder(nn.Module, ABC):
         """Images (B, 3, H, W) in [-1, 1] to normalised latents (B, C, H/stride, W/stride)."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents (B, C, h, w) to images (B, 3, h*stride, w*stride), not clamped.
+        """Normalised latents (B, C, h, w) to images (B, 3, h*stride, w*stride).
 
-        Exactly what the autoencoder gives: nominally in [-1, 1], beyond it where the autoencoder
-        overshoots.
+        Images are nominally in [-1, 1] but not clamped, so the autoencoder may overshoot.
 
         Raises:
-            NoNativeDecoder: the family has no decoder of its own.
+            NoNativeDecoder: the family has no native decoder.
         """
         raise NoNativeDecoder(
-            f"{self.latent_space} latents have no native decoder to compare with: "
-            "only autoencoder families (VAEPiD) have one."
+            f"{self.latent_space} latents have no native decoder; use an autoencoder family "
+            "(VAEPiD) if you need one."
         )
 
     @property
     def has_decoder(self) -> bool:
-        """Whether `decode` works: true exactly where a subclass defines it."""
+        """Whether `decode` is available, that is, defined by the subclass."""
         return type(self).decode is not Encoder.decode
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Encoder:
-        """Before `load` there is nothing to move: the weights are on the meta device."""
+        """Move or cast; before `load` do nothing, because the weights are on the meta device."""
         if any(parameter.is_meta for parameter in self.parameters()):
             return self
         return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> Encoder:
-        """Stay in evaluation mode: a frozen encoder has no training behaviour."""
+        """Stay in evaluation mode, because the encoder is frozen."""
         return super().train(False)
 
 
 class NoNativeDecoder(RuntimeError):
-    """The latent family has no decoder of its own."""
+    """The latent family has no native decoder."""

@@ -1,4 +1,4 @@
-"""Which encoder a model's file means."""
+"""Selection of the encoder that a model was trained with."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pid_lightning.weights import ModelInfo
 
 
 def build_encoder(info: ModelInfo) -> Encoder:
-    """The encoder whose latents a model decodes, its weights not yet loaded.
+    """The encoder whose latents a model decodes, without its weights loaded.
 
     Raises:
-        ValueError: a family that is not one of this package.
+        ValueError: the family is not one of this package.
     """
     if info.family == "VAEPiD":
         from pid_lightning.encoders.vae import build_vae_encoder as build
@@ -20,7 +20,7 @@ def build_encoder(info: ModelInfo) -> Encoder:
         from pid_lightning.encoders.siglip import SigLIPEncoder as build
     else:
         raise ValueError(
-            f"this model's family {info.family} is not one of pid_lightning: give its encoder to "
-            "PiDDecoder, or decode latents."
+            f"family: {info.family} is not one of VAEPiD, DINOv2PiD and SigLIPPiD; pass its "
+            "encoder to PiDDecoder or decode latents."
         )
     return build(**info.encoder)

@@ -9,37 +9,37 @@ from typing import Any
 
 from torch import Tensor
 
-from pid_lightning.encoders.pretrained import read_tensors
 from pid_lightning.encoders.vit import ViTEncoder, build_vit
+from pid_lightning.tensor_files import read_tensors
 
-# SigLIP was trained with the tanh approximation of GELU, and transformers keeps it; many of timm's
-# towers, and so open_clip's, say exact GELU, so it is set here for all.
+# SigLIP was trained with the tanh approximation of GELU, as in transformers. Many timm towers, and
+# so open_clip's, specify exact GELU, so the approximation is set here for all.
 ACTIVATION = "gelu_tanh"
 
 
 class SigLIPEncoder(ViTEncoder):
     """A SigLIP image tower: hidden state before the post-LayerNorm, LayerNorm without affine.
 
-    Only the image tower is built and read, never the text tower. Pictures are resized by patch/16
+    Only the image tower is built and loaded, never the text tower. Images are resized by patch/16
     with an antialiased bicubic filter (256 to 224 for patch 14); positions are resampled without
-    antialiasing, as transformers does.
+    antialiasing, as in transformers.
 
     Args:
         model: an open_clip SigLIP, e.g. ``ViT-SO400M-14-SigLIP2`` (the tower of
             ``google/siglip2-so400m-patch14-224``), or a timm tower, e.g.
             ``vit_so400m_patch14_siglip_224.v2_webli``.
-        pretrained: whether `load` brings weights; False means random ones, and warns.
-        checkpoint: open_clip's or timm's weights file, or a folder holding one.
+        pretrained: whether `load` loads weights; False keeps random weights and warns.
+        checkpoint: weights file of open_clip or timm, or a folder that contains one.
 
     Raises:
-        FileNotFoundError: no such checkpoint.
-        ValueError: neither library knows the name, or it is no SigLIP tower.
+        FileNotFoundError: the checkpoint does not exist.
+        ValueError: neither library knows the name, or it is not a SigLIP tower.
     """
 
     image_mean = (0.5, 0.5, 0.5)
     image_std = (0.5, 0.5, 0.5)
     antialias_images = True
-    weights_prefix = "visual.trunk."  # where open_clip keeps the timm tower
+    weights_prefix = "visual.trunk."  # of the timm tower's tensors in open_clip checkpoints
 
     def __init__(
         self,
@@ -59,13 +59,13 @@ class SigLIPEncoder(ViTEncoder):
         self.latent_space = "siglip2" if second else "siglip"
 
     def hub_id(self) -> str | None:
-        """open_clip's repository for its names, timm's for timm's."""
+        """Hub repository of the weights: open_clip's for open_clip models, else timm's."""
         if self.tower == self.model:
             return super().hub_id()
         return self._open_clip_config().get("hf_hub", "").rstrip("/") or None
 
     def fetch(self) -> Mapping[str, Tensor]:
-        """Tensors of the image tower alone, out of the library's file."""
+        """Download the weights and return the tensors of the image tower."""
         if self.tower == self.model:
             return super().fetch()
         import open_clip
@@ -74,7 +74,7 @@ class SigLIPEncoder(ViTEncoder):
         return read_tensors(Path(path), self.weights_prefix)
 
     def _open_clip_config(self) -> dict[str, Any]:
-        """Where open_clip's first published weights of the model are; empty where it has none."""
+        """open_clip's entry for the model's first published weights; empty if there are none."""
         import open_clip
 
         tags = open_clip.list_pretrained_tags_by_model(self.model)
@@ -82,10 +82,10 @@ class SigLIPEncoder(ViTEncoder):
 
 
 def find_tower(model: str) -> tuple[str, int | None]:
-    """timm's name of an image tower, and the picture side open_clip gives it (None: timm's own).
+    """timm's name of an image tower and its image size in open_clip (None: timm's default).
 
     Raises:
-        ValueError: neither open_clip nor timm knows `model`, or its tower is not timm's.
+        ValueError: neither open_clip nor timm knows `model`, or its tower is not from timm.
     """
     import open_clip
     import timm
@@ -95,15 +95,15 @@ def find_tower(model: str) -> tuple[str, int | None]:
         vision = config["vision_cfg"]
         if "timm_model_name" not in vision:
             raise ValueError(
-                f"open_clip's {model!r} is not a SigLIP: choose one of {_open_clip_names()}."
+                f"model: open_clip's {model!r} is not a SigLIP; use one of {_open_clip_names()}."
             )
         return vision["timm_model_name"], vision["image_size"]
     if timm.is_model(model):
         return model, None
     close = difflib.get_close_matches(model, _open_clip_names(), n=3, cutoff=0.0)
     raise ValueError(
-        f"Neither open_clip nor timm knows the image encoder {model!r}: did you mean "
-        f"{', '.join(close)}? (timm's names look like vit_so400m_patch14_siglip_224.v2_webli)"
+        f"model: neither open_clip nor timm has an image encoder {model!r}; did you mean "
+        f"{', '.join(close)} (or a timm name like vit_so400m_patch14_siglip_224.v2_webli)?"
     )
 
 

@@ -1,4 +1,4 @@
-"""Autoencoder family: diffusers' KL autoencoders and the bundled small one, as encoders."""
+"""Autoencoder family: diffusers' KL autoencoders and the small one of this package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from pid_lightning.encoders.base import Encoder
-from pid_lightning.encoders.bundled import BundledVAE
 from pid_lightning.encoders.pretrained import (
     check_images,
     check_loaded,
@@ -17,38 +16,44 @@ from pid_lightning.encoders.pretrained import (
     unreachable_weights,
     warn_random_weights,
 )
+from pid_lightning.encoders.small_vae import SmallVAE
 from pid_lightning.encoders.vae_sources import KNOWN_VAES, VAESource, find_vae
 from pid_lightning.latent_spaces import LatentSpace, space_of
 
 
 def build_vae_encoder(vae: str = "bundled", pretrained: bool = True) -> Encoder:
-    """`BundledVAE` for ``"bundled"``, else `VAEEncoder` of that name, hub id or folder."""
-    if vae != "bundled":
+    """Build the encoder of an autoencoder.
+
+    Args:
+        vae: ``"bundled"`` or a ``.safetensors`` file for a `SmallVAE`, else see `VAEEncoder`.
+        pretrained: False builds a `VAEEncoder` with random weights; a `SmallVAE` has none.
+    """
+    is_file = vae.endswith(".safetensors")
+    if vae != "bundled" and not is_file:
         return VAEEncoder(vae, pretrained)
     if not pretrained:
         raise ValueError(
-            "The bundled autoencoder always comes with its weights: leave out pretrained: false, "
-            f"or name another vae ({', '.join(KNOWN_VAES)}, a hub id or a local folder)."
+            f"vae: {vae} always comes with its weights; leave out pretrained: false, or name "
+            f"another one ({', '.join(KNOWN_VAES)}, a hub id or a local folder)."
         )
-    return BundledVAE()
+    return SmallVAE(vae if is_file else None)
 
 
 class VAEEncoder(Encoder):
     """A diffusers `AutoencoderKL`, `AutoencoderKLFlux2` or `AutoencoderKLQwenImage`.
 
-    Latents are the posterior's mode, normalised as `space` says.
+    Latents are the posterior's mode, normalised by `space`.
 
     Args:
-        vae: ``"sd3"``, ``"flux"``, ``"sdxl"``, ``"flux2"`` or ``"qwen"`` (geometry known, nothing
-            fetched before `load`), a hub id, or a local folder: a diffusers autoencoder's, or a
-            pipeline's that holds one in ``vae/``.
-        pretrained: whether `load` brings weights; until then the network is on the meta device.
+        vae: ``"sd3"``, ``"flux"``, ``"sdxl"``, ``"flux2"`` or ``"qwen"`` (built offline), a hub id,
+            or a local folder: of a diffusers autoencoder, or of a pipeline with one in ``vae/``.
+        pretrained: whether `load` gets weights; until then the network is on the meta device.
             False builds random weights at once, and warns.
 
     Raises:
         FileNotFoundError: no such folder, or none with a ``config.json``.
-        OSError: an unknown hub id whose configuration cannot be had.
-        ValueError: a name or an autoencoder class that is not supported.
+        OSError: the configuration of an unknown hub id is not available.
+        ValueError: the name or the autoencoder's class is not supported.
     """
 
     def __init__(self, vae: str, pretrained: bool = True) -> None:
@@ -71,15 +76,15 @@ class VAEEncoder(Encoder):
 
     @property
     def space(self) -> LatentSpace:
-        """The space of the latents; FLUX.2's is read from the statistics in the network."""
+        """The latent space; FLUX.2's comes from statistics in the network."""
         check_loaded(self.network, None, self.vae)
         return self._space
 
     def load(self) -> None:
-        """Bring the pretrained weights through diffusers' `from_pretrained`.
+        """Get the pretrained weights through diffusers' `from_pretrained`.
 
         Raises:
-            OSError: the weights cannot be had.
+            OSError: the weights are not available.
             ValueError: the weights do not fill the network.
         """
         if self.loaded:
@@ -90,7 +95,7 @@ class VAEEncoder(Encoder):
                 location,
                 subfolder=subfolder,
                 output_loading_info=True,
-                low_cpu_mem_usage=False,  # the other way wants the accelerate package
+                low_cpu_mem_usage=False,  # True would require the accelerate package
             )
         except OSError as error:
             raise unreachable_weights(
@@ -103,7 +108,8 @@ class VAEEncoder(Encoder):
         if wrong:
             raise ValueError(
                 f"The weights in {location} do not fit their own configuration: {len(wrong)} "
-                f"tensors are missing, left over or of another shape, the first {wrong[0]!r}."
+                "tensors are missing, unexpected or of another shape, the first is "
+                f"{wrong[0]!r}; get the folder again."
             )
         self._space = space_of(network)  # now: a bfloat16 encoder keeps float32 statistics
         current = next(self.network.parameters())
@@ -113,9 +119,9 @@ class VAEEncoder(Encoder):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] to the mode's normalised latents (B, C, h, w).
+        """Encode images (B, 3, H, W) in [-1, 1] as normalised latents (B, C, h, w).
 
-        Latents come back in the images' dtype; normalisation is computed in float32 at least.
+        Latents have the images' dtype; normalisation is computed in at least float32.
 
         Raises:
             ValueError: H or W is not a multiple of `latent_stride`.
@@ -130,9 +136,9 @@ class VAEEncoder(Encoder):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents (B, C, h, w) to images (B, 3, h*stride, w*stride).
+        """Decode normalised latents (B, C, h, w) to images (B, 3, h*stride, w*stride).
 
-        Exactly what the autoencoder's `decode` gives: nominally in [-1, 1], not clamped.
+        Nominally in [-1, 1]; like the autoencoder's own output, not clamped.
         """
         check_loaded(self.network, latents, self.vae)
         raw = self.space.denormalise(latents).to(next(self.network.parameters()).dtype)

@@ -1,4 +1,4 @@
-"""Where a diffusers autoencoder's weights are and what it is: known names, folders, hub ids."""
+"""Location and configuration of diffusers autoencoders: known names, folders and hub ids."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pid_lightning.encoders.pretrained import unreachable_weights
 from pid_lightning.latent_spaces import QWEN_MEAN, QWEN_STD, SUPPORTED_CLASSES
 
-# What SD3, FLUX.1 and SDXL share: the architecture of Stable Diffusion's autoencoder.
+# Shared by SD3, FLUX.1 and SDXL: the architecture of Stable Diffusion's autoencoder.
 _KL: Mapping[str, Any] = {
     "_class_name": "AutoencoderKL",
     "block_out_channels": [128, 256, 512, 512],
@@ -23,14 +23,14 @@ _KL16 = {**_KL, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_
 
 
 class VAESource(NamedTuple):
-    """Where an autoencoder's weights are and what it is."""
+    """Location and configuration of an autoencoder."""
 
     location: str  # hub id or local folder
     subfolder: str | None
     config: Mapping[str, Any]
 
 
-# Known names: their geometry is known here, so that nothing is fetched to build a network.
+# Configurations of the known names, so that building a network downloads nothing.
 KNOWN_VAES: Mapping[str, VAESource] = {
     "sd3": VAESource(
         "stabilityai/stable-diffusion-3-medium-diffusers",
@@ -71,7 +71,7 @@ KNOWN_VAES: Mapping[str, VAESource] = {
 
 
 def find_vae(vae: str) -> VAESource:
-    """What `vae` means; only an unknown hub id may touch the network, for its configuration."""
+    """Resolve `vae`; only an unknown hub id is looked up online, for its configuration."""
     if vae in KNOWN_VAES:
         return KNOWN_VAES[vae]
     folder = Path(vae).expanduser()
@@ -79,8 +79,8 @@ def find_vae(vae: str) -> VAESource:
         return _read_folder(folder)
     if folder.exists() or vae.startswith((".", "~")) or folder.is_absolute() or vae.count("/") != 1:
         raise FileNotFoundError(
-            f"vae: {vae!r} is no folder, no hub id (owner/name) and no known name "
-            f"(bundled, {', '.join(KNOWN_VAES)})."
+            f"vae: {vae!r} is no folder; give a local folder, a hub id (owner/name) or one of "
+            f"bundled, {', '.join(KNOWN_VAES)}."
         )
     return _read_hub(vae)
 
@@ -93,11 +93,11 @@ def _read_folder(folder: Path) -> VAESource:
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}): copy it again.") from error
+            raise ValueError(f"{path} is not valid JSON ({error}); copy it again.") from error
         return _supported(VAESource(str(folder), subfolder, config))
     raise FileNotFoundError(
-        f"{folder} holds neither config.json nor vae/config.json: give the folder of a diffusers "
-        "autoencoder or of a pipeline."
+        f"vae: {folder} has neither config.json nor vae/config.json; give the folder of a "
+        "diffusers autoencoder or pipeline."
     )
 
 
@@ -105,7 +105,7 @@ def _read_hub(hub_id: str) -> VAESource:
     from diffusers import AutoencoderKL
 
     failure: OSError | None = None
-    for subfolder in ("vae", None):  # a pipeline's repository, or the autoencoder's own
+    for subfolder in ("vae", None):  # a pipeline's repository, or an autoencoder's
         try:
             config = AutoencoderKL.load_config(hub_id, subfolder=subfolder)
         except OSError as error:
@@ -114,8 +114,8 @@ def _read_hub(hub_id: str) -> VAESource:
         return _supported(VAESource(hub_id, subfolder, config))
     raise unreachable_weights(
         f"autoencoder {hub_id!r}",
-        f"vae: a local diffusers folder, or a known name ({', '.join(KNOWN_VAES)}), whose geometry "
-        "needs no network",
+        f"vae: a local diffusers folder or a known name ({', '.join(KNOWN_VAES)}), which needs no "
+        "download of its configuration",
         failure,
     ) from failure
 
@@ -124,7 +124,7 @@ def _supported(source: VAESource) -> VAESource:
     name = source.config.get("_class_name")
     if name not in SUPPORTED_CLASSES:
         raise ValueError(
-            f"{source.location} holds a {name}, which is not supported: give one of "
+            f"vae: {source.location} holds a {name}, which is not supported; use one of "
             f"{', '.join(SUPPORTED_CLASSES)}."
         )
     return source

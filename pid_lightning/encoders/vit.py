@@ -1,4 +1,4 @@
-"""What DINOv2 and SigLIP share: a timm vision transformer's patch tokens as latents."""
+"""Shared code of DINOv2 and SigLIP: patch tokens of a timm vision transformer as latents."""
 
 from __future__ import annotations
 
@@ -14,40 +14,39 @@ from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.pretrained import (
     check_images,
     check_loaded,
-    fill,
     find_weights,
     first_line,
     random_weights,
-    read_tensors,
     unreachable_weights,
     warn_random_weights,
 )
+from pid_lightning.tensor_files import fill, read_tensors
 
-STRIDE = 16  # pixels per token: pictures are resized by patch/16 before the transformer
+STRIDE = 16  # pixels per token, because images are resized by patch/16 before the transformer
 NORM_EPS = 1e-6
-# Parts of a full checkpoint that come after the tokens we use.
+# Modules after the tokens used here; dropped from full checkpoints.
 UNUSED_PARTS = ("head.", "fc_norm.", "attn_pool.", "head_drop.")
 
 
 class ViTEncoder(Encoder):
     """A timm `VisionTransformer` whose normalised patch tokens are the latents.
 
-    Until `load`, a pretrained network is on the meta device: it costs nothing and cannot be used
-    by mistake. Children name the picture statistics and the conventions of their family.
+    A pretrained network stays on the meta device until `load`, so it uses no memory and cannot be
+    used by mistake. Subclasses define the image statistics and conventions of their family.
 
     Args:
-        model: the name the user gave, for sentences.
+        model: the name given by the user, for messages.
         network: from `build_vit`.
-        pretrained: whether `load` brings weights.
-        checkpoint: weights file, or a folder holding one; None asks the hub.
-        antialias_positions: how the position table is resampled to another grid.
+        pretrained: whether `load` loads weights.
+        checkpoint: weights file, or a folder that contains one; None downloads from the hub.
+        antialias_positions: whether resampling the position table to another grid is antialiased.
     """
 
     latent_stride = STRIDE
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     antialias_images: bool
-    weights_prefix = ""  # before the tower's names in a checkpoint that holds more than it
+    weights_prefix = ""  # of the tower's tensors in a checkpoint of a larger model
 
     def __init__(
         self,
@@ -60,8 +59,8 @@ class ViTEncoder(Encoder):
         super().__init__()
         if checkpoint is not None and not pretrained:
             raise ValueError(
-                f"checkpoint: {checkpoint} and pretrained: false contradict each other: "
-                "leave one out."
+                f"checkpoint: {checkpoint} and pretrained: false contradict each other; "
+                "remove one of them."
             )
         self.model = model
         self.network = network
@@ -74,20 +73,20 @@ class ViTEncoder(Encoder):
         self.requires_grad_(False).eval()
 
     def hub_id(self) -> str | None:
-        """Hub repository the weights come from, None where there is none."""
+        """Hub repository of the weights, or None."""
         return self.network.pretrained_cfg.get("hf_hub_id")
 
     def fetch(self) -> Mapping[str, Tensor]:
-        """Tensors of the pretrained network from the hub; OSError where they cannot be had."""
+        """Download the pretrained tensors from the hub; OSError if they are not available."""
         from timm.models import load_state_dict_from_hf
 
         return load_state_dict_from_hf(self.hub_id(), weights_only=True)
 
     def load(self) -> None:
-        """Bring the weights from `checkpoint` or the hub.
+        """Load the weights from `checkpoint` or the hub.
 
         Raises:
-            OSError: the weights cannot be had.
+            OSError: the weights are not available.
             ValueError: they are damaged or belong to another network.
         """
         if self.loaded:
@@ -108,7 +107,7 @@ class ViTEncoder(Encoder):
                     error,
                 ) from error
         tensors = vit_tensors(self.network, tensors)
-        fill(self.network, tensors, source, "give the checkpoint that belongs to model")
+        fill(self.network, tensors, source, "give the checkpoint of this model")
         self.requires_grad_(False).eval()
         self.loaded = True
 
@@ -124,14 +123,14 @@ class ViTEncoder(Encoder):
         pixels = self.preprocess(images)
         dtype = next(self.network.parameters()).dtype
         hidden = vit_patch_tokens(self.network, pixels.to(dtype), self.antialias_positions)
-        hidden = hidden.to(pixels.dtype)  # norm and statistics in float32 at least
+        hidden = hidden.to(pixels.dtype)  # norm and statistics in at least float32
         hidden = F.layer_norm(hidden, hidden.shape[-1:], eps=NORM_EPS)  # (B, h*w, C)
         height = images.shape[-2] // STRIDE
         latents = rearrange(hidden, "b (h w) c -> b c h w", h=height)  # (B, C, h, w)
         return self.finish(latents).to(images.dtype)
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Resize by patch/16 and shift from [-1, 1] to the transformer's statistics, unclamped."""
+        """Resize by patch/16 without clamping, then normalise with the family's mean and std."""
         pixels = images.to(torch.promote_types(images.dtype, torch.float32))
         patch = self.network.patch_embed.patch_size[0]
         if patch != STRIDE:
@@ -149,37 +148,37 @@ class ViTEncoder(Encoder):
         return ((pixels + 1) / 2 - mean) / std
 
     def finish(self, latents: Tensor) -> Tensor:
-        """A family's last touch on latents (B, C, h, w); none by default."""
+        """Family-specific normalisation of latents (B, C, h, w); the identity by default."""
         return latents
 
 
 def build_vit(timm_name: str, pretrained: bool, options: Mapping[str, Any]) -> nn.Module:
-    """A timm `VisionTransformer` without its head; on the meta device when weights will follow."""
+    """A timm `VisionTransformer` without its head, on the meta device if `pretrained`."""
     import timm
 
     try:
         with torch.device("meta") if pretrained else random_weights():
             network = timm.create_model(timm_name, num_classes=0, **options)
-    except RuntimeError as error:  # timm's answer to an unknown name or tag
+    except RuntimeError as error:  # timm raises it for an unknown name or tag
         family = timm_name.split("_patch")[0]
         raise ValueError(
-            f"timm cannot build {timm_name!r} ({first_line(error)}): "
-            f"list names with timm.list_models('{family}*', pretrained=True)."
+            f"model: timm cannot build {timm_name!r} ({first_line(error)}); "
+            f"list valid names with timm.list_models('{family}*', pretrained=True)."
         ) from error
     is_vit = isinstance(network, timm.models.VisionTransformer)
     if not is_vit or network.pos_embed is None:
         raise ValueError(
-            f"timm's {timm_name!r} is a {type(network).__name__}, not a vision transformer with a "
-            "table of positions: use a DINOv2 or SigLIP image tower."
+            f"model: timm's {timm_name!r} is a {type(network).__name__}, not a vision transformer "
+            "with a position table; use a DINOv2 or SigLIP image tower."
         )
     return network
 
 
 def vit_tensors(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors under timm's names, without the parts that `network` has not got.
+    """A checkpoint's tensors under timm's names, without unused modules that `network` lacks.
 
-    timm's own filter also resamples a checkpoint of another geometry to fit, quietly: such a one
-    is left as it is, so that `fill` refuses it.
+    timm's own filter silently resamples a checkpoint of a different geometry, so it is not applied
+    to one; `fill` then rejects the checkpoint.
     """
     from timm.models.vision_transformer import checkpoint_filter_fn
 
@@ -188,7 +187,7 @@ def vit_tensors(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
     patch, table = tensors.get("patch_embed.proj.weight"), tensors.get("pos_embed")
     fits = patch is not None and table is not None
     fits = fits and patch.shape == own["patch_embed.proj.weight"].shape
-    # The original DINOv2 release keeps a position for the class token that timm folds away.
+    # The original DINOv2 release has a position for the class token; timm folds it into the token.
     fits = fits and table.shape[1] in (num_positions, num_positions + 1)
     tensors = checkpoint_filter_fn(dict(tensors), network) if fits else tensors
     return {n: v for n, v in tensors.items() if n in own or not n.startswith(UNUSED_PARTS)}
@@ -197,13 +196,13 @@ def vit_tensors(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
 def vit_patch_tokens(network: nn.Module, pixels: Tensor, antialias: bool) -> Tensor:
     """Patch tokens (B, h*w, C) after the last block and before the final norm, at any grid.
 
-    timm's own forward would antialias every resampled position table; transformers does not for
-    SigLIP, so the embedding is done here.
+    timm's own forward antialiases every resampled position table, which transformers does not do
+    for SigLIP, so the embedding is computed here.
     """
     patches = network.patch_embed.proj(pixels)  # (B, C, h, w)
     grid = (patches.shape[-2], patches.shape[-1])
     num_prefix = network.num_prefix_tokens
-    num_placed = 0 if network.no_embed_class else num_prefix  # prefix tokens that have a position
+    num_placed = 0 if network.no_embed_class else num_prefix  # prefix tokens with a position
     positions = network.pos_embed
     table = resample_positions(
         positions[:, num_placed:], network.patch_embed.grid_size, grid, antialias
@@ -221,7 +220,7 @@ def vit_patch_tokens(network: nn.Module, pixels: Tensor, antialias: bool) -> Ten
 def resample_positions(
     table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], antialias: bool
 ) -> Tensor:
-    """Positions (1, h*w, C) bicubically to another grid, in float32, as transformers does."""
+    """Bicubically resample positions (1, h*w, C) to another grid in float32, as in transformers."""
     if tuple(old_grid) == tuple(new_grid):
         return table
     plane = rearrange(table.float(), "b (h w) c -> b c h w", h=old_grid[0])  # (1, C, h, w)

@@ -1,4 +1,4 @@
-"""The LightningModules, one a latent family."""
+"""The LightningModules, one per latent family."""
 
 from pid_lightning.modules.dinov2 import DINOv2PiD
 from pid_lightning.modules.settings import Evaluation, Training

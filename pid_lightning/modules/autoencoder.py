@@ -1,4 +1,4 @@
-"""Training of the small autoencoder, from principal components on."""
+"""Training of the small autoencoder, starting from principal components."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pid_lightning.encoders.bundled import save_autoencoder
+from pid_lightning.encoders.small_vae import save_autoencoder
 from pid_lightning.nn.autoencoder import (
     PrincipalComponents,
     SmallAutoencoder,
@@ -22,19 +22,19 @@ from pid_lightning.nn.autoencoder import (
 class AutoencoderModule(pl.LightningModule):
     """Trains a `SmallAutoencoder` on batches with an ``"image"`` (B, 3, H, W) in [-1, 1].
 
-    It is a KL autoencoder whose posterior has a fixed width: latents are normalised by running
+    It is a KL autoencoder with a fixed posterior width: latents are normalised by running
     statistics (mean 0, variance 1 per channel), then decoded with Gaussian noise of
-    `posterior_std`. The divergence from N(0, 1) is thereby constant and needs no loss term; the
-    noise alone keeps the decoder smooth. The decoder undoes the normalisation, so statistics that
-    move during training cost nothing.
+    `posterior_std`. The divergence from N(0, 1) is thus constant and needs no loss term; the
+    noise alone keeps the decoder smooth. The decoder undoes the normalisation, so drifting
+    statistics do no harm.
 
     Args:
         width, num_encoder_blocks, num_decoder_blocks, refine_width: see `SmallAutoencoder`.
-        posterior_std: noise on the normalised latents while training.
-        num_init_batches: training batches from which the principal components are taken.
+        posterior_std: standard deviation of the noise on normalised latents during training.
+        num_init_batches: training batches used to compute the principal components.
         learning_rate: peak learning rate of Adam.
-        warmup_steps: linear warm-up; then a cosine falls to 0 at the last step.
-        export_path: the file that `load_autoencoder` reads, written when training ends.
+        warmup_steps: linear warm-up, multiplied by a cosine that ends at 0 with the last step.
+        export_path: file for `VAEPiD(vae=...)`, written when training ends.
 
     Raises:
         ValueError: a value is out of range, or `export_path` does not end in .safetensors.
@@ -60,7 +60,7 @@ class AutoencoderModule(pl.LightningModule):
             ("warmup_steps", warmup_steps, 1),
         ):
             if value < least:
-                raise ValueError(f"model.{name}: {value} is too small, give at least {least}.")
+                raise ValueError(f"model.{name}: {value} is too small; use at least {least}.")
         if export_path is not None and not export_path.endswith(".safetensors"):
             raise ValueError(f"model.export_path: {export_path} must end in .safetensors.")
         self.save_hyperparameters()
@@ -69,14 +69,14 @@ class AutoencoderModule(pl.LightningModule):
             num_encoder_blocks=num_encoder_blocks,
             num_decoder_blocks=num_decoder_blocks,
             refine_width=refine_width,
-        ).to(memory_format=torch.channels_last)  # a CPU trains an eighth faster so
+        ).to(memory_format=torch.channels_last)  # an eighth faster to train on a CPU
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1], encoded and decoded without noise."""
+        """Encode and decode images (B, 3, H, W) in [-1, 1], without noise."""
         return self.network(images)
 
     def on_train_start(self) -> None:
-        """Start a new run from the principal components of its first training batches."""
+        """Initialise a new run with the principal components of its first training batches."""
         if self.global_step > 0:  # a resumed run has its weights
             return
         batches = islice(self.trainer.train_dataloader, self.hparams.num_init_batches)
@@ -100,7 +100,7 @@ class AutoencoderModule(pl.LightningModule):
 
     @torch.no_grad()
     def update_statistics(self, raw: Tensor, momentum: float = 0.002) -> None:
-        """Let the network's latent statistics follow those of the batch, slowly."""
+        """Move the network's latent statistics slowly towards those of the batch."""
         mean, std = self.network.latent_mean, self.network.latent_std
         deviation = raw.float() - mean
         mean += momentum * deviation.mean((0, 2, 3)).view_as(mean)
@@ -138,10 +138,10 @@ class AutoencoderModule(pl.LightningModule):
 
 
 def reconstruction_loss(output: Tensor, images: Tensor) -> Tensor:
-    """Root mean square error of each picture (B, 3, H, W), averaged over pictures.
+    """Root mean square error per picture (B, 3, H, W), averaged over pictures.
 
-    Between the mean square, ruled by the hardest pictures, and the mean PSNR, ruled by the
-    easiest.
+    A compromise between mean squared error, dominated by the hardest pictures, and mean PSNR,
+    dominated by the easiest.
     """
     error = F.mse_loss(output.float(), images, reduction="none").mean((1, 2, 3))
     return error.clamp_min(1e-10).sqrt().mean()

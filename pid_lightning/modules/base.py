@@ -1,4 +1,4 @@
-"""PiDModule: one denoiser behind one encoder, as Lightning sees it; families add the encoder."""
+"""PiDModule: the LightningModule of a denoiser and its encoder, which subclasses build."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ from pid_lightning.modules.side_stream import SideStream
 from pid_lightning.nn import PiD, PiDConfig
 from pid_lightning.text import NoText, TextEncoder
 
-# Submodules whose weights come from elsewhere: they never enter checkpoints.
+# Submodules with pretrained weights, left out of checkpoints.
 FROZEN = ("encoder.", "text_encoder.", "teacher.")
 
 
 class PiDModule(LightningModule):
     """Training, validation, test and prediction of a `PiD` behind a frozen encoder.
 
-    A subclass builds its encoder and hands everything on.
+    A subclass builds its encoder and passes on everything else.
 
     Args:
-        encoder: pictures to latents; sizes the adapter.
-        encoder_arguments: plain values that build it again, for self-describing files.
-        scale: side of the output over the side of the picture that the encoder sees.
+        encoder: maps pictures to latents; its latents determine the adapter's sizes.
+        encoder_arguments: plain values that rebuild it, stored in self-describing files.
+        scale: output side divided by the side of the encoder's input.
         denoiser: sizes of the network.
         text: caption features; None conditions on a learned null.
-        training: how it learns.
-        evaluation: how it is sampled and judged.
-        init_from: a checkpoint, model file, bundled name or hub id to start from: all of the same
-            family, of another family the backbone with a new adapter.
+        training: training settings.
+        evaluation: sampling and test settings.
+        init_from: a checkpoint, model file, bundled name or hub id to start from; in another
+            latent space or at another scale, only its backbone is used.
 
     Attributes:
-        denoiser: what learns.
-        denoiser_ema: its average where the `EMA` callback is used, else None.
+        denoiser: the trained network.
+        denoiser_ema: its average if the `EMA` callback is used, else None.
         student_times: sampling times of a distilled student, None for a teacher.
-        objective: what a training step computes; a distillation callback replaces it.
+        objective: computes the training step; a distillation callback replaces it.
     """
 
     def __init__(
@@ -90,17 +90,17 @@ class PiDModule(LightningModule):
         silent = isinstance(self.text_encoder, NoText)
         if silent and denoiser.text_length and not denoiser.learned_null:
             raise ValueError(
-                "text: a denoiser without a learned null, as the published weights, needs caption "
-                "features; give model.text, or set model.denoiser.learned_null to true."
+                "text: a denoiser without a learned null, as in the published weights, needs "
+                "caption features; give model.text, or set model.denoiser.learned_null to true."
             )
         freeze_untrained(self.denoiser, training.train)
         self.register_load_state_dict_post_hook(_forgive_frozen)
 
-    # What a file says of this model, and whether it fits.
+    # Description and setup.
 
     @property
     def info(self) -> weights.ModelInfo:
-        """What this module's weights are."""
+        """The description of this module's weights."""
         return weights.ModelInfo(
             family=type(self).__name__,
             encoder=self.encoder_arguments,
@@ -118,85 +118,86 @@ class PiDModule(LightningModule):
 
     @property
     def averaged_denoiser(self) -> PiD:
-        """The network to judge and to ship: the average where there is one."""
+        """The network for evaluation and export: the average if there is one."""
         return self.denoiser_ema if self.denoiser_ema is not None else self.denoiser
 
     def setup(self, stage: str) -> None:
-        """Check sizes, then bring pretrained weights: everything that can fail, before the work."""
+        """Check sizes and load pretrained weights, so that failures come before any work."""
         self.prepare(self.trainer.datamodule, stage)
-        # Lightning wonders that the module copies batches, not the data module: see `side_stream`.
+        # Intended: the module copies batches instead of the data module, see `side_stream`.
         warnings.filterwarnings("ignore", "You have overridden `transfer_batch_to_device`")
-        if self.trainer.precision == "bf16-mixed":  # multiplied so in any case, and half the size
+        if self.trainer.precision == "bf16-mixed":  # matmuls run in bf16 anyway, at half the memory
             self.encoder.bfloat16()
             self.text_encoder.bfloat16()
         if self.init_from is not None and self.trainer.ckpt_path is None:
             initialise_from(self, self.init_from)
 
     def prepare(self, data: Any, stage: str) -> None:
-        """The part of `setup` that needs no trainer: the command line does it before it opens data.
+        """The part of `setup` that needs no trainer: the command line runs it before opening data.
 
         Raises:
             ValueError: crops that are not whole patches and latent cells, or a baseline that the
                 encoder or the file does not allow.
-            OSError: pretrained weights that cannot be had.
+            OSError: pretrained weights are not available.
         """
         if data is not None and stage != "predict":
             self.denoiser.check_size(data.image_size, data.image_size)
         if data is not None and stage == "fit":
             self.image_size = data.image_size
-        if stage in ("fit", "test"):  # a fit may end with a test: not hours later
+        if stage in ("fit", "test"):  # a fit may end with a test, hours later
             read_baseline(self)
         self.encoder.load()
         self.text_encoder.load()
 
     def on_fit_start(self) -> None:
-        """Log what the run is as hyper-parameters, plain values; compile where asked for."""
-        # FSDP gathers the encoder's weights for the training's stream.
+        """Log description and settings as hyper-parameters; compile if requested."""
+        # Not with FSDP, which gathers the encoder's weights on the training stream.
         if self.device.type == "cuda" and not isinstance(self.trainer.strategy, FSDPStrategy):
             self._side_stream = SideStream(self.device)
         if self.training_settings.compile:
             self.denoiser.compile(dynamic=False, fullgraph=True)
         if self.logger is not None:
-            told = self.info.to_plain() | {"training": dataclasses.asdict(self.training_settings)}
-            self.logger.log_hyperparams(told)
+            settings = dataclasses.asdict(self.training_settings)
+            self.logger.log_hyperparams(self.info.to_plain() | {"training": settings})
 
-    # Checkpoints: no frozen networks, self-describing, checked before they are loaded.
+    # Checkpoints: without frozen networks, self-describing, checked before loading.
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Without the frozen networks."""
+        """The state without the frozen networks."""
         state = super().state_dict(*args, **kwargs)
         for name in [name for name in state if name.startswith(FROZEN)]:
             del state[name]
         return state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say what the checkpoint is."""
+        """Store the model description in the checkpoint."""
         checkpoint[weights.METADATA_KEY] = self.info.to_plain()
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> weights.ModelInfo:
-        """What a checkpoint says it is.
+        """Compare a checkpoint's model description with this module's and return it.
 
         Raises:
-            ValueError: it is another model's.
+            ValueError: the checkpoint has no description, or that of another model.
         """
         if weights.METADATA_KEY not in checkpoint:
             raise ValueError(
-                "ckpt_path: not a checkpoint of a PiD run (it does not say what it is)."
+                "ckpt_path: not a checkpoint of a PiD run (it has no model description); give one "
+                "that pid fit wrote."
             )
         theirs = weights.ModelInfo.from_plain(checkpoint[weights.METADATA_KEY])
         differences = self.info.differences(theirs)
         if differences:
             raise ValueError(
-                f"ckpt_path: this checkpoint is of another model ({'; '.join(differences)}); "
-                "take its own config."
+                f"ckpt_path: this checkpoint is from another model ({'; '.join(differences)}); "
+                "use the config of its run."
             )
         return theirs
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another model's checkpoint; take over whether it is a student, and its average."""
+        """Refuse another model's checkpoint; adopt its student times and its average."""
         theirs = self.check_checkpoint(checkpoint)
         fitting = self.trainer.state.fn == "fit"
-        if not fitting:  # what else a run trained (a fake score, a discriminator) judges nothing
+        if not fitting:  # evaluation uses no fake score or discriminator
             kept = self.state_dict().keys()
             checkpoint["state_dict"] = {
                 name: tensor
@@ -207,9 +208,9 @@ class PiDModule(LightningModule):
         distils = self.student_times is not None
         if fitting and is_student != distils:
             raise ValueError(
-                "ckpt_path: this checkpoint is of a distillation, add the DMD2 callback to resume."
+                "ckpt_path: this checkpoint is from DMD2; add the DMD2 callback to resume it."
                 if is_student
-                else "ckpt_path: this run is no distillation; give its checkpoint to DMD2 to teach"
+                else "ckpt_path: this checkpoint is not from DMD2; give it to DMD2 as the teacher."
             )
         self.student_times = theirs.student_times
         if self.image_size is None:
@@ -219,32 +220,32 @@ class PiDModule(LightningModule):
             return
         if fitting:
             raise ValueError(
-                "ckpt_path: this run averaged its weights, add the EMA callback to resume it."
+                "ckpt_path: this run averaged its weights; add the EMA callback to resume it."
                 if averaged
-                else "ckpt_path: this run did not average its weights, remove the EMA callback."
+                else "ckpt_path: this run did not average its weights; remove the EMA callback."
             )
         self.denoiser_ema = None
-        if averaged:  # judged without the callback: the average is all that counts
+        if averaged:  # evaluated without the callback, but by its average
             self.denoiser_ema = self.info.build().requires_grad_(False).to(self.device)
 
-    # Learning.
+    # Training.
 
     @property
     def automatic_optimization(self) -> bool:
-        """As the objective says."""
+        """Whether Lightning steps the optimiser; the objective decides."""
         return self.objective.automatic_optimization
 
     @torch.no_grad()
     def encode(self, images: Tensor, captions: list[str]) -> tuple[Tensor, Tensor | None]:
-        """Clean normalised latents and caption features of pictures as the encoder sees them."""
-        # Cloned out of inference mode: the adapter's backward pass keeps them.
+        """Clean normalised latents and caption features of pictures at the encoder's resolution."""
+        # Cloned because the adapter's backward pass cannot save inference tensors.
         with torch.inference_mode():
             latents = self.encoder.encode(images)
             text = self.text_encoder.encode(captions)
         return latents.clone(), None if text is None else text.clone()
 
     def null_text(self, batch_size: int) -> Tensor | None:
-        """Features of no caption (B, L, D_text): an empty one's, None where a null was learned."""
+        """Features of an empty caption (B, L, D_text), or None if the null is learned."""
         if self.denoiser.config.learned_null:
             return None
         return self.text_encoder.encode([""] * batch_size)
@@ -258,33 +259,33 @@ class PiDModule(LightningModule):
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> Any:
-        """Copy a batch, one to train on beside the training of the last."""
+        """Copy a batch to the device; in training, on the side stream."""
         copy = partial(super().transfer_batch_to_device, batch, device, dataloader_idx)
         beside = self._side_stream is not None and self.trainer.training
         return self._side_stream.run(copy) if beside else copy()
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log the pace: pictures of the global batch over the seconds since the last one ended."""
+        """Log throughput: global batch size over the seconds since the last batch ended."""
         now, num_images = time.perf_counter(), len(batch["image"]) * self.trainer.world_size
         if self._batch_end is not None:
             self.log("train/images_per_second", num_images / (now - self._batch_end))
         self._batch_end = now
 
     def on_validation_end(self) -> None:
-        """Leave validation out of the pace."""
+        """Exclude validation from the throughput."""
         self._batch_end = time.perf_counter()
         if self._side_stream is not None:
             self._side_stream.catch_up()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """The flow-matching loss of the average, on the same draws every time."""
+        """Log the flow-matching loss of the average, with the same random draws every time."""
         sample = draw_sample(self, batch, "validate")
         _, parts = FlowMatching().losses(self, self.averaged_denoiser, sample, "validate")
         parts = {f"validate/{name}": value for name, value in parts.items()}
         self.log_dict(parts, batch_size=len(sample.x0), sync_dist=True, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        """As the objective says."""
+        """The optimisers and schedules of the objective."""
         return self.objective.configure_optimizers(self)
 
     @property
@@ -298,10 +299,10 @@ class PiDModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Log the norm of the gradients, then clip as the trainer was told.
+        """Log the gradient norm, then clip as the trainer is configured.
 
-        Lightning refuses to clip for a fused optimiser, since one unscales fp16 gradients itself;
-        here a fused one is only used where nothing is scaled.
+        Lightning refuses to clip for fused optimisers, which unscale fp16 gradients themselves;
+        here they are only used when gradients are not scaled.
         """
         if isinstance(self.trainer.strategy, FSDPStrategy) or gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -313,7 +314,7 @@ class PiDModule(LightningModule):
             torch.nn.utils.clip_grads_with_norm_(learning, gradient_clip_val, norm)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """The chosen optimiser on everything of the denoiser that learns."""
+        """The configured optimiser for the trainable parameters of the denoiser."""
         settings = self.training_settings
         return make_optimizer(
             self.denoiser,
@@ -340,7 +341,7 @@ class PiDModule(LightningModule):
     ) -> Tensor:
         """Pictures from latents by the averaged network and its own sampler.
 
-        In tiles of the trained size where a picture is larger than that.
+        Pictures larger than the trained size are decoded in tiles of that size.
         """
         height, width = output_size(self.denoiser, latents)
         guided = self.evaluation.guidance_scale != 1.0
@@ -359,13 +360,14 @@ class PiDModule(LightningModule):
         )
 
     def on_test_start(self) -> None:
-        """Begin the report."""
+        """Start the report."""
         self.report = Report(self)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Decode the batch at every noise level, by PiD and by the native decoder.
 
-        Of several processes some get pictures of others once more, to have as many: left out.
+        The distributed sampler repeats pictures so that every process has the same number; the
+        repeats are left out.
         """
         rank, num_ranks = self.trainer.global_rank, self.trainer.world_size
         own = [i for i, n in enumerate(batch["number"].tolist()) if n % num_ranks == rank]
@@ -378,11 +380,11 @@ class PiDModule(LightningModule):
             )
 
     def on_test_end(self) -> None:
-        """Print the table and write it beside the run."""
+        """Print the table and write it to the run's folder."""
         self.report.finish()
 
     def on_predict_start(self) -> None:
-        """Open the folder of the outputs."""
+        """Create the writer of the outputs."""
         self.writer = PredictionWriter(self)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Path]:
@@ -391,6 +393,6 @@ class PiDModule(LightningModule):
 
 
 def _forgive_frozen(module: PiDModule, incompatible: Any) -> None:
-    """Frozen networks are not in checkpoints, so their absence is no error."""
+    """Accept missing frozen networks, which are never in checkpoints."""
     kept = [name for name in incompatible.missing_keys if not name.startswith(FROZEN)]
     incompatible.missing_keys[:] = kept

@@ -13,16 +13,16 @@ class DINOv2PiD(PiDModule):
     """PiD on the patch features of a DINOv2 vision transformer.
 
     Args:
-        model: timm's name of a DINOv2.
-        pretrained: False runs with random weights, on purpose, and warns.
-        checkpoint: local file of the model's weights; null asks the hub.
-        statistics: local file of the latents' mean and variance; null leaves them as they are.
-        scale: side of the output over the side of the picture that the encoder sees.
+        model: timm name of a DINOv2.
+        pretrained: False uses random weights and warns.
+        checkpoint: local file of the model's weights; null loads them from the hub.
+        statistics: local file of the latents' mean and variance; null applies none.
+        scale: output side divided by the side of the encoder's input.
         denoiser: sizes of the network.
         text: caption features; null conditions on a learned null.
-        training: how it learns.
-        evaluation: how it is sampled and judged.
-        init_from: a run's checkpoint or a model file to start from.
+        training: training settings.
+        evaluation: sampling and test settings.
+        init_from: a checkpoint, model file, bundled name or hub id to start from.
     """
 
     def __init__(

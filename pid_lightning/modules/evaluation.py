@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,13 +25,11 @@ from pid_lightning.upscaling import Upscaler, read_upscaler, upscaler_label
 if TYPE_CHECKING:
     from pid_lightning.modules.base import PiDModule
 
-log = logging.getLogger(__name__)
-
-NUM_GRID_ROWS = 4  # pictures shown in the grid of a test
+NUM_GRID_ROWS = 4  # pictures in the test grid
 
 
 def test_generators(module: PiDModule, purpose: str, numbers: list[int]) -> list[torch.Generator]:
-    """One generator a picture; `numbers` tells the pictures apart."""
+    """One generator per picture, seeded by its number."""
     seed = module.training_settings.seed
     return sample_generators(seed, f"test {purpose}", numbers, module.device)
 
@@ -40,7 +37,7 @@ def test_generators(module: PiDModule, purpose: str, numbers: list[int]) -> list
 def add_test_noise(
     module: PiDModule, clean: Tensor, sigma: float, numbers: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """Latents (B, C, h, w) at one noise level, and that level for each (B,).
+    """Latents (B, C, h, w) at one noise level, and that level for each sample (B,).
 
     A picture gets the same noise at every level.
     """
@@ -51,11 +48,11 @@ def add_test_noise(
 
 
 def read_baseline(module: PiDModule) -> Upscaler | None:
-    """What enlarges native decodes in `test` besides bicubic interpolation, where there is one.
+    """Load the upscaler that `test` applies to native decodes, None if none is configured.
 
     Raises:
-        ValueError: the encoder has no native decoder, or the file is of another network.
-        FileNotFoundError: the file is not there.
+        ValueError: the encoder has no native decoder, or the file holds another network.
+        FileNotFoundError: the file does not exist.
     """
     path = module.evaluation.baseline
     if path is None:
@@ -69,10 +66,10 @@ def read_baseline(module: PiDModule) -> Upscaler | None:
 
 
 class Report:
-    """Measures of PiD and of the native decoder enlarged, at every noise level.
+    """Measures PiD and the enlarged native decode at every noise level.
 
     Args:
-        module: what is tested; its evaluation settings say how.
+        module: the module to test, with its evaluation settings.
     """
 
     def __init__(self, module: PiDModule) -> None:
@@ -85,7 +82,7 @@ class Report:
 
     @property
     def folder(self) -> Path:
-        """Where the report goes: the run's own folder."""
+        """Where the report is written: the run's own folder."""
         trainer = self.module.trainer
         return Path(trainer.log_dir or trainer.default_root_dir)
 
@@ -119,7 +116,7 @@ class Report:
     def _methods(
         self, latent_sigma: Tensor, text: Tensor | None, generators: list[torch.Generator]
     ) -> dict[str, Callable[[Tensor], Tensor]]:
-        """Names in the table, and what makes pictures of latents: each from latents to the end."""
+        """Functions from latents to pictures of full size, keyed by their names in the table."""
         module, upscaler = self.module, self.upscaler
         native, scale = module.encoder.decode, module.scale
         methods = {"PiD": lambda z: module.decode(z, latent_sigma, text, generators)}
@@ -144,9 +141,9 @@ class Report:
         return ["input", *(f"{m} {s:g}" for m in methods for s in sigmas), "original"]
 
     def finish(self) -> None:
-        """Print the table; write it, the grid and the scalars beside the run."""
+        """Print the table; write it, the grid and the scalars to the run's folder."""
         rows = self.metrics.compute()
-        trainer, folder = self.module.trainer, self.folder  # asking for it is a broadcast
+        trainer, folder = self.module.trainer, self.folder  # reading it is a broadcast
         if not trainer.is_global_zero:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +152,7 @@ class Report:
         write_picture(grid, folder / "test_grid.png", {"columns": self.labels()})
         if trainer.logger is not None:
             self._log_scalars(rows)
-        steps = self.module.evaluation.steps or "all trained"
+        steps = self.module.evaluation.steps or "default"
         print(f"\n{format_table(rows)}\n")
         print(f"sampling steps: {steps}; columns of the grid: {', '.join(self.labels())}")
         if self.upscaler is not None:

@@ -1,4 +1,4 @@
-"""What a training step computes: samples drawn from a batch, and the teacher's flow matching."""
+"""Training objectives: the random draws of a batch, and the teacher's flow matching."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Sample(NamedTuple):
-    """One batch with everything drawn that does not depend on the network.
+    """One batch with all random draws that do not depend on the network.
 
     Attributes:
         x0: images (B, 3, H, W) in [-1, 1].
@@ -28,7 +28,7 @@ class Sample(NamedTuple):
         text: caption features (B, L, D_text), None for the learned null.
         keep_latents: (B,) bool, False where dropped.
         keep_text: (B,) bool, False where the learned null takes its place; None without one.
-        numbers: what identifies each sample in the run, for further draws.
+        numbers: identify the samples within the run, to seed further draws.
     """
 
     x0: Tensor
@@ -53,7 +53,7 @@ class Sample(NamedTuple):
 
 
 class Objective(Protocol):
-    """How a module learns: the teacher's flow matching, or a distillation in its place."""
+    """How a module trains: the teacher's flow matching, or a distillation in its place."""
 
     automatic_optimization: bool
 
@@ -68,12 +68,12 @@ class Objective(Protocol):
 
 
 def draw_sample(module: PiDModule, batch: dict[str, Any], purpose: str) -> Sample:
-    """Encode a batch and draw its latent noise and dropouts, as `Training` says.
+    """Encode a batch and draw its latent noise and dropouts, as configured in `Training`.
 
     Args:
-        module: whose encoder, text encoder and settings to use.
-        batch: of `ImageData`.
-        purpose: e.g. ``"train"``; different purposes draw different numbers.
+        module: provides the encoder, text encoder and settings.
+        batch: from `ImageData`.
+        purpose: e.g. ``"train"``; each purpose has its own random numbers.
     """
     settings, x0 = module.training_settings, batch["image"]
     numbers = batch["number"].tolist()
@@ -117,7 +117,7 @@ class FlowMatching:
     automatic_optimization = True
 
     def training_step(self, module: PiDModule, sample: Sample) -> Tensor:
-        """The loss of one batch, its parts logged."""
+        """The loss of one batch; logs its parts."""
         loss, parts = self.losses(module, module.denoiser, sample, "train")
         module.log_dict({f"train/{k}": v for k, v in parts.items()}, batch_size=len(sample.x0))
         return loss
@@ -156,7 +156,7 @@ class FlowMatching:
         return loss, parts | {"loss": loss.detach()}
 
     def configure_optimizers(self, module: PiDModule) -> dict[str, Any]:
-        """AdamW on what learns, its learning rate warmed up."""
+        """The configured optimiser and its learning-rate schedule."""
         optimizer = module.make_optimizer()
         schedule = {"scheduler": module.make_schedule(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}

@@ -1,5 +1,5 @@
-"""What of the denoiser learns, and what steps it: AdamW, or Muon for its matrices and AdamW for
-the rest."""
+"""The denoiser's optimiser (AdamW, or Muon for matrices and AdamW for the rest), its schedule, and
+which parts of the denoiser train."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ OPTIMIZERS = ("adamw", "muon")
 def make_optimizer(
     denoiser: nn.Module, name: str, learning_rate: float, weight_decay: float, fused: bool
 ) -> torch.optim.Optimizer:
-    """The optimiser of everything in `denoiser` that learns.
+    """The optimiser for all trainable parameters of `denoiser`.
 
     Args:
-        denoiser: what learns.
+        denoiser: the network to train.
         name: one of `OPTIMIZERS`.
-        learning_rate: of every parameter; Muon's updates are brought to the size of AdamW's.
-        weight_decay: of every parameter.
-        fused: AdamW in one kernel.
+        learning_rate: for every parameter; Muon's updates are scaled to the size of AdamW's.
+        weight_decay: for every parameter.
+        fused: whether AdamW is fused.
     """
     learning = [p for p in denoiser.parameters() if p.requires_grad]
     if name == "adamw":
         return torch.optim.AdamW(learning, lr=learning_rate, weight_decay=weight_decay, fused=fused)
-    # The narrow ends of the network are no hidden layers: three colours, one gate value a token.
+    # Muon is for hidden layers, not for narrow ends: three colours, or one gate value per token.
     matrices = [p for p in learning if p.ndim >= 2 and min(len(p), p[0].numel()) > 3]
-    taken = {id(p) for p in matrices}
-    rest = [p for p in learning if id(p) not in taken]
+    matrix_ids = {id(p) for p in matrices}
+    rest = [p for p in learning if id(p) not in matrix_ids]
     return MuonAndAdamW(matrices, rest, learning_rate, weight_decay, fused)
 
 
 def make_schedule(
     optimizer: torch.optim.Optimizer, warmup_steps: int, decay_steps: int | None
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """A linear rise of the learning rate, then a constant, or a cosine to 0 at `decay_steps`."""
+    """Linear warm-up of the learning rate, then constant, or a cosine to 0 at `decay_steps`."""
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -53,19 +53,19 @@ def make_schedule(
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for matrices and AdamW for the rest, as one optimiser: one step, schedule and state.
+    """Muon for matrices and AdamW for the rest, as one optimiser with one schedule and state.
 
     Muon (https://kellerjordan.github.io/posts/muon) steps along the orthogonal matrix nearest to
-    the momentum, here with its step brought to AdamW's size (arXiv 2502.16982, equation 4). The
-    kernel (out, in, h, w) of a convolution is the matrix (out, in*h*w); `torch.optim.Muon`, from
-    torch 2.9, is the same for matrices and takes no kernels.
+    the momentum, here scaled to the size of AdamW's step (arXiv 2502.16982, equation 4). The
+    kernel (out, in, h, w) of a convolution is treated as a matrix (out, in*h*w);
+    `torch.optim.Muon`, from torch 2.9, is the same for matrices but accepts no kernels.
 
     Args:
-        matrices: Muon's, at least 2 dimensions each.
-        rest: AdamW's.
-        learning_rate: of both.
-        weight_decay: of both.
-        fused: AdamW in one kernel.
+        matrices: parameters for Muon, each with at least 2 dimensions.
+        rest: parameters for AdamW.
+        learning_rate: for both.
+        weight_decay: for both.
+        fused: whether AdamW is fused.
     """
 
     momentum = 0.95
@@ -84,7 +84,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Both steps, after `closure` if there is one."""
+        """Step both, after calling `closure` if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -102,15 +102,15 @@ class MuonAndAdamW(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(gradient)
         state["momentum"].lerp_(gradient, 1 - self.momentum)
-        step = orthogonalised(gradient.lerp(state["momentum"], self.momentum))  # Nesterov's
+        step = orthogonalised(gradient.lerp(state["momentum"], self.momentum))  # Nesterov momentum
         size = 0.2 * math.sqrt(max(step.shape))
         parameter.mul_(1 - learning_rate * weight_decay)
         parameter.sub_(step.view_as(parameter), alpha=learning_rate * size)
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """About U V^T of `matrix` = U S V^T, in bfloat16: five rounds of Newton and Schulz, whose
-    coefficients lift small singular values fastest: all but the tiniest end near 0.5 to 1.5."""
+    """Approximate U V^T of `matrix` = U S V^T in bfloat16 by five Newton-Schulz iterations, whose
+    coefficients raise small singular values fastest: all but the tiniest end near 0.5 to 1.5."""
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if is_tall else matrix).bfloat16()
     x = x / x.norm().clamp(min=1e-7)  # singular values at most 1
@@ -121,10 +121,10 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 
 
 def freeze_untrained(denoiser: PiD, train: str) -> None:
-    """Leave gradients to the parts that `Training.train` names.
+    """Freeze all parts except those that `Training.train` names.
 
     Raises:
-        ValueError: the RGB head is to be trained, and the adapter has none.
+        ValueError: the RGB head is to be trained, but the adapter has none.
     """
     if train == "all":
         return
@@ -134,8 +134,8 @@ def freeze_untrained(denoiser: PiD, train: str) -> None:
         denoiser.gates.requires_grad_(True)
     elif denoiser.adapter.rgb_head is None:
         raise ValueError(
-            "training.train: rgb_head needs an adapter with one, set denoiser.adapter.rgb_head to "
-            "true."
+            "training.train: rgb_head needs an adapter with an RGB head; set "
+            "model.denoiser.adapter.rgb_head to true."
         )
     else:
         denoiser.adapter.heads.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The knobs of a run, in groups: how it learns and how it is judged."""
+"""Settings of a run: how it trains and how it is evaluated."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ TRAINED_PARTS = ("all", "adapter", "rgb_head")
 
 @dataclass(frozen=True)
 class Training:
-    """How the denoiser learns. The defaults are the published teacher's.
+    """How the denoiser trains. The defaults are those of the published teacher.
 
     Attributes:
         train: ``"all"``; ``"adapter"`` freezes the backbone and trains adapter and gates;
             ``"rgb_head"`` trains the adapter through its RGB head alone, without running the
-            backbone: a start from nothing that sees many more latents in the same time.
+            backbone: a first stage from scratch that sees many more latents in the same time.
         optimizer: ``"adamw"``, or ``"muon"`` (Muon for matrices, AdamW for the rest), which
-            takes several times fewer steps from nothing.
-        learning_rate: of the optimiser.
-        weight_decay: of the optimiser.
+            needs several times fewer steps from scratch.
+        learning_rate: peak learning rate.
+        weight_decay: decoupled weight decay.
         warmup_steps: optimiser steps over which the learning rate rises linearly from 0.
-        decay_steps: optimiser steps at which a cosine from the end of warm-up reaches 0; null
+        decay_steps: optimiser step at which a cosine from the end of warm-up reaches 0; null
             keeps the learning rate constant. Set it to the length of the whole run.
         time_shift: shift of the training times and of the teacher's solver; null derives it from
-            the output's size (`flow.resolution_shift`).
-        time_std: of the training times' logits before the shift; above 1, times near 0 and 1, where
-            sampling ends and begins, are met more often.
+            the output size (`flow.resolution_shift`).
+        time_std: standard deviation of the training times' logits before the shift; values above 1
+            draw more times near 0 and 1, where sampling ends and begins.
         latent_sigma_max: highest noise level of the latents.
-        latent_sigma_probability: share of samples with noisy latents.
-        noise_frame: frame of that noise, ``"flow"`` or ``"variance_preserving"`` (SDXL).
-        caption_dropout: share of samples whose text is replaced by the null.
-        latent_dropout: share of samples without latents; 1 trains an unconditional backbone.
-        rgb_loss_weight: weight of the RGB head's loss where the adapter has one.
+        latent_sigma_probability: fraction of samples with noisy latents.
+        noise_frame: frame of this noise, ``"flow"`` or ``"variance_preserving"`` (SDXL).
+        caption_dropout: fraction of samples whose text is replaced by the null.
+        latent_dropout: fraction of samples without latents; 1 trains an unconditional backbone.
+        rgb_loss_weight: weight of the RGB head's loss, if the adapter has one.
         activation_checkpointing: recompute blocks in the backward pass: slower, far less memory.
-        compile: compile the denoiser: a minute or two before the first step, then faster ones.
-        seed: of every random number drawn in training and evaluation.
+        compile: compile the denoiser: the first step takes a minute or two, later ones are faster.
+        seed: of all random draws in training and evaluation.
     """
 
     train: str = "all"
@@ -67,7 +67,9 @@ class Training:
             raise ValueError(f"training.optimizer: {self.optimizer!r} is not one of {accepted}.")
         if self.noise_frame not in FRAMES:
             accepted = ", ".join(FRAMES)
-            raise ValueError(f"training.noise_frame: {self.noise_frame!r} is none of {accepted}.")
+            raise ValueError(
+                f"training.noise_frame: {self.noise_frame!r} is not one of {accepted}."
+            )
         for name in (
             "latent_sigma_max",
             "latent_sigma_probability",
@@ -84,8 +86,8 @@ class Training:
                 raise ValueError(f"training.{name}: {value} must be above 0.")
         if self.compile and self.train == "rgb_head":
             raise ValueError(
-                "training.compile: rgb_head does not run the backbone, the only part that is "
-                "compiled; leave one of them out."
+                "training.compile: training.train rgb_head does not run the backbone, the only "
+                "part that is compiled; set compile to false."
             )
         if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
             raise ValueError(
@@ -100,12 +102,13 @@ class Evaluation:
 
     Attributes:
         latent_sigmas: noise levels of the latents that `test` reports.
-        steps: sampling steps; null is a student's own number or 25 for a teacher.
-        guidance_scale: of the teacher's text guidance; 1 is none.
+        steps: sampling steps; null uses a student's own number, or 25 for a teacher.
+        guidance_scale: scale of the teacher's text guidance; 1 disables it.
         lpips: local file of LPIPS weights (.safetensors); null looks in torch's hub cache.
-        baseline: local file of Real-ESRGAN's 4x network; `test` then also reports the cascade of
+        baseline: local file of a Real-ESRGAN 4x network; `test` then also reports the cascade of
             native decoder and Real-ESRGAN.
-        predict_sigma: noise level told for `predict`'s latents; 0 is clean.
+        predict_sigma: noise level in `predict`, added to encoded pictures and assumed for given
+            latents; 0 is clean.
     """
 
     latent_sigmas: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6, 0.8])
@@ -118,6 +121,8 @@ class Evaluation:
     def __post_init__(self) -> None:
         for sigma in (*self.latent_sigmas, self.predict_sigma):
             if not 0 <= sigma <= 1:
-                raise ValueError(f"latent sigma: {sigma} must lie between 0 (clean) and 1 (noise).")
+                raise ValueError(
+                    f"evaluation: latent sigma {sigma} must lie between 0 (clean) and 1 (noise)."
+                )
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"evaluation.steps: {self.steps} must be at least 1.")

@@ -1,4 +1,4 @@
-"""The next batch's latents, made on a GPU's stream of their own while the current batch trains."""
+"""Prepares the next batch's latents on a side stream while the current batch trains."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 
 class SideStream:
-    """Runs preparations beside the training that a GPU has been asked for and has yet to finish.
+    """Runs preparation on its own GPU stream, concurrently with queued training work.
 
-    On one stream the next batch's copy and latents would wait for the end of the current step,
-    and the CPU with them wherever it reads a number of theirs.
+    On a single stream the next batch's copy and latents would wait for the current step, and so
+    would the CPU whenever it reads one of their values.
 
     Args:
-        device: a GPU.
+        device: the GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,10 +27,10 @@ class SideStream:
         self.catch_up()
 
     def run(self, prepare: Callable[[], T]) -> T:
-        """The result of `prepare`, complete before the training's next operation.
+        """Run `prepare` on the side stream; training's next operation waits for its result.
 
         Args:
-            prepare: reads nothing that training writes.
+            prepare: must not read anything that training writes.
         """
         with torch.cuda.stream(self._stream):
             prepared = prepare()
@@ -38,9 +38,9 @@ class SideStream:
         training.wait_stream(self._stream)
         for value in tree_leaves(prepared):
             if isinstance(value, Tensor) and value.is_cuda:
-                value.record_stream(training)  # or its memory may be taken before that is through
+                value.record_stream(training)  # or its memory may be reused while training reads it
         return prepared
 
     def catch_up(self) -> None:
-        """Let preparations see what other work, such as loading or validation, wrote till now."""
+        """Make preparation wait for other work so far, such as loading or validation."""
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))

@@ -13,15 +13,15 @@ class SigLIPPiD(PiDModule):
     """PiD on the patch features of a SigLIP image tower.
 
     Args:
-        model: open_clip's name of a SigLIP, or timm's name of an image tower.
-        pretrained: False runs with random weights, on purpose, and warns.
-        checkpoint: local file of the model's weights; null asks the hub.
-        scale: side of the output over the side of the picture that the encoder sees.
+        model: open_clip name of a SigLIP, or timm name of an image tower.
+        pretrained: False uses random weights and warns.
+        checkpoint: local file of the model's weights; null loads them from the hub.
+        scale: output side divided by the side of the encoder's input.
         denoiser: sizes of the network.
         text: caption features; null conditions on a learned null.
-        training: how it learns.
-        evaluation: how it is sampled and judged.
-        init_from: a run's checkpoint or a model file to start from.
+        training: training settings.
+        evaluation: sampling and test settings.
+        init_from: a checkpoint, model file, bundled name or hub id to start from.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""PiD behind an autoencoder: SD3, FLUX.1, SDXL, FLUX.2, Qwen-Image, or the small one that ships."""
+"""PiD behind an autoencoder: SD3, FLUX.1, SDXL, FLUX.2, Qwen-Image, or the bundled small one."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class VAEPiD(PiDModule):
 
     Args:
         vae: ``"bundled"``, ``"sd3"``, ``"flux"``, ``"sdxl"``, ``"flux2"``, ``"qwen"``, a hub id,
-            or a local folder.
-        pretrained: False runs with random weights, on purpose, and warns.
-        scale: side of the output over the side of the picture that the encoder sees.
+            a local folder, or the ``.safetensors`` file of an autoencoder trained here.
+        pretrained: False uses random weights and warns.
+        scale: output side divided by the side of the encoder's input.
         denoiser: sizes of the network.
         text: caption features; null conditions on a learned null.
-        training: how it learns.
-        evaluation: how it is sampled and judged.
-        init_from: a run's checkpoint or a model file to start from.
+        training: training settings.
+        evaluation: sampling and test settings.
+        init_from: a checkpoint, model file, bundled name or hub id to start from.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The latent adapter and its sigma-aware gates: how latents reach the patch tokens."""
+"""The latent adapter and its sigma-aware gates, which inject latents into the patch tokens."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ class AdapterConfig:
     Attributes:
         width: channels of the convolutions.
         num_res_blocks: residual blocks after the first two convolutions.
-        interval: patch blocks between two injections.
-        gate: one gate value a ``"channel"`` (v1) or a ``"token"`` (v1.5); ``"none"`` lets all
-            in, to measure what the gate is worth.
+        interval: inject before every `interval`-th patch block, starting with the first.
+        gate: one gate value per ``"channel"`` (v1) or per ``"token"`` (v1.5); ``"none"`` is the
+            ablation without a gate.
         padding: of the convolutions, ``"zeros"`` (v1) or ``"replicate"`` (v1.5).
-        inject_pixels: one more injection, into the condition of the pixel blocks (v1.5).
-        rgb_head: training-only prediction of the low-resolution image (v1.5).
-        rgb_head_block: the 1-based residual block that the RGB head reads; None is the end.
+        inject_pixels: also inject into the condition of the pixel blocks (v1.5).
+        rgb_head: training-only head that predicts the low-resolution image (v1.5).
+        rgb_head_block: 1-based residual block that the RGB head reads; None is the last output.
         unpack: side of the packing to undo first; FLUX.2's latents are packed 2 x 2 (v1.5).
-        upsampling: where a latent cell covers several patches, ``"nearest"`` repeats it (v1,
-            v1.5), so that what tells these patches apart has to be found in the neighbours;
-            ``"shuffle"`` learns a feature for each (sub-pixel convolution, arXiv 1609.05158).
-        sigma_plane: the noise level as one more channel of the latents. Published adapters have
-            to guess it and leave it to the gate; a small one cannot afford to.
-        head_norm: normalise what the heads read, as pre-activation networks end. Published
-            adapters do not: trained from scratch their features outgrow the patch tokens.
+        upsampling: if a latent cell covers several patches, ``"nearest"`` repeats it (v1, v1.5),
+            so only neighbouring cells can tell its patches apart; ``"shuffle"`` learns one
+            feature per patch (sub-pixel convolution, arXiv 1609.05158).
+        sigma_plane: append the noise level to the latents as a channel. Published adapters have
+            to infer it and leave it to the gate, which a small adapter cannot afford.
+        head_norm: LayerNorm before the heads, as at the end of pre-activation networks. Without
+            it (as published), features trained from scratch outgrow the patch tokens.
     """
 
     width: int = 512
@@ -66,24 +66,25 @@ class AdapterConfig:
                 raise ValueError(f"adapter {name}: {getattr(self, name)} must be at least 1.")
         if self.width % 4:
             raise ValueError(
-                f"adapter width: {self.width} must be a multiple of 4, its GroupNorm's groups."
+                f"adapter width: {self.width} must be a multiple of 4, the number of groups of "
+                "its GroupNorm."
             )
         if self.rgb_head_block is not None and not 1 <= self.rgb_head_block <= self.num_res_blocks:
             raise ValueError(
                 f"rgb_head_block: {self.rgb_head_block} must lie between 1 and num_res_blocks "
-                f"({self.num_res_blocks}), or be null for the end of the adapter."
+                f"({self.num_res_blocks}), or be null for the last output."
             )
 
 
 class SigmaGate(nn.Module):
-    """`tokens + sigmoid(W [tokens; feature] + b - exp(log_alpha) * latent_sigma) * feature`.
+    """Adds a feature to the tokens, less of it the noisier the latents (arXiv 2605.23902):
+    `tokens + sigmoid(W [tokens; feature] + b - exp(log_alpha) * latent_sigma) * feature`.
 
-    (PiD, arXiv 2605.23902, sigma-aware gate.) W is held as two halves, W_x for tokens and W_f
-    for the feature: the feature's half, b and sigma do not change from one sampling step to the
-    next, so `openness` computes them once.
+    W is stored as two halves, W_x for tokens and W_f for the feature: the feature's half, b and
+    sigma are the same at every sampling step, so `openness` computes them once.
 
-    At the start W is small, b = 2 and exp(log_alpha) = 5: the gate is 0.88 at sigma 0, 0.5 at
-    0.4 and 0.05 at 1.
+    Initially W is small, b = 2 and exp(log_alpha) = 5: the gate is 0.88 at sigma 0, 0.5 at 0.4
+    and 0.05 at 1.
     """
 
     def __init__(self, width: int, gate: str) -> None:
@@ -94,16 +95,16 @@ class SigmaGate(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(math.log(5.0)))
 
     def reset_parameters(self) -> None:
-        """The starting values of the docstring above."""
+        """Set the initial values given in the class docstring."""
         nn.init.normal_(self.tokens.weight, std=0.01)
         nn.init.normal_(self.feature.weight, std=0.01)
         nn.init.constant_(self.feature.bias, 2.0)
         nn.init.constant_(self.log_alpha, math.log(5.0))
 
     def openness(self, feature: Tensor, latent_sigma: Tensor) -> Tensor:
-        """`W_f feature + b - exp(log_alpha) * latent_sigma`, (B, N, D or 1).
+        """`W_f feature + b - exp(log_alpha) * latent_sigma`, (B, N, D or 1), for all steps.
 
-        log_alpha is a bare parameter that autocast does not touch: its product is fp32 at least.
+        Autocast does not cast log_alpha, a bare parameter; its product is fp32 at least.
         """
         dtype = torch.promote_types(self.log_alpha.dtype, torch.float32)
         closing = self.log_alpha.to(dtype).exp() * latent_sigma.to(dtype)
@@ -115,26 +116,26 @@ class SigmaGate(nn.Module):
         return torch.sigmoid(self.tokens(tokens) + openness)
 
     def forward(self, tokens: Tensor, feature: Tensor, openness: Tensor) -> Tensor:
-        """Tokens (B, N, D) with the feature (B, N, D) let in."""
+        """Tokens (B, N, D) plus the gated feature (B, N, D)."""
         return torch.addcmul(tokens, self.opening(tokens, openness), feature)
 
 
 class OpenGate(nn.Module):
-    """`tokens + feature`, at every noise level: a `SigmaGate` that learns nothing."""
+    """`tokens + feature` at every noise level: a `SigmaGate` without parameters."""
 
     def reset_parameters(self) -> None:
-        """There are none."""
+        """Nothing to reset."""
 
     def openness(self, feature: Tensor, latent_sigma: Tensor) -> Tensor:
-        """Nothing to say of the feature: an empty (B, N, 0)."""
+        """An empty (B, N, 0): there is nothing to precompute."""
         return feature[..., :0]
 
     def opening(self, tokens: Tensor, openness: Tensor) -> Tensor:
-        """1, (B, N, 1)."""
+        """Always 1, (B, N, 1)."""
         return torch.ones_like(tokens[..., :1])
 
     def forward(self, tokens: Tensor, feature: Tensor, openness: Tensor) -> Tensor:
-        """Tokens (B, N, D) with the whole feature (B, N, D) let in."""
+        """Tokens (B, N, D) plus the whole feature (B, N, D)."""
         return tokens + feature
 
 
@@ -157,19 +158,19 @@ class ResBlock(nn.Module):
 
 
 class LatentAdapter(nn.Module):
-    """Latents to one feature a patch for every injection point.
+    """Maps latents to one feature per patch for every injection point.
 
-    Nothing here depends on `x_t` or `t`: one pass serves all sampling steps.
+    Independent of `x_t` and `t`: one pass serves all sampling steps.
 
     Args:
         config: sizes.
         token_width: width D of the patch tokens.
-        num_injections: injection points, the pixel blocks' included.
-        patch_size: pixels P of a patch's side.
+        num_injections: injection points, including that of the pixel blocks.
+        patch_size: side P of a patch in pixels.
         latent_channels, latent_stride, scale: geometry of the latents (see `nn.PiD`).
 
     Raises:
-        ValueError: latents that do not fit the patch grid.
+        ValueError: the latents do not fit the patch grid.
     """
 
     def __init__(
@@ -187,12 +188,12 @@ class LatentAdapter(nn.Module):
             raise ValueError(f"scale: {scale} must be at least 1.")
         if latent_channels % config.unpack**2:
             raise ValueError(
-                f"latent_channels: {latent_channels} does not fit adapter unpack: {config.unpack}, "
-                f"which takes a multiple of {config.unpack**2}."
+                f"latent_channels: {latent_channels} must be a multiple of {config.unpack**2}, the "
+                f"square of adapter.unpack ({config.unpack}); set adapter.unpack to 1."
             )
         if config.rgb_head and patch_size % scale:
             raise ValueError(
-                f"scale: {scale} does not divide patch_size ({patch_size}), as rgb_head needs; set "
+                f"scale: {scale} must divide patch_size ({patch_size}) for the RGB head; set "
                 "adapter.rgb_head to false."
             )
         self.unpack = config.unpack
@@ -223,7 +224,7 @@ class LatentAdapter(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Small convolutions and zero heads: at the start nothing is injected."""
+        """Initialise small convolutions and zero heads, so that nothing is injected at first."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -234,22 +235,22 @@ class LatentAdapter(nn.Module):
     def forward(
         self, latents: Tensor, latent_sigma: Tensor, with_rgb: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """One pass of everything but the heads.
+        """Run everything but the heads.
 
         Args:
             latents: (B, C, h, w), normalised.
-            latent_sigma: noise level (B,) of the latents; only a sigma plane reads it.
-            with_rgb: run the RGB head too, where there is one.
+            latent_sigma: noise level (B,) of the latents; only used with `sigma_plane`.
+            with_rgb: also run the RGB head, if there is one.
 
         Returns:
-            A token a patch (B, H/P, W/P, width), for `features`, and the predicted
+            One token per patch (B, H/P, W/P, width), for `features`, and the predicted
             low-resolution image (B, 3, H/scale, W/scale) in [-1, 1], or None.
         """
         x = self._to_patch_grid(latents)
         if self.sigma_plane:
             plane = latent_sigma.to(x.dtype).view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])
             x = torch.cat((x, plane), dim=1)
-        # Convolutions in bf16 are a tenth faster so, and their output is tokens already.
+        # channels_last makes bf16 convolutions a tenth faster and needs no copy to tokens.
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
         tapped = None
         for number, block in enumerate(self.res_blocks, start=1):
@@ -262,7 +263,7 @@ class LatentAdapter(nn.Module):
         return tokens, self._predict_rgb(x if tapped is None else tapped)
 
     def features(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """The heads, in one product: tokens (B, h, w, width) to one (B, h*w, D) an injection."""
+        """All heads in one matmul: tokens (B, h, w, width) to one (B, h*w, D) per injection."""
         heads = self.heads(self.head_norm(tokens.flatten(1, 2)))
         return heads.chunk(self.num_injections, dim=-1)
 
@@ -282,7 +283,7 @@ class LatentAdapter(nn.Module):
 
 
 def _stem(config: AdapterConfig, channels: int, ratio: int) -> nn.Sequential:
-    """The first convolutions, with learned upsampling by `ratio` between them where asked for."""
+    """The first convolutions, with learned upsampling by `ratio` between them if configured."""
     width = config.width
     first = (_conv(channels, width, config.padding), nn.SiLU())
     if config.upsampling == "nearest" or ratio == 1:
@@ -301,7 +302,7 @@ def _conv(in_channels: int, out_channels: int, padding: str) -> nn.Conv2d:
 
 
 def _grid_ratio(scale: int, latent_stride: int, patch_size: int) -> tuple[int, int]:
-    """(upsampling, folding) that bring a latent grid to the patch grid; one of them is 1."""
+    """(upsampling, folding) factors from the latent grid to the patch grid; one of them is 1."""
     pixels = scale * latent_stride
     if pixels % patch_size == 0:
         return pixels // patch_size, 1
@@ -309,5 +310,6 @@ def _grid_ratio(scale: int, latent_stride: int, patch_size: int) -> tuple[int, i
         return 1, patch_size // pixels
     raise ValueError(
         f"scale: {scale} does not fit: a latent cell covers {scale} x {latent_stride} = {pixels} "
-        f"output pixels, which must be a multiple or a divisor of patch_size ({patch_size})."
+        f"output pixels, which must be a multiple or a divisor of patch_size ({patch_size}); "
+        "change one of them."
     )

@@ -1,7 +1,7 @@
-"""A small photograph autoencoder: principal components of 8 x 8 blocks, and what convolutions add.
+"""A small photograph autoencoder: principal components of 8 x 8 blocks plus convolutions.
 
-The linear path alone is the best linear code of its size. Two convolutional branches start at
-zero beside it, so that training starts at the linear code's error and only goes down from there.
+The linear path alone is the best linear code of its size. Two parallel convolutional branches are
+initialised to zero, so training starts at the linear code's error and only goes down from there.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 
 class SmallAutoencoder(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] to latents (B, C, H/stride, W/stride), and back.
+    """Encodes images (B, 3, H, W) in [-1, 1] to latents (B, C, H/stride, W/stride), and decodes.
 
     Latents have mean 0 and standard deviation 1 per channel on photographs: `encode` normalises
-    by the stored `latent_mean` and `latent_std`, `decode` undoes it. A new network is random:
-    give it `init_principal_components`, or weights.
+    by the stored `latent_mean` and `latent_std`, and `decode` undoes it. A new network is random:
+    call `init_principal_components` or load weights.
 
     Args:
         latent_channels: channels C of the latents.
@@ -27,7 +27,7 @@ class SmallAutoencoder(nn.Module):
         width: channels of the branches on the latent grid.
         num_encoder_blocks: residual blocks of the encoder's branch.
         num_decoder_blocks: residual blocks of the decoder's branch.
-        refine_width: channels of the decoder's last blocks, at a quarter of the pixels.
+        refine_width: channels of the decoder's last layers, at half the image resolution.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class SmallAutoencoder(nn.Module):
     ) -> None:
         super().__init__()
         if latent_stride % 4:
-            raise ValueError(f"latent_stride must be a multiple of 4, got {latent_stride}.")
+            raise ValueError(f"latent_stride: {latent_stride} must be a multiple of 4.")
         self.config = {
             "latent_channels": latent_channels,
             "latent_stride": latent_stride,
@@ -86,7 +86,7 @@ class SmallAutoencoder(nn.Module):
         return (self.encode_raw(images) - self.latent_mean) / self.latent_std
 
     def encode_raw(self, images: Tensor) -> Tensor:
-        """`encode` before the normalisation, for those who measure it."""
+        """`encode` without the normalisation, to measure `latent_mean` and `latent_std`."""
         check_sides(images, self.latent_stride)
         return self.linear_encoder(images) + self.encoder(images)
 
@@ -96,12 +96,12 @@ class SmallAutoencoder(nn.Module):
         return self.linear_decoder(raw) + self.decoder(raw)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1], encoded and decoded."""
+        """Encode and decode images (B, 3, H, W) in [-1, 1]."""
         return self.decode(self.encode(images))
 
     @torch.no_grad()
     def init_principal_components(self, components: PrincipalComponents) -> None:
-        """Make the linear path the projection on `components`, with latents of unit variance."""
+        """Set the linear path to the projection onto `components`, with unit-variance latents."""
         mean = components.mean_colour.float()  # (3,)
         scale = components.std.float().view(-1, 1, 1, 1)  # (C, 1, 1, 1)
         basis = components.basis.float()  # (C, 3, P, P)
@@ -126,17 +126,17 @@ class ResidualBlock(nn.Module):
 class PrincipalComponents:
     """The first principal components of the P x P colour blocks of some pictures.
 
-    Moments are taken about the mean colour, not about the mean block: a photograph's blocks have
-    no preferred position, and the linear path has one bias per colour.
+    Moments are taken about the mean colour, not the mean block: blocks have no preferred
+    position in a photograph, and the linear path has one bias per colour.
 
     Attributes:
         mean_colour: (3,).
-        basis: (num_components, 3, P, P), orthonormal, by falling variance.
+        basis: (num_components, 3, P, P), orthonormal, in order of decreasing variance.
         std: (num_components,), standard deviation of the pictures along each component.
     """
 
     def __init__(self, moments: Tensor, num_components: int, block_size: int) -> None:
-        """Take the components from the summed `block_moments` of the pictures."""
+        """Compute the components from the summed `block_moments` of the pictures."""
         dim = 3 * block_size**2
         count, total, outer = moments[-1], moments[:dim], moments[dim:-1].view(dim, dim)
         self.mean_colour = total.view(3, -1).mean(1) / count
@@ -144,21 +144,21 @@ class PrincipalComponents:
         centre = self.mean_colour.repeat_interleave(block_size**2)
         shift = mean - centre
         covariance = outer / count - mean.outer(mean) + shift.outer(shift)
-        variance, vectors = torch.linalg.eigh(covariance)  # rising
+        variance, vectors = torch.linalg.eigh(covariance)  # ascending
         variance, vectors = variance.flip(0)[:num_components], vectors.flip(1)[:, :num_components]
         self.basis = vectors.T.reshape(num_components, 3, block_size, block_size)
         self.std = variance.clamp_min(1e-12).sqrt()
 
 
 def block_moments(batches: Iterable[Tensor], block_size: int) -> Tensor:
-    """Sums over all blocks of images (B, 3, H, W): the blocks, their outer products, their count.
+    """Sum the blocks of images (B, 3, H, W) and their outer products, and count them.
 
     Returns:
-        One float64 vector (D + D*D + 1,), D = 3 * block_size**2: additive over batches, and over
-        the processes of a distributed run.
+        One float64 vector (D + D*D + 1,), D = 3 * block_size**2, which adds up over batches and
+        over the processes of a distributed run.
 
     Raises:
-        ValueError: no batch at all, or a side that is not a multiple of `block_size`.
+        ValueError: there are no batches, or a side is not a multiple of `block_size`.
     """
     dim = 3 * block_size**2
     total = torch.zeros(dim, dtype=torch.float64)
@@ -173,7 +173,7 @@ def block_moments(batches: Iterable[Tensor], block_size: int) -> Tensor:
         outer += blocks.T @ blocks
         count += len(blocks)
     if count == 0:
-        raise ValueError("No pictures to take principal components from: the data is empty.")
+        raise ValueError("No pictures for principal components: the data is empty, check its path.")
     return torch.cat([total, outer.flatten(), torch.tensor([count], dtype=torch.float64)])
 
 
@@ -188,7 +188,7 @@ def check_sides(images: Tensor, stride: int) -> None:
 
 
 def zero_init(conv: nn.Conv2d) -> nn.Conv2d:
-    """The same layer, with zero weights: a branch that ends in it starts silent."""
+    """Zero the layer's weights and return it, so that a branch ending in it starts at zero."""
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)
     return conv

@@ -1,4 +1,4 @@
-"""The two kinds of transformer block: patches jointly with text, and pixels inside patches."""
+"""The two kinds of transformer block: joint patch and text blocks, and pixel blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Table = tuple[Tensor, Tensor]
 
 
 class Stream(nn.Module):
-    """One modality's own weights in a joint block: modulation, norms, q k v, output and MLP."""
+    """One modality's weights in a joint block: modulation, norms, QKV, output projection, MLP."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Stream(nn.Module):
         return self.qkv(self.attention_norm.modulated(tokens, shift, scale))
 
     def update(self, tokens: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
-        """Both gated residuals: attention's output, then the MLP's."""
+        """Add both gated residuals: the attention output, then the MLP's."""
         _, _, attention_gate, shift, scale, mlp_gate = modulation
         tokens = torch.addcmul(tokens, attention_gate, self.attention_out(attended))
         hidden = self.mlp(self.mlp_norm.modulated(tokens, shift, scale))
@@ -43,15 +43,15 @@ class Stream(nn.Module):
 
 
 class PatchBlock(nn.Module):
-    """Joint attention of image patches and text tokens (MM-DiT, arXiv 2403.03206), one stream
-    of weights each; without text, plain self-attention of the patches.
+    """Joint attention over image patches and text tokens (MM-DiT, arXiv 2403.03206), with one
+    stream of weights each; without text, plain self-attention over the patches.
 
     Args:
         width: token width D.
         num_heads: attention heads.
         with_text: whether there is a text stream.
-        last: in the last block nobody reads the text again, so its queries, output projection,
-            second norm and MLP are never used; published files hold them, hence frozen, not gone.
+        last: whether this is the last block, whose text output is not used: its text queries,
+            output projection, second norm and MLP only exist for published files, frozen.
     """
 
     def __init__(self, width: int, num_heads: int, with_text: bool, last: bool) -> None:
@@ -62,7 +62,7 @@ class PatchBlock(nn.Module):
         self.freeze_unread()
 
     def freeze_unread(self) -> None:
-        """Weights that are never computed take no gradient."""
+        """Freeze the weights that are never used."""
         if self.last and self.text is not None:
             text = self.text
             for unread in (text.qkv.q_norm, text.attention_out, text.mlp_norm, text.mlp):
@@ -82,8 +82,8 @@ class PatchBlock(nn.Module):
             tokens: patches (B, N, D).
             text: text tokens (B, L, D), None without a text stream.
             condition: SiLU of the time embedding (B, 1, D).
-            table: rotations of the L text positions followed by the N patches.
-            windows: what patches attend inside of; None is the whole picture.
+            table: RoPE table of the L text positions followed by the N patches.
+            windows: attention windows of the patches; None attends to the whole picture.
 
         Returns:
             Updated patches and text.
@@ -111,11 +111,11 @@ class PatchBlock(nn.Module):
 
 
 class PixelBlock(nn.Module):
-    """Refines the pixel tokens of every patch: attention over compacted patches, then an MLP per
+    """Refines the pixel tokens of every patch: attention over compressed patches, then an MLP per
     pixel, both modulated per pixel by the patch's condition (PixelDiT, arXiv 2511.20645).
 
-    Its modulation is the largest tensor of the network, 6*P*P*C numbers a patch, so everything
-    but the attention runs over `chunk_size` patches at a time.
+    The modulation is the largest tensor of the network, 6*P*P*C numbers per patch, so everything
+    but the attention runs in chunks of `chunk_size` patches.
     """
 
     def __init__(
@@ -144,11 +144,11 @@ class PixelBlock(nn.Module):
         Args:
             pixels: pixel tokens (B, N, P*P, C).
             condition: patch condition s (B, N, D).
-            table: rotations of the N patches.
-            chunk_size: patches modulated at a time; the result does not depend on it.
+            table: RoPE table of the N patches.
+            chunk_size: patches per chunk; the result does not depend on it.
         """
         batch_size = pixels.shape[0]
-        # Split, not sliced: a slice's gradient is a whole weight of zeros around it.
+        # Split, not sliced: the gradient of a slice is a full-size weight padded with zeros.
         rows = self.modulation.weight.shape[0] // 6
         weights, biases = (p.split((2 * rows, 4 * rows)) for p in self.modulation.parameters())
         pixel_chunks = pixels.flatten(0, 1).split(chunk_size)  # (B*N, P*P, C) in chunks
@@ -165,13 +165,13 @@ class PixelBlock(nn.Module):
         return updated.view(pixels.shape)
 
     def _modulation(self, condition: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        """The parts of the six that these rows of the modulation make, each (M, P*P, C)."""
+        """The shifts, scales and gates that these rows produce, each (M, P*P, C)."""
         num = 6 * weight.shape[0] // self.modulation.weight.shape[0]
         values = F.linear(condition, weight, bias).unflatten(-1, (num, -1, self.pixel_width))
         return values.unbind(1)
 
     def _compact(self, pixels: Tensor, condition: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """(M, P*P, C) to one token a patch (M, D_attn)."""
+        """Pixel tokens (M, P*P, C) to one token per patch (M, D_attn)."""
         shift, scale = self._modulation(condition, weight, bias)
         return self.compress(self.attention_norm.modulated(pixels, shift, scale).flatten(1))
 

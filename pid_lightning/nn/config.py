@@ -19,15 +19,16 @@ class PiDConfig:
         width: width D of patch tokens.
         num_heads: attention heads of the patch blocks.
         num_blocks: patch blocks.
-        patch_size: pixels P of a patch's side.
+        patch_size: side P of a patch in pixels.
         pixel_width: width of a pixel token.
-        pixel_attention_width: width of a compacted patch in the pixel blocks' attention.
+        pixel_attention_width: width of a compressed patch in the pixel blocks' attention.
         pixel_num_heads: attention heads of the pixel blocks.
         num_pixel_blocks: pixel blocks.
-        text_width: width of the caption features; irrelevant without text.
-        text_length: longest caption in tokens, longer ones are cut; 0 builds no text stream.
-        learned_null: whether absent text is a learned feature; published weights have none.
-        rope_reference: (height, width) in pixels at which NTK-scaled RoPE is neutral; null is
+        text_width: width of the caption features; unused without text.
+        text_length: maximum caption length in tokens, beyond which captions are cut; 0 builds no
+            text stream.
+        learned_null: whether missing text is a learned feature; published weights have none.
+        rope_reference: (height, width) in pixels at which NTK scaling has no effect; null is
             plain RoPE.
         prediction: what the last layer predicts, ``"velocity"`` or ``"x0"``; `PiD` returns a
             velocity either way.
@@ -64,8 +65,8 @@ class PiDConfig:
             channels, num = getattr(self, width), getattr(self, heads)
             if channels % (4 * num):
                 raise ValueError(
-                    f"{width}: {channels} must be a multiple of 4 x {heads} = {4 * num}, so that "
-                    "each head turns whole pairs of channels by row and by column."
+                    f"{width}: {channels} must be a multiple of 4 x {heads} = {4 * num}, because "
+                    "RoPE rotates pairs of channels by row and by column in each head."
                 )
         for width, heads in (
             (self.width, self.num_heads),
@@ -74,7 +75,7 @@ class PiDConfig:
             if self.rope_reference is not None and width // heads == 4:
                 raise ValueError(
                     "rope_reference: NTK scaling is not defined for heads of 4 channels; set it to "
-                    "null or take fewer heads."
+                    "null or use fewer heads."
                 )
         if self.pixel_width % 4:
             raise ValueError(f"pixel_width: {self.pixel_width} must be a multiple of 4.")

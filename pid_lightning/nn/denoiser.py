@@ -1,4 +1,4 @@
-"""PiD, the pixel diffusion decoder: noisy pixels, time, text and latents to a velocity."""
+"""PiD, the pixel diffusion decoder: predicts a velocity from noisy pixels, text and latents."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from pid_lightning.nn.config import PiDConfig
 from pid_lightning.nn.layers import RMSNorm, TimeEmbedding
 from pid_lightning.nn.windows import Windows
 
-MOST_KEPT_SIZES = 8  # of output, whose position tables are kept
+MAX_CACHED_SIZES = 8  # output sizes whose position tables are cached
 
 
 def default_chunk_size(device: torch.device) -> int:
-    """Patches that a pixel block modulates at a time without gradient: so few that a CPU's caches
-    hold them, or enough to keep a GPU busy and a compiled graph, which repeats them all, short."""
+    """Patches per chunk of a pixel block without gradient: few enough for a CPU's caches, or enough
+    to keep a GPU busy and a compiled graph, which unrolls all chunks, short."""
     return 256 if device.type == "cpu" else 1024
 
 
 class PiD(nn.Module):
-    """`velocity = PiD(x_t, t, text, latents, latent_sigma)` (arXiv 2605.23902).
+    """Predicts the velocity of noisy pixels from text and noisy latents (arXiv 2605.23902).
 
     A PixelDiT backbone (patch tokens, then pixel tokens inside each patch) with gated injections
-    of the latents. What no sampling step changes is computed once, by `condition`::
+    of the latents. What all sampling steps share is computed once, by `condition`::
 
         condition = pid.condition(latents, latent_sigma, text)
         velocity = pid(x_t, t, condition)
@@ -42,16 +42,16 @@ class PiD(nn.Module):
         config: sizes.
         latent_channels: channels C of the latents.
         latent_stride: pixels of the encoder's input per latent cell.
-        scale: side of the output over the side of the picture that the encoder saw.
+        scale: side of the output divided by the side of the image the encoder saw.
 
     Attributes:
-        chunk_size: patches that a pixel block modulates at a time without gradient, None is
+        chunk_size: patches per chunk of a pixel block without gradient; None is
             `default_chunk_size`.
-        window_size: side in patches of the windows of attention, see `attend_in_windows`.
-        activation_checkpointing: whether blocks are computed again in the backward pass.
+        window_size: side of the attention windows in patches, see `attend_in_windows`.
+        activation_checkpointing: whether blocks are recomputed in the backward pass.
 
     Raises:
-        ValueError: a scale that does not fit the patch size.
+        ValueError: the scale does not fit the patch size.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class PiD(nn.Module):
         pixels = 3 * config.patch_size**2
         self.patch_embedding = nn.Linear(pixels, config.width)
         self.time_embedding = TimeEmbedding(config.width)
-        self.block_condition: nn.Module = nn.SiLU()  # `fixed_times` puts another in its place
+        self.block_condition: nn.Module = nn.SiLU()  # replaced by `fixed_times`
         with_text = config.text_length > 0
         self.text_embedding = (
             TextEmbedding(config.text_width, config.width, config.text_length, config.learned_null)
@@ -115,8 +115,8 @@ class PiD(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Starting values: modulations, adapter heads and the output are zero, so that at first
-        every block is the identity and the network predicts 0 (adaLN-Zero, arXiv 2212.09748)."""
+        """Initialise: modulations, adapter heads and the output are zero, so that at first every
+        block is the identity and the network predicts 0 (adaLN-Zero, arXiv 2212.09748)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -136,51 +136,51 @@ class PiD(nn.Module):
             gate.reset_parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PiD:
-        """Whoever moves the network away wants its memory back, that of tables too."""
+        """Also drop the cached position tables when the network moves."""
         self._tables_of.clear()
         return super()._apply(fn, recurse)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights; inputs are brought to it, velocities leave in fp32."""
+        """Dtype of the weights; inputs are cast to it, velocities are returned in fp32."""
         return self.patch_embedding.weight.dtype
 
     def attend_in_windows(self, size: int | None) -> None:
-        """Let the patch blocks attend inside windows only, every other one's shifted by half.
+        """Restrict the patch blocks' attention to windows, shifted by half in every other block.
 
-        Another picture than the network was trained for, though near: their cost grows with the
-        pixels. The pixel blocks, which are few, go on seeing everything.
+        This changes the picture slightly, since the network was trained with full attention, and
+        makes attention linear in the pixels. The pixel blocks, which are few, still see everything.
 
         Args:
-            size: the most pixels of a window's side; None is the whole picture again.
+            size: maximum side of a window in pixels; None restores full attention.
 
         Raises:
-            ValueError: windows that are not several whole patches wide.
+            ValueError: `size` is not a multiple of the patch size, or below two patches.
         """
         side = self.config.patch_size
         if size is not None and (size % side or size < 2 * side):
             raise ValueError(
                 f"window: {size} pixels must be a multiple of {side} (patch_size) and at least "
-                f"{2 * side}; take {max(2, round(size / side)) * side}."
+                f"{2 * side}; use {max(2, round(size / side)) * side}."
             )
         self.window_size = None if size is None else size // side
 
     @property
     def alignment(self) -> int:
-        """Output pixels that every size is a multiple of: whole patches and whole latent cells."""
+        """Output sizes are multiples of this many pixels: whole patches and whole latent cells."""
         return math.lcm(self.config.patch_size, self.scale * self.latent_stride)
 
     def check_size(self, height: int, width: int) -> None:
-        """Refuse output sizes that are not whole patches and whole latent cells.
+        """Check that an output size is a whole number of patches and of latent cells.
 
         Raises:
-            ValueError: naming the side and what it must be a multiple of.
+            ValueError: a side is not a multiple of `alignment`.
         """
         step = self.alignment
         if height % step or width % step:
             raise ValueError(
                 f"output size {height} x {width} is not a multiple of {step} (patch_size and "
-                "scale x latent_stride); take "
+                "scale x latent_stride); use "
                 f"{max(height // step, 1) * step} x {max(width // step, 1) * step}."
             )
 
@@ -193,7 +193,7 @@ class PiD(nn.Module):
         keep_text: Tensor | None = None,
         with_rgb: bool = False,
     ) -> Condition:
-        """Everything that all sampling steps of a sample share: adapter, text, position tables.
+        """Compute what all sampling steps share: adapter features, text tokens, position tables.
 
         Args:
             latents, latent_sigma, with_rgb: see `adapt`.
@@ -209,24 +209,24 @@ class PiD(nn.Module):
     def adapt(
         self, latents: Tensor, latent_sigma: Tensor, with_rgb: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """The adapter's convolutions, the dear part of a condition and the small one to hold.
+        """Run the adapter's convolutions, the part of a condition that is costly but small.
 
         Args:
-            latents: (B, C, h, w), normalised; the output is h*latent_stride*scale high.
+            latents: (B, C, h, w), normalised; the output height is h*latent_stride*scale.
             latent_sigma: noise level (B,) of the latents in [0, 1].
             with_rgb: also predict the low-resolution image (training).
 
         Returns:
-            A token a patch (B, H/P, W/P, adapter width), and the image or None.
+            One token per patch (B, H/P, W/P, adapter width), and the image or None.
 
         Raises:
-            ValueError: latents of another number of channels, or that do not make whole patches.
+            ValueError: a wrong number of channels, or a size that is not whole patches.
         """
         channels, *cells = latents.shape[1:]
         if channels != self.latent_channels:
             raise ValueError(
-                f"latents have {channels} channels, but this network was built for "
-                f"{self.latent_channels}: they come from another latent family."
+                f"latents: {channels} channels, but this network was built for "
+                f"{self.latent_channels}; use latents of its own latent family."
             )
         self.check_size(*(side * self.latent_stride * self.scale for side in cells))
         return self.adapter(latents.to(self.dtype), latent_sigma, with_rgb)
@@ -239,18 +239,18 @@ class PiD(nn.Module):
         keep_latents: Tensor | None = None,
         keep_text: Tensor | None = None,
     ) -> Condition:
-        """The condition of what `adapt` made, or of a part of it as a picture of its own: the part
-        has seen what lies around it, its positions begin anew.
+        """The condition for an output of `adapt`, or for a part of it as a picture of its own: the
+        part's features depend on its surroundings, but its positions start at zero.
 
         Args:
             adapted: (B, H/P, W/P, adapter width).
             latent_sigma: noise level (B,) of the latents in [0, 1].
             text: caption features (B, L, D_text); None is the learned null.
-            keep_latents: (B,) bool, False drops a sample's latents: nothing is injected.
-            keep_text: (B,) bool, False replaces a sample's text by the learned null.
+            keep_latents: (B,) bool; False drops a sample's latents, so nothing is injected.
+            keep_text: (B,) bool; False replaces a sample's text with the learned null.
 
         Raises:
-            ValueError: text for a network without it, or none for one that has learned no null.
+            ValueError: text without a text stream, or no text without a learned null.
         """
         features = self.adapter.features(adapted)
         if keep_latents is not None:
@@ -264,18 +264,18 @@ class PiD(nn.Module):
         if self.text_embedding is not None:
             embedded = self.text_embedding(text, keep_text, len(adapted))
         elif text is not None:
-            raise ValueError("text: this network was built without a text stream, pass None.")
+            raise ValueError("text: this network was built without a text stream; pass None.")
         height, width = (side * self.config.patch_size for side in adapted.shape[1:3])
         return Condition(embedded, features, openness, *self._tables(height, width, embedded))
 
     def without_text(self, condition: Condition, null_text: Tensor | None = None) -> Condition:
-        """The same condition with the null text: the second branch of guidance.
+        """The same condition with the null text, for the second branch of guidance.
 
         Raises:
             ValueError: the network has no text stream to guide.
         """
         if self.text_embedding is None:
-            raise ValueError("guidance: this network was built without a text stream, use 1.0.")
+            raise ValueError("guidance: this network was built without a text stream; use 1.0.")
         batch_size = condition.features[0].shape[0]
         text = self.text_embedding(null_text, None, batch_size)
         if text.shape[1] == condition.text.shape[1]:
@@ -291,31 +291,31 @@ class PiD(nn.Module):
             dtype = torch.get_autocast_dtype(device.type)
         size = (height, width, 0 if text is None else text.shape[1], device, dtype)
         if size not in self._tables_of:
-            if len(self._tables_of) == MOST_KEPT_SIZES:
+            if len(self._tables_of) == MAX_CACHED_SIZES:
                 del self._tables_of[next(iter(self._tables_of))]
-            with torch.inference_mode(False):  # training may ask for them next
+            with torch.inference_mode(False):  # training may use them next
                 self._tables_of[size] = position_tables(self.config, *size)
         return self._tables_of[size]
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The velocity at `x_t`.
+        """Predict the velocity at `x_t`.
 
         Args:
             x_t: noisy images (B, 3, H, W).
             t: pixel times (B,) in [0, 1], 1 is noise.
-            condition: from `condition` for the same size.
+            condition: result of `condition` for the same size.
 
         Returns:
             Velocity (B, 3, H, W) in fp32 at least.
 
         Raises:
-            ValueError: `x_t` of another size than the condition's.
+            ValueError: `x_t` and the condition differ in size.
         """
         height, width = condition.rows.shape[0], condition.columns.shape[0]
         if x_t.shape[-2:] != (height, width):
             raise ValueError(
-                f"x_t is {x_t.shape[-2]} x {x_t.shape[-1]}, but its latents make an output of "
-                f"{height} x {width}: draw it of that size."
+                f"x_t: {x_t.shape[-2]} x {x_t.shape[-1]} does not match the output size of its "
+                f"latents; draw noise of {height} x {width}."
             )
         t_emb = self.time_embedding(t).to(self.dtype)  # (B, 1, D)
         last = len(self.patch_blocks) - 1
@@ -334,7 +334,7 @@ class PiD(nn.Module):
     ) -> list[Tensor]:
         """Patch tokens after the given patch blocks (0-based), each (B, D, H/P, W/P).
 
-        Runs no further than the last of them: these feed the discriminator.
+        Stops after the last of them. The discriminator reads these features.
         """
         t_emb = self.time_embedding(t).to(self.dtype)
         after = self._run_patch_blocks(x_t, t_emb, condition, blocks)
@@ -348,7 +348,7 @@ class PiD(nn.Module):
     def _run_patch_blocks(
         self, x_t: Tensor, t_emb: Tensor, condition: Condition, wanted: Sequence[int]
     ) -> dict[int, Tensor]:
-        """Patch tokens (B, N, D) after each of the wanted blocks."""
+        """Patch tokens (B, N, D) after each of the `wanted` blocks."""
         side = self.config.patch_size
         patches = rearrange(x_t, "b c (h p) (w q) -> b (h w) (c p q)", p=side, q=side)
         tokens = self.patch_embedding(patches.to(self.dtype))  # (B, N, D)
@@ -370,7 +370,7 @@ class PiD(nn.Module):
         return after
 
     def _run_pixel_blocks(self, x_t: Tensor, s: Tensor, condition: Condition) -> Tensor:
-        """Pixel tokens from x_t, refined under the patch condition s (B, N, D), to an image."""
+        """Embed the pixels of x_t, refine them under s (B, N, D) and project them to an image."""
         side = self.config.patch_size
         image = rearrange(x_t, "b c (h p) (w q) -> b h w p q c", p=side, q=side)
         pixels = self.pixel_embedding(image.to(self.dtype)) + condition.pixel_positions(side)

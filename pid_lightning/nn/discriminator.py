@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 class Discriminator(nn.Module):
-    """One logit a tap: Conv4x4 stride 2 to D/2, GroupNorm, LeakyReLU 0.2, Conv1x1, spatial mean
+    """One logit per tap: Conv4x4 stride 2 to D/2, GroupNorm, LeakyReLU 0.2, Conv1x1, spatial mean
     (DMD2, arXiv 2405.14867, section 4.3, on transformer features).
 
     Args:
         width: channels D of the features.
         num_taps: number of tapped blocks.
-        depth: strided convolutions of a head, each of half the channels of the one before; the
-            published discriminator has one.
+        depth: strided convolutions per head, each halving the channels; the published
+            discriminator has one.
     """
 
     def __init__(self, width: int, num_taps: int, depth: int = 1) -> None:
@@ -24,7 +24,7 @@ class Discriminator(nn.Module):
         self.heads = nn.ModuleList(_head(width, depth) for _ in range(num_taps))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Uniform within one over the square root of a convolution's inputs, torch's default."""
+        """Initialise uniformly within 1/sqrt(fan-in) of each convolution, torch's default."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 bound = module.weight[0].numel() ** -0.5
@@ -32,7 +32,7 @@ class Discriminator(nn.Module):
                 nn.init.uniform_(module.bias, -bound, bound, generator=generator)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Features (B, D, H/P, W/P), one a tap, to logits (B, taps)."""
+        """Features (B, D, H/P, W/P), one per tap, to logits (B, taps)."""
         logits = [
             head(feature.to(head[0].weight.dtype)).mean(dim=(1, 2, 3))
             for head, feature in zip(self.heads, features, strict=True)

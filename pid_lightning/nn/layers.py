@@ -1,4 +1,4 @@
-"""The small parts that every block is made of: norm, modulation, attention, MLP, time."""
+"""Layers shared by all blocks: norm, modulation, attention, MLP and time embedding."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from pid_lightning.nn.rope import rotate
 
 EPS = 1e-6
-CACHED_SCORES = 2**21  # of attention, as many as a CPU's caches hold
-FEWEST_QUERIES = 128  # at a time: every product packs all keys anew
-MOST_KEPT_KEYS = 1024  # above, the scores kept for a backward pass take more than they save
+CACHED_SCORES = 2**21  # attention scores that fit a CPU's caches
+MIN_QUERIES = 128  # per chunk, since every matmul packs all keys again
+MAX_TRAINED_KEYS = 1024  # beyond, scores saved for the backward pass cost more than they gain
 
 
 class RMSNorm(nn.Module):
@@ -25,16 +25,22 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), EPS)
+        return _rms_norm(x, self.weight.to(x.dtype))
 
     def modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """`norm(x) * (1 + scale) + shift`, with the norm's weight folded into the factor."""
         factor = (self.weight * (1 + scale)).to(x.dtype)
-        return torch.addcmul(shift, F.rms_norm(x, self.weight.shape, None, EPS), factor)
+        return torch.addcmul(shift, _rms_norm(x), factor)
+
+
+def _rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    # Its statistics are fp32 anyway; CUDA's autocast would return fp32 too, twice the memory.
+    with torch.autocast(x.device.type, enabled=False):
+        return F.rms_norm(x, x.shape[-1:], weight, EPS)
 
 
 class QKV(nn.Module):
-    """One bias-free product for queries, keys and values, with RMSNorm on q and k per head."""
+    """One bias-free linear layer for queries, keys and values, with RMSNorm on q and k per head."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -52,40 +58,44 @@ class QKV(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Softmax attention of rotated q and k (B, heads, N, d), heads joined: (B, N, heads*d).
+    """Softmax attention with RoPE over q, k, v (B, heads, N, d), heads joined: (B, N, heads*d).
 
-    q may be of the last positions only.
+    q may hold the last positions only.
     """
     q, k = rotated(q, k, table)
     return rearrange(softmax_attention(q, k, v), "b h n d -> b n (h d)")
 
 
 def rotated(q: Tensor, k: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """q of the last positions and k of all of them, turned by those."""
+    """Apply RoPE to q, which may hold the last positions only, and to k."""
     cos, sin = table
     return rotate(q, (cos[-q.shape[2] :], sin[-q.shape[2] :])), rotate(k, table)
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(B, heads, N, d) by the fastest kernel for the device; on a GPU torch chooses among its own
-    by head size."""
-    scores_fit = k.shape[2] <= MOST_KEPT_KEYS or not torch.is_grad_enabled()
-    # Where torch has nothing fast: its kernels for bf16 on a CPU take twice the time of this.
-    by_rows = q.device.type == "cpu" and q.dtype == torch.bfloat16 and scores_fit
+    """Attention over (B, heads, N, d) with the fastest kernel for the device; on a GPU torch picks
+    one of its own by head size."""
+    learns = torch.is_grad_enabled()
+    if q.device.type == "cpu":
+        # torch's bf16 kernels take twice the time.
+        by_rows = q.dtype == torch.bfloat16 and (k.shape[2] <= MAX_TRAINED_KEYS or not learns)
+    else:
+        # torch's only fp64 kernel holds all scores at once.
+        by_rows = q.dtype == torch.float64 and not learns
     return _attend_by_rows(q, k, v) if by_rows else F.scaled_dot_product_attention(q, k, v)
 
 
 def _attend_by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention, without gradient so few heads and queries at a time that their scores stay
-    in the cache."""
+    """Softmax attention; without gradient, in chunks of heads and queries whose scores stay in the
+    cache."""
     if torch.is_grad_enabled():
         return _attend_at_once(q, k, v)
     num_queries, num_keys = q.shape[2], k.shape[2]
-    fitting = max(FEWEST_QUERIES, CACHED_SCORES // num_keys)
-    # A compiled graph repeats its code for every part: it takes heads only.
+    fitting = max(MIN_QUERIES, CACHED_SCORES // num_keys)
+    # A compiled graph unrolls all chunks, so it only splits by head.
     num_rows = num_queries if torch.compiler.is_compiling() else min(num_queries, fitting)
     num_heads = max(1, CACHED_SCORES // (num_rows * num_keys))
-    # Small results kept one by one between large passing scores would leave holes in memory.
+    # Preallocated: small results between large temporary scores would fragment the memory.
     attended = q.new_empty(q.shape)
     parts = (x.flatten(0, 1).split(num_heads) for x in (attended, q, k, v))
     for result, head_q, head_k, head_v in zip(*parts, strict=True):
@@ -101,7 +111,7 @@ def _attend_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class SwiGLU(nn.Module):
-    """`down(silu(gate) * up)` (arXiv 2002.05202); gate and up are one product. No biases."""
+    """`down(silu(gate) * up)` (arXiv 2002.05202); gate and up are one matmul. No biases."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -114,8 +124,8 @@ class SwiGLU(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Pixel time to a vector: 256 features of `1000 t`, then Linear, SiLU, Linear, never in less
-    than fp32.
+    """Maps the pixel time to a vector: 256 features of `1000 t`, then Linear, SiLU, Linear, in
+    fp32 at least.
 
     Frequencies `exp(-ln(10) i/128)`: base 10, as the published weights were trained with.
     """
@@ -128,7 +138,7 @@ class TimeEmbedding(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
-        """(B,) in [0, 1] to (B, 1, D) in fp32 at least, whatever autocast says."""
+        """(B,) in [0, 1] to (B, 1, D) in fp32 at least, also under autocast."""
         dtype = torch.promote_types(self.out.weight.dtype, torch.float32)
         steps = torch.arange(self.NUM_FREQUENCIES, dtype=dtype, device=t.device)
         frequencies = torch.exp(-math.log(10) / self.NUM_FREQUENCIES * steps)
@@ -140,5 +150,5 @@ class TimeEmbedding(nn.Module):
 
 
 def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    """In the type of x, whatever the weights are stored in."""
+    """The linear layer computed in the dtype of x, whatever that of the weights."""
     return F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))

@@ -1,4 +1,4 @@
-"""RRDBNet, the generator of ESRGAN and Real-ESRGAN: four times the side, convolutions only."""
+"""RRDBNet, the convolutional 4x upscaler of ESRGAN and Real-ESRGAN."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-RESIDUAL_SCALE = 0.2  # of every dense block, and once more of three in a row
+RESIDUAL_SCALE = 0.2  # of every dense block, and again of every three dense blocks
 
 
 class RRDBNet(nn.Module):
     """Residual-in-residual dense blocks (Wang et al., arXiv 1809.00219; arXiv 2107.10833).
 
-    Submodules have the names of the published files and stand in the order of the forward pass.
+    Submodules have the published names and are in the order of the forward pass.
 
     Args:
-        width: features between blocks; the published 4x network has 64.
-        growth: features that each dense layer adds; published 32.
-        num_blocks: blocks of three dense blocks each; published 23.
+        width: features between blocks; 64 in the published 4x network.
+        growth: features that each dense layer adds; 32 in the published network.
+        num_blocks: blocks of three dense blocks each; 23 in the published network.
     """
 
     def __init__(self, width: int = 64, growth: int = 32, num_blocks: int = 23) -> None:
@@ -52,7 +52,7 @@ class _ResidualBlock(nn.Module):
 
 
 class _DenseBlock(nn.Module):
-    """Five convolutions, each of which sees the block's input and all outputs before it."""
+    """Five convolutions; each reads the block's input and all earlier outputs."""
 
     def __init__(self, width: int, growth: int) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""Attention of patches inside windows: not what a network was trained with, but near it, and its
-cost grows with the pixels, not with their square."""
+"""Attention of patches inside windows: close to the full attention of training, at a cost linear
+instead of quadratic in the pixels."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pid_lightning.nn.layers import rotated, softmax_attention
 
 @dataclass(frozen=True)
 class Windows:
-    """How a picture's patches are parted.
+    """How a picture's patches are divided into windows.
 
     Attributes:
-        rows, columns: of the whole picture, in patches.
-        side: the most patches of a window's side.
-        shifted: by half a window, as every other block's are (Swin, arXiv 2103.14030), so that
-            what one block keeps apart the next brings together.
+        rows, columns: size of the whole picture in patches.
+        side: maximum side of a window in patches.
+        shifted: whether windows are shifted by half their side, as in every other block (Swin,
+            arXiv 2103.14030), so that patches separated in one block meet in the next.
     """
 
     rows: int
@@ -41,14 +41,14 @@ class Windows:
 def attend_in_windows(
     q: Tensor, k: Tensor, v: Tensor, table: tuple[Tensor, Tensor], windows: Windows
 ) -> Tensor:
-    """As `layers.attend`, but a patch attends to the text and the patches of its own window.
+    """Like `layers.attend`, but a patch only attends to the text and the patches of its window.
 
     Positions are those of the whole picture, and text attends to everything.
 
     Args:
-        q, k, v: (B, heads, L + N, d), text first; q may be of the N patches only.
-        table: rotations of the L + N positions.
-        windows: of the N patches.
+        q, k, v: (B, heads, L + N, d), text first; q may hold the N patches only.
+        table: RoPE table of the L + N positions.
+        windows: windows of the N patches.
     """
     q, k = rotated(q, k, table)
     num_patches = windows.rows * windows.columns
@@ -71,8 +71,8 @@ def attend_in_windows(
 
 
 def _spans(length: int, side: int, shifted: bool) -> list[slice]:
-    """As many spans as windows of `side` need, as even as can be; shifted, one more, their borders
-    in the middle of the others; of one window there is nothing to shift."""
+    """As few spans of at most `side` as possible, of near-equal length. Shifted spans, one more,
+    have their borders in the middle of the others; a single span is not shifted."""
     num = -(-length // side)
     borders = [round(i * length / num) for i in range(num + 1)]
     if shifted and num > 1:

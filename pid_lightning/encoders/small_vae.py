@@ -1,0 +1,98 @@
+"""The small autoencoder of this package as an encoder: the bundled one, or one of your own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pid_lightning.encoders.base import Encoder
+from pid_lightning.encoders.pretrained import check_images, check_loaded
+from pid_lightning.files import replaced_file
+from pid_lightning.nn.autoencoder import SmallAutoencoder
+from pid_lightning.tensor_files import fill, read_tensors
+
+BUNDLED = Path(__file__).parent.parent / "assets" / "autoencoder.safetensors"
+
+
+class SmallVAE(Encoder):
+    """A `SmallAutoencoder` from a file that `save_autoencoder` wrote; needs no optional library.
+
+    Until `load`, the network is on the meta device, with the sizes stated in the file.
+
+    Args:
+        path: the file; None is the bundled autoencoder.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, or is not an autoencoder's.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        super().__init__()
+        self.path = BUNDLED if path is None else Path(path).expanduser()
+        with torch.device("meta"):
+            self.network = SmallAutoencoder(**_read_sizes(self.path))
+        self.latent_channels = self.network.latent_channels
+        self.latent_stride = self.network.latent_stride
+        # Two autoencoders never share a latent space, whatever their files are called.
+        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()[:8]
+        self.latent_space = "pid-small" if path is None else f"pid-small-{digest}"
+        self.loaded = False
+        self.requires_grad_(False).eval()
+
+    def load(self) -> None:
+        """Read the weights, in fp32.
+
+        Raises:
+            ValueError: the weights do not fit the sizes stated in the file.
+        """
+        if self.loaded:
+            return
+        fill(self.network, read_tensors(self.path), str(self.path), "export the autoencoder again")
+        self.loaded = True
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode images (B, 3, H, W) in [-1, 1] as normalised latents (B, C, h, w)."""
+        check_images(images, self.latent_stride)
+        check_loaded(self.network, images, "small autoencoder")
+        pixels = images.to(next(self.network.parameters()).dtype)
+        return self.network.encode(pixels).to(images.dtype)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode normalised latents (B, C, h, w) to images (B, 3, h*stride, w*stride)."""
+        check_loaded(self.network, latents, "small autoencoder")
+        raw = latents.to(next(self.network.parameters()).dtype)
+        return self.network.decode(raw).to(latents.dtype)
+
+
+def _read_sizes(path: Path) -> dict[str, int]:
+    """Constructor arguments of the network, from the file's metadata; the weights are not read."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; give an exported autoencoder.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return json.loads((file.metadata() or {})["config"])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no autoencoder of this package ({error}); take the export_path of a run of "
+            "configs/autoencoder.yaml."
+        ) from error
+
+
+def save_autoencoder(network: SmallAutoencoder, path: str | Path, description: str) -> None:
+    """Write weights in half precision, with the network's sizes and a `description` as metadata."""
+    from safetensors.torch import save_file
+
+    state = {name: value.detach().cpu().half() for name, value in network.state_dict().items()}
+    state = {name: value.contiguous() for name, value in state.items()}
+    metadata = {"config": json.dumps(network.config), "description": description}
+    with replaced_file(path) as temporary:
+        save_file(state, temporary, metadata=metadata)
