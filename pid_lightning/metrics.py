@@ -274,6 +274,8 @@ def _high_water_mark(resettable: bool) -> int:
         status = Path("/proc/self/status").read_text()
         line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
+    if sys.platform == "win32":  # has no such mark
+        return 0
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024

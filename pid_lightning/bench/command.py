@@ -55,11 +55,9 @@ def bench(arguments: Sequence[str]) -> None:
         "parameters": sum(p.numel() for p in build_meta(info).parameters()),
     }
     if given.estimate:
-        rows = list(estimate_rows(given, info))
+        figures = estimate_rows(given, info)
     else:
         rates = {dtype: measure_rates(device, getattr(torch, dtype)) for dtype in given.dtype}
-        rows = [*measure_attention(given, info, device, rates)]
-        rows += measure_rows(given, denoiser, info, device, rates)
         details["machine"] = report.describe_machine(
             device, {name: vars(rate) for name, rate in rates.items()}
         )
@@ -68,9 +66,16 @@ def bench(arguments: Sequence[str]) -> None:
                 f"{name}: {rate.flops_per_second / 1e12:.3g} TFLOP/s for a matmul, "
                 f"{rate.bytes_per_second / 1e9:.3g} GB/s for a copy, torch {torch.__version__}"
             )
+        figures = itertools.chain(
+            measure_attention(given, info, device, rates),
+            measure_rows(given, denoiser, info, device, rates),
+        )
+    rows = []
+    for row in figures:
+        rows.append(row)
+        if given.json is not None:  # each row: the next may run out of memory
+            report.write_json(given.json, rows, **details)
     print(report.format_table(rows))
-    if given.json is not None:
-        report.write_json(given.json, rows, **details)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -254,7 +259,10 @@ def measure_rows(
             for size, batch_size in itertools.product(given.sizes, given.batch_size):
                 _announce(name, size, batch_size, dtype)
                 row = {"size": size, "batch_size": batch_size, "dtype": dtype}
-                yield from _measure_size(given, name, gathered, info, row, rates[dtype])
+                try:
+                    yield from _measure_size(given, name, gathered, info, row, rates[dtype])
+                except torch.OutOfMemoryError:
+                    print("  out of memory: no rows of this size", file=sys.stderr, flush=True)
             del gathered  # free memory before the next networks are built
 
 

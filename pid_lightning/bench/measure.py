@@ -63,17 +63,19 @@ def measure(
                 statistics.median(seconds[mode]),
                 first[piece, mode],
                 work.held_bytes(),
-                peak_of(work, mode.startswith(WAYS[1:]), device),
+                peak_of(work, mode, device),
             )
     return figures
 
 
-def peak_of(work: Work, compiled: bool, device: torch.device) -> int | None:
+def peak_of(work: Work, mode: str, device: torch.device) -> int | None:
     """Peak bytes of one more call, including what this work keeps but not what other work keeps.
 
-    On a GPU the allocator reports them; on a CPU the outputs of operations are counted, which a
-    compiled graph hides.
+    On a GPU the allocator reports them, except those of a CUDA graph, which owns its memory; on a
+    CPU the outputs of operations are counted, which a compiled graph hides.
     """
+    if mode.startswith(WAYS[3:] if device.type == "cuda" else WAYS[1:]):
+        return None
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -81,8 +83,6 @@ def peak_of(work: Work, compiled: bool, device: torch.device) -> int | None:
         work.run()
         torch.cuda.synchronize(device)
         return work.held_bytes() + torch.cuda.max_memory_allocated(device) - before
-    if compiled:
-        return None
     return work.held_bytes() + peak_bytes(work.run)
 
 

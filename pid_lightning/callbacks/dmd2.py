@@ -355,7 +355,7 @@ class DMD2(Callback):
         seed = module.training_settings.seed
         generators = sample_generators(seed, f"{purpose} times", sample.numbers)
         t = torch.cat([flow.sample_times(1, generator=generator) for generator in generators])
-        return t.clamp(*self.time_clamp).to(sample.x0.device)
+        return t.clamp(*self.time_clamp).to(sample.x0.device, non_blocking=True)
 
     def _noise(self, module: PiDModule, sample: Sample, purpose: str) -> Tensor:
         seed, device = module.training_settings.seed, sample.x0.device

@@ -98,7 +98,7 @@ class PictureGrids(Callback):
             condition = denoiser.condition(latents, latent_sigma, text)
             openings: list[float] = []
             hooks = [gate.register_forward_hook(_record(openings)) for gate in denoiser.gates]
-            denoiser(x0, t, condition)
+            denoiser.forward(x0, t, condition)  # a compiled call would skip the hooks
             for hook in hooks:
                 hook.remove()
             found |= {f"gates/injection_{i}/sigma_{sigma:g}": o for i, o in enumerate(openings)}

@@ -55,7 +55,9 @@ class LastCheckpoint(Callback):
         self._num_steps = trainer.global_step
         if not is_between_steps:
             return
-        if trainer.strategy.reduce_boolean_decision(self._asked, all=False):
+        # Processes agree on logged steps only, since that waits for the GPU.
+        is_time = trainer.world_size == 1 or trainer.global_step % trainer.log_every_n_steps == 0
+        if is_time and trainer.strategy.reduce_boolean_decision(self._asked, all=False):
             path = self._save(trainer)
             if trainer.is_global_zero and path is not None:
                 print(f"\nsaved {path}; continue with --ckpt_path last", flush=True)

@@ -268,7 +268,9 @@ class PiDModule(LightningModule):
         """Log throughput: global batch size over the seconds since the last batch ended."""
         now, num_images = time.perf_counter(), len(batch["image"]) * self.trainer.world_size
         if self._batch_end is not None:
-            self.log("train/images_per_second", num_images / (now - self._batch_end))
+            # A tensor on the CPU: Lightning would move a number to the GPU, and wait for it.
+            rate = torch.tensor(num_images / (now - self._batch_end))
+            self.log("train/images_per_second", rate)
         self._batch_end = now
 
     def on_validation_end(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -87,9 +88,10 @@ def draw_sample(module: PiDModule, batch: dict[str, Any], purpose: str) -> Sampl
         )
         for generator in scalars
     ]
-    latent_sigma = torch.cat([sigma for sigma, _ in drawn]).to(x0.device)
+    to_device = partial(Tensor.to, device=x0.device, non_blocking=True)
+    latent_sigma = to_device(torch.cat([sigma for sigma, _ in drawn]))
     drop_latents, drop_text = torch.cat([drops for _, drops in drawn], dim=1)
-    keep_latents = (drop_latents >= settings.latent_dropout).to(x0.device)
+    keep_latents = to_device(drop_latents >= settings.latent_dropout)
     captions, keep_text = batch["caption"], drop_text >= settings.caption_dropout
     if not module.denoiser.config.learned_null:
         captions = [c if kept else "" for c, kept in zip(captions, keep_text, strict=True)]
@@ -106,7 +108,7 @@ def draw_sample(module: PiDModule, batch: dict[str, Any], purpose: str) -> Sampl
         latent_sigma,
         text,
         keep_latents,
-        keep_text.to(x0.device) if replaced else None,
+        to_device(keep_text) if replaced else None,
         numbers,
     )
 
@@ -136,7 +138,7 @@ class FlowMatching:
             shift = flow.resolution_shift(*x0.shape[-2:])
         scalars = sample_generators(settings.seed, f"{purpose} times", sample.numbers)
         drawn = [flow.sample_times(1, shift, settings.time_std, one) for one in scalars]
-        t = torch.cat(drawn).to(x0.device)
+        t = torch.cat(drawn).to(x0.device, non_blocking=True)
         generators = sample_generators(
             settings.seed, f"{purpose} pixels", sample.numbers, x0.device
         )

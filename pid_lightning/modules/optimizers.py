@@ -138,4 +138,9 @@ def freeze_untrained(denoiser: PiD, train: str) -> None:
             "model.denoiser.adapter.rgb_head to true."
         )
     else:
-        denoiser.adapter.heads.requires_grad_(False)
+        adapter = denoiser.adapter
+        unread = [adapter.heads, adapter.head_norm]
+        if adapter.rgb_head_block is not None:
+            unread += adapter.res_blocks[adapter.rgb_head_block :]
+        for module in unread:
+            module.requires_grad_(False)
