@@ -22,6 +22,7 @@ from pid_lightning.freed_memory import keep_freed_memory
 from pid_lightning.hub import find_last_checkpoint
 from pid_lightning.mistakes import raised_here
 from pid_lightning.modules.base import PiDModule
+from pid_lightning.modules.restoring import check_checkpoint
 from pid_lightning.tensor_files import read_torch_file
 
 # jsonargparse resolves short class names in configs only for classes that were imported.
@@ -113,7 +114,7 @@ class PiDCLI(LightningCLI):
             return
         path = self.config[self.subcommand].ckpt_path
         if path is not None and Path(path).is_file():
-            self.model.check_checkpoint(read_torch_file(path))
+            check_checkpoint(self.model, read_torch_file(path))
         self.model.prepare(self.datamodule, self.subcommand)
         if self.subcommand == "fit":
             for callback in self.trainer.callbacks:

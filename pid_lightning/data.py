@@ -18,6 +18,7 @@ from pid_lightning.draws import (
     StreamedDraws,
     make_loader,
 )
+from pid_lightning.mistakes import check_at_least
 from pid_lightning.prediction_inputs import PredictionInputs
 from pid_lightning.sources import Split, hold_out, open_source
 
@@ -99,8 +100,7 @@ class ImageData(LightningDataModule):
             ("samples_per_epoch", 1 if samples_per_epoch is None else samples_per_epoch, 1),
             ("cache_bytes", cache_bytes, 0),
         ):
-            if value < minimum:
-                raise ValueError(f"data.{name}: {value} is too small; use at least {minimum}.")
+            check_at_least(f"data.{name}", value, minimum)
         if resize not in ("none", "random"):
             raise ValueError(f'data.resize: {resize!r} is unknown; use "none" or "random".')
         if streaming and samples_per_epoch is None:

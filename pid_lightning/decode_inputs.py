@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pid_lightning.decoding import output_size
 from pid_lightning.latent_spaces import warn_if_not_normalised
+from pid_lightning.mistakes import check_at_least
 from pid_lightning.nn import PiD
 from pid_lightning.sampling import Generators, few_step_times
 from pid_lightning.weights import ModelInfo
@@ -42,8 +43,8 @@ def check_inputs(
     denoiser.check_size(*output_size(denoiser, latents))
     if steps is not None and info.student_times is not None:
         few_step_times(info.student_times, steps)
-    elif steps is not None and steps < 1:
-        raise ValueError(f"steps: {steps} must be at least 1.")
+    elif steps is not None:
+        check_at_least("steps", steps, 1)
     if generator is not None and seed is not None:
         raise ValueError("seed and generator were both given; give only one of them.")
     sigma = (

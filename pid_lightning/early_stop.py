@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pid_lightning.diffusers_vae import PiDAutoencoder
+from pid_lightning.mistakes import check_at_least
 from pid_lightning.noising import from_exploding
 
 # Schedulers by the form of their latents between steps, at noise level `sigma` of their schedule.
@@ -95,8 +96,7 @@ def stop_early(pipe: Any, at_step: int = 24) -> EarlyStop:
         ValueError: `vae` is not a `PiDAutoencoder`, the pipeline cannot be interrupted, the noise
             levels of its scheduler are not known, or `at_step` is less than 1.
     """
-    if at_step < 1:
-        raise ValueError(f"at_step: {at_step} must be at least 1; give the number of steps to run.")
+    check_at_least("at_step", at_step, 1)
     _check_pipeline(pipe)
     return EarlyStop(at_step)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pid_lightning.mistakes import check_choice
 from pid_lightning.released import build_from_arguments, from_released
 from pid_lightning.sampling import STUDENT_TIMES
 from pid_lightning.tensor_files import read_torch_file
@@ -117,9 +118,8 @@ def import_released(
         ValueError: the file is no dict of tensors or asks for code to be run (none is), or its
             tensors are not exactly those of this family and version.
     """
-    for name, value, known in (("family", family, FAMILIES), ("version", version, VERSIONS)):
-        if value not in known:
-            raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}.")
+    check_choice("family", family, FAMILIES)
+    check_choice("version", version, VERSIONS)
     if Path(out).suffix != ".safetensors":
         raise ValueError(f"{out}: the file name must end in .safetensors.")
     released = _without_prefix(read_released(path), AVERAGED if ema else NETWORK, path)

@@ -1,14 +1,26 @@
-"""Report a user's mistake in one sentence with exit status 2; a bug keeps its traceback."""
+"""A user's mistake: found early, told in one sentence, exit status 2; a bug keeps its traceback."""
 
 from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
+
+
+def check_choice(name: str, value: str, accepted: Collection[str]) -> None:
+    """Raise ValueError unless the option `name` has an accepted value."""
+    if value not in accepted:
+        raise ValueError(f"{name}: {value!r} is not one of {', '.join(accepted)}.")
+
+
+def check_at_least(name: str, value: float, least: float) -> None:
+    """Raise ValueError if the option `name` is below its least value."""
+    if value < least:
+        raise ValueError(f"{name}: {value} must be at least {least}.")
 
 
 @contextmanager

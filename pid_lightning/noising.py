@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pid_lightning.flow import per_sample
+from pid_lightning.mistakes import check_choice
 
 FRAMES = ("flow", "variance_preserving")
 
@@ -41,12 +42,10 @@ def add_latent_noise(
     Raises:
         ValueError: an unknown frame.
     """
+    check_choice("frame", frame, FRAMES)
     sigma = per_sample(latent_sigma, latents)
-    if frame == "flow":
-        return (1 - sigma) * latents + sigma * eps
-    if frame == "variance_preserving":
-        return (1 - sigma.square()).sqrt() * latents + sigma * eps
-    raise ValueError(f"frame: {frame!r} is not one of {', '.join(FRAMES)}.")
+    signal = 1 - sigma if frame == "flow" else (1 - sigma.square()).sqrt()
+    return signal * latents + sigma * eps
 
 
 def from_exploding(latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

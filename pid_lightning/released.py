@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from pid_lightning.mistakes import check_choice
 from pid_lightning.nn import PiD, PiDConfig
 from pid_lightning.nn.adapter import AdapterConfig
 
@@ -42,11 +43,9 @@ def build_from_arguments(arguments: Mapping[str, Any]) -> PiD:
     width = get("hidden_size", 1152)
     num_heads = get("num_groups", 16)
     rope_mode = get("rope_mode", "ntk_aware")
-    if rope_mode not in ROPES:
-        raise ValueError(f"rope_mode: {rope_mode!r} is not one of {', '.join(ROPES)}.")
+    check_choice("rope_mode", rope_mode, ROPES)
     gate = get("lq_gate_type", "sigma_aware_per_token_per_dim")
-    if gate not in GATES:
-        raise ValueError(f"lq_gate_type: {gate!r} is not one of {', '.join(GATES)}.")
+    check_choice("lq_gate_type", gate, GATES)
     rgb_head_block = get("lq_aux_rgb_head_latent_block_idx", -1)
     config = PiDConfig(
         width=width,

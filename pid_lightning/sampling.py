@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pid_lightning import flow
+from pid_lightning.mistakes import check_at_least
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -139,8 +140,7 @@ def sample_solver(
     scheduler = DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
     )
-    if steps < 1:
-        raise ValueError(f"steps: {steps} must be at least 1.")
+    check_at_least("steps", steps, 1)
     scheduler.set_timesteps(steps, device=noise.device)
     scheduler.set_begin_index(0)  # integer timesteps may repeat, so avoid a lookup
     x = noise.float()

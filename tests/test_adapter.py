@@ -314,11 +314,11 @@ def test_a_fresh_adapter_injects_nothing() -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"gate": "sigma"}, r"^gate: 'sigma' is not one of channel, token, none\.$"),
-        ({"padding": "reflect"}, r"^padding: 'reflect' is not one of zeros, replicate\.$"),
+        ({"gate": "sigma"}, r"^adapter.gate: 'sigma' is not one of channel, token, none\.$"),
+        ({"padding": "reflect"}, r"^adapter.padding: 'reflect' is not one of zeros, replicate\.$"),
         ({"upsampling": "bilinear"}, r"'bilinear' is not one of nearest, shuffle\.$"),
-        ({"width": 10}, r"^adapter width: 10 must be a multiple of 4"),
-        ({"num_res_blocks": 2, "rgb_head_block": 3}, r"^rgb_head_block: 3 must lie between 1 and"),
+        ({"width": 10}, r"^adapter.width: 10 must be a multiple of 4"),
+        ({"num_res_blocks": 2, "rgb_head_block": 3}, r"^adapter.rgb_head_block: 3 must lie between 1 and"),
         ({"interval": 0}, r"interval: 0"),
         ({"unpack": 0}, r"unpack: 0"),
     ],

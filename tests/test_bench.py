@@ -311,6 +311,27 @@ def test_table_and_json_hold_the_same_rows(
     assert all(row["relative_error"] < 1e-4 for row in rows[:2])
 
 
+def test_rows_are_saved_before_memory_runs_out(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "pid_lightning.bench.rates.measure_rates", lambda device, dtype: Rates(1e9, 1e9)
+    )
+
+    def draw_small_inputs(info: ModelInfo, size: int, *others: object) -> networks.Inputs:
+        if size == 128:
+            raise torch.OutOfMemoryError
+        return draw_inputs(info, size, *others)
+
+    draw_inputs = networks.draw_inputs
+    monkeypatch.setattr(networks, "draw_inputs", draw_small_inputs)
+    out = tmp_path / "bench.json"
+    options = "--work forward --sizes 64 128 32 --dtype float32 --device cpu --repeat 1 --json"
+    main(["bench", "--model", str(model), *options.split(), str(out)])
+    assert [row["size"] for row in json.loads(out.read_text())["rows"]] == [64, 32]
+    assert "out of memory: no rows of this size" in capsys.readouterr().err
+
+
 def test_eight_bits_and_windows_are_rows_beside_the_exact_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

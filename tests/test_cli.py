@@ -88,7 +88,7 @@ def forbid_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--model.training.time_shift=0"], "time_shift: 0.0 must be above 0"),
         (["--model.training.train=y0"], "'y0' is not one of all, adapter, rgb_head"),
         (["--data.resize=y0"], "Literal['none', 'random']"),
-        (["--data.batch_size=0"], "data.batch_size: 0 is too small"),
+        (["--data.batch_size=0"], "data.batch_size: 0 must be at least 1"),
         (["--trainer.precision=foo"], "bf16-mixed"),
         (["--model=Nothing"], "Nothing"),
         (["--trainer.strategy=fsdp"], "fsdp"),

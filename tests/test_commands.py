@@ -23,6 +23,7 @@ from torch import Tensor
 from pid_lightning import decode_files
 from pid_lightning.__main__ import main
 from pid_lightning.decoder import PiDDecoder
+from pid_lightning.hub import find_model
 from pid_lightning.import_released import (
     FAMILIES,
     VERSIONS,
@@ -205,6 +206,9 @@ def test_a_run_is_exported_averaged(tmp_path: Path, capsys: pytest.CaptureFixtur
             assert torch.equal(ours, theirs.to(ours.dtype))
     assert denoiser.dtype == torch.float32
     assert "the teacher of" in capsys.readouterr().out
+    newest = tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt"
+    for folder in (tmp_path / "run", newest.parent.parent, newest.parent):
+        assert find_model(folder) == newest
     (tmp_path / "empty").mkdir()
     assert "nor a run's checkpoints" in refused(capsys, "export", tmp_path / "empty", out)
     assert "must end in .safetensors" in refused(

@@ -15,6 +15,7 @@ from PIL import Image
 
 from pid_lightning.data import ImageData
 from pid_lightning.draws import Pictures, ShuffledDraws, random_crop
+from pid_lightning.pictures import read_picture
 from pid_lightning.sources import BUNDLED_PHOTOS
 
 
@@ -308,8 +309,8 @@ def test_unusable_rows_are_skipped_as_they_come(tmp_path, streaming):
             ValueError,
             "only parquet files and hub data",
         ),
-        (lambda d: "x", {"image_size": 0}, ValueError, "data.image_size: 0 is too small"),
-        (lambda d: "x", {"batch_size": 0}, ValueError, "data.batch_size: 0 is too small"),
+        (lambda d: "x", {"image_size": 0}, ValueError, "data.image_size: 0 must be at least 1"),
+        (lambda d: "x", {"batch_size": 0}, ValueError, "data.batch_size: 0 must be at least 1"),
         (lambda d: "x", {"resize": "up"}, ValueError, "data.resize: 'up' is unknown"),
         (lambda d: "x", {"streaming": True}, ValueError, "a stream has no length"),
     ],
@@ -324,6 +325,16 @@ def test_mistakes_are_one_sentence_before_training(
     with pytest.raises(error, match=message) as caught:
         ready(path, **changes)
     assert "\n" not in str(caught.value)
+
+
+def test_transparency_is_composited_over_white_as_in_decoding(tmp_path):
+    clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    for name in ("a", "b", "c"):
+        clear.save(tmp_path / f"{name}.png")
+    for cache_bytes in (0, 2**20):
+        data = ready(str(tmp_path), num_val=1, batch_size=2, cache_bytes=cache_bytes)
+        assert (next(iter(data.train_dataloader()))["image"] == 1).all()
+    assert (read_picture(tmp_path / "a.png") == 1).all()
 
 
 # ---- order, reproducibility, resuming

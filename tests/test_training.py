@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from pid_lightning import EMA, AdapterConfig, Training, weights
+from pid_lightning import EMA, AdapterConfig, PictureGrids, Training, weights
 from pid_lightning.checkpointing import AtomicCheckpointIO
 from pid_lightning.modules.objective import draw_sample
 from pid_lightning.text import NoText
@@ -242,15 +242,35 @@ def test_mixed_precision_keeps_the_encoder_in_bf16(tmp_path: Path) -> None:
     assert (ours - theirs).std() < 0.02 * theirs.std()
 
 
-def test_rgb_head_stage_moves_the_adapter_alone(tmp_path: Path) -> None:
-    adapter = AdapterConfig(width=16, num_res_blocks=1, rgb_head=True)
+def test_rgb_head_stage_moves_what_the_rgb_head_reads_alone(tmp_path: Path) -> None:
+    adapter = AdapterConfig(
+        width=16, num_res_blocks=2, rgb_head=True, rgb_head_block=1, head_norm=True
+    )
     training = Training(train="rgb_head", learning_rate=1e-2, warmup_steps=1)
     fitted = tiny.module(training, adapter=adapter)
     before = {name: p.detach().clone() for name, p in fitted.denoiser.named_parameters()}
     tiny.fit(tmp_path, 2, fitted=fitted)
     moved = {n for n, p in fitted.denoiser.named_parameters() if not torch.equal(p, before[n])}
-    own = {n for n in before if n.startswith("adapter.") and not n.startswith("adapter.heads.")}
+    unread = ("adapter.heads.", "adapter.head_norm.", "adapter.res_blocks.1.")
+    own = {n for n in before if n.startswith("adapter.") and not n.startswith(unread)}
     assert moved == own
+    # DDP waits for the gradient of everything that requires one.
+    assert moved == {n for n, p in fitted.denoiser.named_parameters() if p.requires_grad}
+
+
+def test_gates_of_a_compiled_network_are_seen() -> None:
+    fitted = tiny.module()
+    fitted.encoder.load()
+    x0 = torch.zeros(1, 3, 64, 64)
+    clean, _ = fitted.encode(torch.zeros(1, 3, 16, 16), [""])
+    seen = []
+    for compiles in (False, True):
+        if compiles:
+            fitted.denoiser.compile(backend="eager", fullgraph=True, dynamic=False)
+            fitted.denoiser(x0, torch.zeros(1), fitted.denoiser.condition(clean, torch.zeros(1)))
+        seen.append(PictureGrids().scalars(fitted, x0, clean, None, [0]))
+    assert len(seen[0]) == 3 * len(fitted.denoiser.gates)
+    assert seen[1] == pytest.approx(seen[0])
 
 
 def test_rgb_head_stage_needs_an_rgb_head() -> None:

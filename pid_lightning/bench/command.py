@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pid_lightning.bench import ATTENTION, LEARNING, WAYS, WORK
+from pid_lightning.mistakes import check_at_least
 
 # torch is imported after the arguments are checked, so that --help and errors are fast.
 if TYPE_CHECKING:
@@ -154,8 +155,7 @@ def _check(given: argparse.Namespace) -> None:
     """Check everything that does not need torch."""
     for name in ("repeat", "batch_size"):
         value = getattr(given, name)
-        if min(value if isinstance(value, list) else [value]) < 1:
-            raise ValueError(f"--{name}: {value} must be at least 1.")
+        check_at_least(f"--{name}", min(value) if isinstance(value, list) else value, 1)
     if given.json is not None and not given.json.parent.is_dir():
         raise FileNotFoundError(f"--json: folder {given.json.parent} does not exist; create it.")
     for name in ("compile", "freeze", "cuda_graphs", "baseline", "check", "int8", "window"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pid_lightning.hub import find_model
+from pid_lightning.mistakes import check_at_least
 from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
 from pid_lightning.weights import ModelInfo, load_model
 
@@ -93,8 +94,7 @@ def check_sizes(info: ModelInfo, sizes: list[int]) -> None:
     """
     denoiser = build_meta(info)
     for size in sizes:
-        if size < 1:
-            raise ValueError(f"--sizes: {size} must be at least 1 pixel.")
+        check_at_least("--sizes", size, 1)
         denoiser.check_size(size, size)
 
 

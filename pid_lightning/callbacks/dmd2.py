@@ -13,6 +13,7 @@ from pid_lightning import flow, losses, sampling, weights
 from pid_lightning.callbacks.turns import Turns
 from pid_lightning.decoding import conditioned_velocity
 from pid_lightning.hub import find_model
+from pid_lightning.mistakes import check_at_least, check_choice
 from pid_lightning.modules.base import PiDModule
 from pid_lightning.modules.objective import Sample
 from pid_lightning.nn import Condition, Discriminator, PiD
@@ -80,19 +81,11 @@ class DMD2(Callback):
         fake_score_weight_decay: float = 1e-3,
         teacher_dtype: str = "bfloat16",
     ) -> None:
-        if student_input not in STUDENT_INPUTS:
-            accepted = ", ".join(STUDENT_INPUTS)
-            raise ValueError(f"DMD2 student_input: {student_input!r} is not one of {accepted}.")
-        if student_steps not in STUDENT_STEPS:
-            accepted = ", ".join(STUDENT_STEPS)
-            raise ValueError(f"DMD2 student_steps: {student_steps!r} is not one of {accepted}.")
-        if student_every < 2:
-            raise ValueError(
-                f"DMD2 student_every: {student_every} must be at least 2; the others train critics."
-            )
-        if teacher_dtype not in TEACHER_DTYPES:
-            accepted = ", ".join(TEACHER_DTYPES)
-            raise ValueError(f"DMD2 teacher_dtype: {teacher_dtype!r} is not one of {accepted}.")
+        check_choice("DMD2 student_input", student_input, STUDENT_INPUTS)
+        check_choice("DMD2 student_steps", student_steps, STUDENT_STEPS)
+        check_choice("DMD2 teacher_dtype", teacher_dtype, TEACHER_DTYPES)
+        check_at_least("DMD2 discriminator_depth", discriminator_depth, 1)
+        check_at_least("DMD2 student_every", student_every, 2)  # the other batches train critics
         if not student_times or list(student_times) != sorted(set(student_times), reverse=True):
             raise ValueError(
                 f"DMD2 student_times: {student_times} must fall from noise to clean, as 0.9, 0.5."
@@ -103,8 +96,6 @@ class DMD2(Callback):
             raise ValueError(
                 f"DMD2 time_clamp: {time_clamp} must be two rising times in (0, 1], as 0.02, 0.99."
             )
-        if discriminator_depth < 1:
-            raise ValueError(f"DMD2 discriminator_depth: {discriminator_depth} must be at least 1.")
         self.teacher = teacher
         self.student_times = tuple(student_times)
         self.student_input = student_input

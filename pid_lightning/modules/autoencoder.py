@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pid_lightning.encoders.small_vae import save_autoencoder
+from pid_lightning.mistakes import check_at_least
 from pid_lightning.nn.autoencoder import (
     PrincipalComponents,
     SmallAutoencoder,
@@ -59,8 +60,7 @@ class AutoencoderModule(pl.LightningModule):
             ("learning_rate", learning_rate, 0),
             ("warmup_steps", warmup_steps, 1),
         ):
-            if value < least:
-                raise ValueError(f"model.{name}: {value} is too small; use at least {least}.")
+            check_at_least(f"model.{name}", value, least)
         if export_path is not None and not export_path.endswith(".safetensors"):
             raise ValueError(f"model.export_path: {export_path} must end in .safetensors.")
         self.save_hyperparameters()

@@ -22,6 +22,7 @@ from pid_lightning.modules.initialisation import initialise_from
 from pid_lightning.modules.objective import FlowMatching, Objective, draw_sample
 from pid_lightning.modules.optimizers import freeze_untrained, make_optimizer, make_schedule
 from pid_lightning.modules.prediction import PredictionWriter
+from pid_lightning.modules.restoring import prepare_restoring
 from pid_lightning.modules.settings import Evaluation, Training
 from pid_lightning.modules.side_stream import SideStream
 from pid_lightning.nn import PiD, PiDConfig
@@ -173,60 +174,9 @@ class PiDModule(LightningModule):
         """Store the model description in the checkpoint."""
         checkpoint[weights.METADATA_KEY] = self.info.to_plain()
 
-    def check_checkpoint(self, checkpoint: dict[str, Any]) -> weights.ModelInfo:
-        """Compare a checkpoint's model description with this module's and return it.
-
-        Raises:
-            ValueError: the checkpoint has no description, or that of another model.
-        """
-        if weights.METADATA_KEY not in checkpoint:
-            raise ValueError(
-                "ckpt_path: not a checkpoint of a PiD run (it has no model description); give one "
-                "that pid fit wrote."
-            )
-        theirs = weights.ModelInfo.from_plain(checkpoint[weights.METADATA_KEY])
-        differences = self.info.differences(theirs)
-        if differences:
-            raise ValueError(
-                f"ckpt_path: this checkpoint is from another model ({'; '.join(differences)}); "
-                "use the config of its run."
-            )
-        return theirs
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model's checkpoint; adopt its student times and its average."""
-        theirs = self.check_checkpoint(checkpoint)
-        fitting = self.trainer.state.fn == "fit"
-        if not fitting:  # evaluation uses no fake score or discriminator
-            kept = self.state_dict().keys()
-            checkpoint["state_dict"] = {
-                name: tensor
-                for name, tensor in checkpoint["state_dict"].items()
-                if name in kept or name.startswith("denoiser_ema.")
-            }
-        is_student = theirs.student_times is not None
-        distils = self.student_times is not None
-        if fitting and is_student != distils:
-            raise ValueError(
-                "ckpt_path: this checkpoint is from DMD2; add the DMD2 callback to resume it."
-                if is_student
-                else "ckpt_path: this checkpoint is not from DMD2; give it to DMD2 as the teacher."
-            )
-        self.student_times = theirs.student_times
-        if self.image_size is None:
-            self.image_size = theirs.image_size
-        averaged = any(name.startswith("denoiser_ema.") for name in checkpoint["state_dict"])
-        if averaged == (self.denoiser_ema is not None):
-            return
-        if fitting:
-            raise ValueError(
-                "ckpt_path: this run averaged its weights; add the EMA callback to resume it."
-                if averaged
-                else "ckpt_path: this run did not average its weights; remove the EMA callback."
-            )
-        self.denoiser_ema = None
-        if averaged:  # evaluated without the callback, but by its average
-            self.denoiser_ema = self.info.build().requires_grad_(False).to(self.device)
+        prepare_restoring(self, checkpoint)
 
     # Training.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pid_lightning.mistakes import check_at_least, check_choice
 from pid_lightning.modules.optimizers import OPTIMIZERS
 from pid_lightning.noising import FRAMES
 
@@ -59,17 +60,9 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.train not in TRAINED_PARTS:
-            accepted = ", ".join(TRAINED_PARTS)
-            raise ValueError(f"training.train: {self.train!r} is not one of {accepted}.")
-        if self.optimizer not in OPTIMIZERS:
-            accepted = ", ".join(OPTIMIZERS)
-            raise ValueError(f"training.optimizer: {self.optimizer!r} is not one of {accepted}.")
-        if self.noise_frame not in FRAMES:
-            accepted = ", ".join(FRAMES)
-            raise ValueError(
-                f"training.noise_frame: {self.noise_frame!r} is not one of {accepted}."
-            )
+        check_choice("training.train", self.train, TRAINED_PARTS)
+        check_choice("training.optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("training.noise_frame", self.noise_frame, FRAMES)
         for name in (
             "latent_sigma_max",
             "latent_sigma_probability",
@@ -124,5 +117,5 @@ class Evaluation:
                 raise ValueError(
                     f"evaluation: latent sigma {sigma} must lie between 0 (clean) and 1 (noise)."
                 )
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"evaluation.steps: {self.steps} must be at least 1.")
+        if self.steps is not None:
+            check_at_least("evaluation.steps", self.steps, 1)

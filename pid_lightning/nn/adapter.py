@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from pid_lightning.mistakes import check_at_least, check_choice
+
 GATES = ("channel", "token", "none")
 PADDINGS = ("zeros", "replicate")
 UPSAMPLINGS = ("nearest", "shuffle")
@@ -54,25 +56,20 @@ class AdapterConfig:
     head_norm: bool = False
 
     def __post_init__(self) -> None:
-        if self.gate not in GATES:
-            raise ValueError(f"gate: {self.gate!r} is not one of {', '.join(GATES)}.")
-        if self.padding not in PADDINGS:
-            raise ValueError(f"padding: {self.padding!r} is not one of {', '.join(PADDINGS)}.")
-        if self.upsampling not in UPSAMPLINGS:
-            accepted = ", ".join(UPSAMPLINGS)
-            raise ValueError(f"adapter upsampling: {self.upsampling!r} is not one of {accepted}.")
+        check_choice("adapter.gate", self.gate, GATES)
+        check_choice("adapter.padding", self.padding, PADDINGS)
+        check_choice("adapter.upsampling", self.upsampling, UPSAMPLINGS)
         for name in ("interval", "unpack"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"adapter {name}: {getattr(self, name)} must be at least 1.")
+            check_at_least(f"adapter.{name}", getattr(self, name), 1)
         if self.width % 4:
             raise ValueError(
-                f"adapter width: {self.width} must be a multiple of 4, the number of groups of "
+                f"adapter.width: {self.width} must be a multiple of 4, the number of groups of "
                 "its GroupNorm."
             )
         if self.rgb_head_block is not None and not 1 <= self.rgb_head_block <= self.num_res_blocks:
             raise ValueError(
-                f"rgb_head_block: {self.rgb_head_block} must lie between 1 and num_res_blocks "
-                f"({self.num_res_blocks}), or be null for the last output."
+                f"adapter.rgb_head_block: {self.rgb_head_block} must lie between 1 and "
+                f"num_res_blocks ({self.num_res_blocks}), or be null for the last output."
             )
 
 
@@ -184,8 +181,7 @@ class LatentAdapter(nn.Module):
         scale: int,
     ) -> None:
         super().__init__()
-        if scale < 1:
-            raise ValueError(f"scale: {scale} must be at least 1.")
+        check_at_least("scale", scale, 1)
         if latent_channels % config.unpack**2:
             raise ValueError(
                 f"latent_channels: {latent_channels} must be a multiple of {config.unpack**2}, the "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from pid_lightning.mistakes import check_at_least, check_choice
 from pid_lightning.nn.adapter import AdapterConfig
 
 PREDICTIONS = ("velocity", "x0")
@@ -51,13 +52,10 @@ class PiDConfig:
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
 
     def __post_init__(self) -> None:
-        if self.prediction not in PREDICTIONS:
-            accepted = ", ".join(PREDICTIONS)
-            raise ValueError(f"prediction: {self.prediction!r} is not one of {accepted}.")
+        check_choice("prediction", self.prediction, PREDICTIONS)
         counts = ("num_blocks", "num_pixel_blocks", "num_heads", "pixel_num_heads", "patch_size")
         for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} must be at least 1.")
+            check_at_least(name, getattr(self, name), 1)
         for width, heads in (
             ("width", "num_heads"),
             ("pixel_attention_width", "pixel_num_heads"),

@@ -1,0 +1,78 @@
+"""Restoring a module from a checkpoint: refused if it is another model's, adapted to the stage."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pid_lightning.weights import METADATA_KEY, ModelInfo
+
+if TYPE_CHECKING:
+    from pid_lightning.modules.base import PiDModule
+
+AVERAGE = "denoiser_ema."  # prefix of the average's tensors
+
+
+def check_checkpoint(module: PiDModule, checkpoint: dict[str, Any]) -> ModelInfo:
+    """Compare a checkpoint's model description with the module's and return it.
+
+    Raises:
+        ValueError: the checkpoint has no description, or that of another model.
+    """
+    if METADATA_KEY not in checkpoint:
+        raise ValueError(
+            "ckpt_path: not a checkpoint of a PiD run (it has no model description); give one "
+            "that pid fit wrote."
+        )
+    theirs = ModelInfo.from_plain(checkpoint[METADATA_KEY])
+    differences = module.info.differences(theirs)
+    if differences:
+        raise ValueError(
+            f"ckpt_path: this checkpoint is from another model ({'; '.join(differences)}); "
+            "use the config of its run."
+        )
+    return theirs
+
+
+def prepare_restoring(module: PiDModule, checkpoint: dict[str, Any]) -> None:
+    """Adopt a checkpoint's student times and average, before its tensors are loaded strictly.
+
+    To resume a fit, the callbacks must be those of its run. For evaluation, the average is
+    adopted without the EMA callback, and the networks of a distillation are left out.
+
+    Raises:
+        ValueError: another model's checkpoint, or a fit with other callbacks.
+    """
+    theirs = check_checkpoint(module, checkpoint)
+    state = checkpoint["state_dict"]
+    averaged = any(name.startswith(AVERAGE) for name in state)
+    if module.trainer.state.fn == "fit":
+        _check_callbacks(module, theirs.student_times is not None, averaged)
+    else:
+        kept = module.state_dict().keys()
+        checkpoint["state_dict"] = {
+            name: tensor
+            for name, tensor in state.items()
+            if name in kept or name.startswith(AVERAGE)
+        }
+        if not averaged:
+            module.denoiser_ema = None
+        elif module.denoiser_ema is None:
+            module.denoiser_ema = module.info.build().requires_grad_(False).to(module.device)
+    module.student_times = theirs.student_times
+    if module.image_size is None:
+        module.image_size = theirs.image_size
+
+
+def _check_callbacks(module: PiDModule, is_student: bool, averaged: bool) -> None:
+    if is_student != (module.student_times is not None):
+        raise ValueError(
+            "ckpt_path: this checkpoint is from DMD2; add the DMD2 callback to resume it."
+            if is_student
+            else "ckpt_path: this checkpoint is not from DMD2; give it to DMD2 as the teacher."
+        )
+    if averaged != (module.denoiser_ema is not None):
+        raise ValueError(
+            "ckpt_path: this run averaged its weights; add the EMA callback to resume it."
+            if averaged
+            else "ckpt_path: this run did not average its weights; remove the EMA callback."
+        )

@@ -1,0 +1,118 @@
+"""A GPU's code paths on tensors without data: a wrong device or dtype there fails here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pid_lightning import AdapterConfig, losses
+from pid_lightning.decoding import decode_latents
+from pid_lightning.nn import PiD, PiDConfig
+from pid_lightning.nn.layers import RMSNorm
+from pid_lightning.sampling import STUDENT_TIMES
+
+GPU = torch.device("cuda")
+CONFIG = tiny.config(
+    text_length=3,
+    text_width=6,
+    rope_reference=(64, 64),
+    adapter=AdapterConfig(width=16, num_res_blocks=1, inject_pixels=True, rgb_head=True),
+)
+
+
+@pytest.fixture
+def meta_network() -> PiD:
+    """Built before fake tensors are in force, which cannot initialise weights."""
+    with torch.device("meta"):
+        return PiD(CONFIG, latent_channels=16, latent_stride=8, scale=4)
+
+
+@contextmanager
+def on_gpu(network: PiD) -> Iterator[PiD]:
+    """The network on fake CUDA tensors; everything made inside is fake too."""
+    shapes = {name: weight.shape for name, weight in network.state_dict().items()}
+    with FakeTensorMode():
+        state = {name: torch.empty(shape, device=GPU) for name, shape in shapes.items()}
+        network.load_state_dict(state, assign=True)
+        yield network
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.empty(shape, device=GPU)
+
+
+@pytest.mark.parametrize("tile", [None, 64])
+@pytest.mark.parametrize("window", [None, 32])
+def test_decoding_stays_on_the_gpu(meta_network: PiD, tile: int | None, window: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with on_gpu(meta_network.requires_grad_(False)) as network:
+        network.attend_in_windows(window)
+        picture = decode_latents(
+            network,
+            normal(2, 16, 3, 4),
+            normal(2),
+            student_times=STUDENT_TIMES,
+            steps=2,
+            text=normal(2, 3, 6),
+            guidance_scale=3.0,
+            generator=generator,
+            tile=tile,
+        )
+        assert picture.shape == (2, 3, 96, 128)
+        assert (picture.device.type, picture.dtype) == ("cuda", torch.float32)
+
+
+def test_training_losses_stay_on_the_gpu(meta_network: PiD) -> None:
+    with on_gpu(meta_network) as network:
+        x0, eps, low = normal(2, 3, 64, 64), normal(2, 3, 64, 64), normal(2, 3, 16, 16)
+        sigma, kept = normal(2), torch.ones(2, dtype=torch.bool, device=GPU)
+        condition = network.condition(
+            normal(2, 16, 2, 2),
+            sigma,
+            normal(2, 3, 6),
+            keep_latents=kept,
+            keep_text=kept,
+            with_rgb=True,
+        )
+        velocity = network(x0, normal(2), condition)
+        for loss in (
+            losses.flow_matching_loss(velocity, x0, eps),
+            losses.rgb_alignment_loss(condition.rgb, low, sigma),
+            losses.dmd_loss(velocity, x0, eps),
+        ):
+            assert loss.device.type == "cuda"
+
+
+def test_norms_stay_in_bf16_under_autocast() -> None:
+    """CUDA's autocast runs `rms_norm` in fp32, which would double what a training step saves."""
+    norm = RMSNorm(8)
+    was_enabled, was_dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, shift = (torch.empty(2, 3, 8, device=GPU, dtype=torch.bfloat16) for _ in range(2))
+        norm.weight = torch.nn.Parameter(torch.empty(8, device=GPU))
+        # torch.autocast itself turns off where there is no GPU.
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        try:
+            assert torch.rms_norm(x, (8,)).dtype == torch.float32  # or this test is void
+            assert norm(x).dtype == torch.bfloat16
+            assert norm.modulated(x, shift, shift).dtype == torch.bfloat16
+        finally:
+            torch.set_autocast_enabled("cuda", was_enabled)
+            torch.set_autocast_dtype("cuda", was_dtype)
+
+
+def test_published_sizes_have_the_same_code_paths() -> None:
+    """Head sizes 64 and 72, with text: the configuration that GPUs are for."""
+    with torch.device("meta"):
+        network = PiD(PiDConfig(num_blocks=2), latent_channels=16, latent_stride=8, scale=4)
+    with on_gpu(network.requires_grad_(False)) as network, torch.no_grad():
+        condition = network.condition(normal(1, 16, 16, 16), normal(1), normal(1, 300, 2304))
+        velocity = network(normal(1, 3, 512, 512), normal(1), condition)
+        assert (velocity.shape, velocity.device.type) == ((1, 3, 512, 512), "cuda")
