@@ -318,7 +318,10 @@ def test_a_fresh_adapter_injects_nothing() -> None:
         ({"padding": "reflect"}, r"^adapter.padding: 'reflect' is not one of zeros, replicate\.$"),
         ({"upsampling": "bilinear"}, r"'bilinear' is not one of nearest, shuffle\.$"),
         ({"width": 10}, r"^adapter.width: 10 must be a multiple of 4"),
-        ({"num_res_blocks": 2, "rgb_head_block": 3}, r"^adapter.rgb_head_block: 3 must lie between 1 and"),
+        (
+            {"num_res_blocks": 2, "rgb_head_block": 3},
+            r"^adapter.rgb_head_block: 3 must lie between 1 and",
+        ),
         ({"interval": 0}, r"interval: 0"),
         ({"unpack": 0}, r"unpack: 0"),
     ],
