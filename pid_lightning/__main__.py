@@ -10,15 +10,15 @@ LIGHT_COMMANDS = ("bench", "decode", "export", "import")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `pid`: commands that need no Lightning by `commands`, the others by `cli`."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] in LIGHT_COMMANDS:
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0] in LIGHT_COMMANDS:
         from pid_lightning import commands
 
-        commands.run(arguments[0], arguments[1:])
+        commands.run(given[0], given[1:])
     else:
         from pid_lightning import cli
 
-        cli.main(arguments)
+        cli.main(arguments)  # which reads sys.argv itself: LightningCLI warns of arguments given
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +29,14 @@ from pid_lightning.tensor_files import read_torch_file
 # jsonargparse resolves short class names in configs only for classes that were imported.
 for _module in ("callbacks", "data", "modules", "modules.autoencoder"):
     import_module(f"pid_lightning.{_module}")
+
+
+# What Lightning remarks on in every run, and is meant to be so.
+EXPECTED = (
+    "Found .* in eval mode at the start of training",  # the frozen encoder
+    "Precision bf16-mixed is not supported by the model summary",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # between Lightning and torch
+)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -160,6 +169,8 @@ def _move_baseline(config: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is one sentence and exit status 2."""
     keep_freed_memory()
+    for message in EXPECTED:
+        warnings.filterwarnings("ignore", message)
     try:
         PiDCLI(
             LightningModule,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pid_lightning.files import replaced_file
+from pid_lightning.freed_memory import return_freed_memory
 from pid_lightning.lpips import LPIPS
 from pid_lightning.pictures import reduce_picture
 
@@ -228,8 +229,8 @@ class PeakMemory:
 
     On CUDA, `peak_bytes` is the peak memory of all tensors on the device, including weights, and
     the device is synchronised at both ends. Elsewhere it is how far the resident memory of the
-    process rose above its value at the start, without weights already loaded and memory that the
-    allocator cached. Linux lets a process reset its high-water mark (``/proc/self/clear_refs``);
+    process rose above its value at the start, without weights already loaded; freed memory is
+    returned to the system before, where the C library is glibc. Linux lets a process reset its high-water mark (``/proc/self/clear_refs``);
     elsewhere the growth of `ru_maxrss` is used, which never falls, so a block that needs less
     than an earlier one reads 0.
     """
@@ -244,6 +245,7 @@ class PeakMemory:
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
+            return_freed_memory()
             self._resettable = _reset_high_water_mark()
             self._start_bytes = _high_water_mark(self._resettable)
         self._start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The C library keeps freed memory if asked to, and only then."""
+"""The C library keeps freed memory if asked to, and only then; asked again, it gives it back."""
 
 import os
 import platform
@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import sys
-from pid_lightning.freed_memory import keep_freed_memory
+from pid_lightning.freed_memory import keep_freed_memory, return_freed_memory
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
@@ -21,7 +21,9 @@ for _ in range(3):
     block = b"x" * 2**26
     held = resident()
     del block
-print((held - before) / 2**20, (resident() - before) / 2**20)
+left = resident()
+return_freed_memory()
+print(*((now - before) / 2**20 for now in (held, left, resident())))
 """
 
 
@@ -45,6 +47,7 @@ def test_a_freed_block_s_memory_stays_only_where_asked(asked, chosen, stays):
         text=True,
         check=True,
     )
-    held, left = map(float, done.stdout.split())
+    held, left, returned = map(float, done.stdout.split())
     assert held > 60  # MiB; the block has 64
     assert (left > 60) == stays
+    assert returned < 10
