@@ -230,9 +230,9 @@ class PeakMemory:
     On CUDA, `peak_bytes` is the peak memory of all tensors on the device, including weights, and
     the device is synchronised at both ends. Elsewhere it is how far the resident memory of the
     process rose above its value at the start, without weights already loaded; freed memory is
-    returned to the system before, where the C library is glibc. Linux lets a process reset its high-water mark (``/proc/self/clear_refs``);
-    elsewhere the growth of `ru_maxrss` is used, which never falls, so a block that needs less
-    than an earlier one reads 0.
+    returned to the system before, where the C library is glibc. Linux lets a process reset its
+    high-water mark (``/proc/self/clear_refs``); elsewhere the growth of `ru_maxrss` is used, which
+    never falls, so a block that needs less than an earlier one reads 0.
     """
 
     def __init__(self, device: torch.device) -> None:
