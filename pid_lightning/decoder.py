@@ -211,7 +211,7 @@ class PiDDecoder:
 
     def release(self) -> None:
         """Free memory: drop the encoders (`encoder` is rebuilt when needed) and cached prompts, and
-        move the network to the CPU; `to` moves it back."""
+        move the network to the CPU; `to` moves it back. Compiled graphs keep what they hold."""
         self._encoder = self.text_encoder = None
         self._prompts.clear()
         device = self.device
