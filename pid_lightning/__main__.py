@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         from pid_lightning import cli
 
-        cli.main(arguments)  # which reads sys.argv itself: LightningCLI warns of arguments given
+        cli.main(arguments)  # None lets LightningCLI read sys.argv; given arguments make it warn
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ for _module in ("callbacks", "data", "modules", "modules.autoencoder"):
     import_module(f"pid_lightning.{_module}")
 
 
-# What Lightning remarks on in every run, and is meant to be so.
+# Warnings that Lightning gives in every run, of what is intended.
 EXPECTED = (
     "Found .* in eval mode at the start of training",  # the frozen encoder
     "Precision bf16-mixed is not supported by the model summary",
@@ -59,7 +59,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class PiDCLI(LightningCLI):
-    """The command line, with runs that `--ckpt_path last` finds and that are never overwritten."""
+    """A LightningCLI whose runs are never overwritten and are found by `--ckpt_path last`."""
 
     def add_arguments_to_parser(self, parser: Any) -> None:
         """Add the options that belong to neither model, data nor trainer."""
@@ -93,9 +93,9 @@ class PiDCLI(LightningCLI):
         if config.ckpt_path == "last":
             found = find_last_checkpoint(folder) if folder is not None else None
             if found is None:
+                where = f"no checkpoint under {folder}" if folder else "no trainer.logger.save_dir"
                 raise FileNotFoundError(
-                    f"ckpt_path: last: no version_*/checkpoints/*.ckpt under {folder}; "
-                    "fit first, or name a checkpoint."
+                    f"ckpt_path: last: {where}; fit first, or name a checkpoint."
                 )
             config.ckpt_path = str(found)
         if (

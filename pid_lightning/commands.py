@@ -1,4 +1,4 @@
-"""`pid decode|export|import|bench`, which need no Lightning (but to measure training)."""
+"""`pid decode|export|import|bench`, which need no Lightning (except to measure training)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DecodeSettings:
     """How files are decoded.
 
     Args:
-        sigma: noise level of the latents; added to encoded pictures, assumed of latent files.
+        sigma: noise level of the latents; added to encoded pictures, assumed for latent files.
         steps: sampling steps; null takes as many as the model was trained for.
         seed: of all noise; a file's result does not depend on the other files.
         prompt: caption of every picture; null is none.
@@ -34,7 +34,7 @@ class DecodeSettings:
         device: null takes the GPU where there is one.
         dtype: of the weights; null keeps the stored one.
         int8: keep linear layers in 8 bits, half the memory of bf16 (needs torchao).
-        window: restrict attention to windows of at most this many pixels a side; null is exact.
+        window: restrict the patch blocks' attention to windows of at most this many pixels a side.
         format: of the pictures; WebP is lossless.
         compare: also write NAME_compare, the native decode beside PiD's.
         match_colour: take low frequencies from the native decode.
@@ -112,6 +112,8 @@ def export(arguments: Sequence[str]) -> None:
     from pid_lightning.hub import find_model
     from pid_lightning.weights import DTYPES, load_model, save_model
 
+    if not Path(given.run).exists():
+        raise FileNotFoundError(f"{given.run}: no such run; name its folder or a .ckpt.")
     path = find_model(given.run)
     denoiser, info = load_model(path)
     save_model(denoiser, info, given.out, DTYPES[given.dtype], given.description)

@@ -186,8 +186,8 @@ class PiDDecoder:
         return self
 
     def attend_in_windows(self, size: int | None) -> PiDDecoder:
-        """Restrict attention to windows of at most `size` pixels a side, close to the exact
-        picture; None undoes it. See `nn.PiD.attend_in_windows`.
+        """Restrict the patch blocks' attention to windows of at most `size` pixels a side, for
+        nearly the exact picture; None undoes it. See `nn.PiD.attend_in_windows`.
 
         Raises:
             ValueError: `size` is not a multiple of the patch size, or below two patches.
@@ -314,7 +314,7 @@ class PiDDecoder:
         if seed is not None:
             generator = sample_generators(seed, "decode", range(len(latents)))
         tiles = decoding.tiles_for(self.denoiser, height, width, side)
-        num_steps = steps or len(self.info.student_times or ()) or decoding.TEACHER_STEPS
+        num_steps = decoding.num_sampling_steps(self.info.student_times, steps)
         label, num_tiles = f"{width} x {height}", 1
         if tiles is not None:
             num_tiles = len(tiles)

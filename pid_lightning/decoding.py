@@ -53,6 +53,7 @@ def decode_latents(
     Raises:
         ValueError: latents, text, steps or tile do not fit the network.
     """
+    steps = num_sampling_steps(student_times, steps)
     height, width = output_size(denoiser, latents)
     tiles = tiles_for(denoiser, height, width, tile)
 
@@ -77,7 +78,7 @@ def decode_latents(
         x0 = sampling.sample_few_steps(
             velocity,
             sampling.draw_noise(shape, generator, latents.device),
-            len(student_times) if steps is None else steps,
+            steps,
             generator,
             student_times=student_times,
         )
@@ -88,11 +89,18 @@ def decode_latents(
         x0 = sampling.sample_solver(
             velocity,
             sampling.draw_noise(shape, generator, latents.device),
-            TEACHER_STEPS if steps is None else steps,
+            steps,
             generator,
             shift=shift,
         )
     return x0.clamp_(-1, 1)
+
+
+def num_sampling_steps(student_times: Sequence[float] | None, steps: int | None) -> int:
+    """The steps asked for, else as many as a student was trained for, or 25 of a teacher."""
+    if steps is not None:
+        return steps
+    return TEACHER_STEPS if student_times is None else len(student_times)
 
 
 def output_size(denoiser: PiD, latents: Tensor) -> tuple[int, int]:

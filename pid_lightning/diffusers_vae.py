@@ -142,7 +142,7 @@ def _check_same_space(vae: str, space: LatentSpace, decoder: PiDDecoder) -> None
     theirs = (decoder.latent_space, decoder.latent_channels, decoder.latent_stride)
     if theirs != (space.name, space.channels, space.stride):
         raise ValueError(
-            f"decoder: it decodes {theirs[0]!r} latents ({theirs[1]} channels, stride "
+            f"decoder: this one decodes {theirs[0]!r} latents ({theirs[1]} channels, stride "
             f"{theirs[2]}), but the pipeline's {vae} produces {space.name!r} latents "
             f"({space.channels} channels, stride {space.stride}); use a decoder for {space.name!r}."
         )

@@ -118,7 +118,7 @@ def collate(samples: list[dict[str, Any] | None]) -> dict[str, Any]:
     """Samples to a batch (see `ImageData`): tensors stacked, everything else in lists."""
     samples = [sample for sample in samples if sample is not None]
     if not samples:
-        raise ValueError("data.path: every picture in a batch of the stream is damaged; check it.")
+        raise ValueError("data.path: all pictures in a batch of the stream are damaged; check it.")
     batch = {key: [sample[key] for sample in samples] for key in samples[0]}
     stacked = {key: torch.stack(v) for key, v in batch.items() if isinstance(v[0], Tensor)}
     return {**batch, **stacked, "number": torch.tensor(batch["number"])}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pid_lightning.compilation import check_not_frozen
 from pid_lightning.nn import PiD
 
-TOLERANCE = 0.02  # of the largest embedding value: two bf16 roundings, far below other times
+TOLERANCE = 0.02  # of the largest embedding value: above two bf16 roundings, far below other times
 
 
 class ChosenTime(nn.Module):

@@ -18,8 +18,8 @@ def keep_freed_memory() -> None:
     """Let the C library keep up to 2 GiB of freed memory.
 
     By default glibc returns every large tensor's memory to the system, which hands it out page by
-    page, zeroed again, at the next step. The setting affects the whole process, so programs should
-    call this, never an `import`. Does nothing if the environment sets malloc's thresholds or the C
+    page, zeroed again, at the next step. The setting affects the whole process: call it from
+    programs, not at import. Does nothing if the environment sets malloc's thresholds or the C
     library is not glibc.
     """
     if "_threshold=" in os.environ.get("GLIBC_TUNABLES", "") or THRESHOLDS & os.environ.keys():

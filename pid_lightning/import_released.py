@@ -190,8 +190,8 @@ def _without_prefix(
     if not taken:
         held = sorted({name.split(".")[0] + "." for name in released})
         raise ValueError(
-            f"{path} holds no tensors under {prefix}, only {', '.join(held) or 'none'}; take net. "
-            "or, with --ema, net_ema."
+            f"{path} holds no tensors under {prefix}, only {', '.join(held) or 'none'}; add "
+            "or drop --ema, or take the published file."
         )
     strange = [k for k in released if not k.startswith((NETWORK, AVERAGED, *IGNORED))]
     if strange:

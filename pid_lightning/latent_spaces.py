@@ -220,7 +220,7 @@ def warn_if_not_normalised(latents: Tensor, space: str = "") -> None:
     """Warn if the standard deviation of latents is far from 1.
 
     Args:
-        latents: (B, C, h, w), clean.
+        latents: (B, C, h, w).
         space: name of the space they should be in, for the message.
     """
     std = latents.detach().float().std().item()

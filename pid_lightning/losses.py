@@ -75,7 +75,7 @@ def rgb_alignment_loss(rgb: Tensor, low_resolution: Tensor, latent_sigma: Tensor
         low_resolution: the image that the encoder saw, like `rgb`.
         latent_sigma: (B,).
     """
-    # Pageable and non-blocking: a GPU need not be waited for.
+    # non_blocking, so that the CPU does not wait for the GPU.
     to_ycbcr, weights = (
         torch.tensor(values).to(rgb.device, non_blocking=True)
         for values in (_YCBCR, _YCBCR_WEIGHTS)

@@ -1,4 +1,4 @@
-"""A user's mistake: found early, told in one sentence, exit status 2; a bug keeps its traceback."""
+"""User errors end in one sentence and exit status 2; bugs keep their traceback."""
 
 from __future__ import annotations
 
@@ -29,15 +29,14 @@ def exit_on_mistake() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        mistake = raised_here(error)
-        if mistake is None:
+        if raised_here(error) is not error:
             raise
-        print(f"pid: {mistake}", file=sys.stderr)
+        print(f"pid: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 def raised_here(error: BaseException | None) -> BaseException | None:
-    """The first of an error and its causes that a `raise` statement of this package made."""
+    """The first of an error and its causes that was raised directly in this package's code."""
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
         if frames and PACKAGE in Path(frames[-1].filename).parents:

@@ -34,7 +34,7 @@ def read_picture(path: str | Path) -> Tensor:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"picture {path} does not exist or is no file: check the path.")
+        raise FileNotFoundError(f"picture {path} does not exist or is not a file: check the path.")
     try:
         with Image.open(path) as file:
             picture = to_rgb(file)
@@ -115,7 +115,7 @@ def reduce_picture(images: Tensor, factor: int) -> Tensor:
         (B, 3, H/factor, W/factor) clamped to [-1, 1], computed in fp32, in the dtype of `images`.
 
     Raises:
-        ValueError: the factor is no such integer.
+        ValueError: the factor is not a valid integer.
     """
     _check_factor(factor)
     height, width = images.shape[-2:]
@@ -140,7 +140,7 @@ def enlarge_picture(images: Tensor, factor: int) -> Tensor:
         (B, 3, H*factor, W*factor) clamped to [-1, 1], computed in fp32, in the dtype of `images`.
 
     Raises:
-        ValueError: the factor is no such integer.
+        ValueError: the factor is not a valid integer.
     """
     _check_factor(factor)
     size = (images.shape[-2] * factor, images.shape[-1] * factor)
@@ -156,7 +156,7 @@ def _check_factor(factor: int) -> None:
 def pad_picture(images: Tensor, multiple: int) -> Tensor:
     """Grow images (B, 3, H, W) at the right and bottom to sides that are multiples of `multiple`.
 
-    The border pixels are repeated; whoever crops the result again keeps the picture's shape.
+    Border pixels are repeated; cropping the output restores the picture's shape.
     """
     height, width = images.shape[-2:]
     return F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate")
@@ -224,7 +224,7 @@ def find_inputs(paths: Iterable[str | Path]) -> list[Path]:
     Raises:
         FileNotFoundError: a path does not exist.
         ValueError: a folder holds no input, a file is of an unknown kind, nothing was named, or
-            two inputs share a name, after which outputs are named.
+            two inputs share a name (outputs are named after inputs).
     """
     found: dict[Path, Path] = {}
     for path in map(Path, paths):

@@ -103,7 +103,7 @@ def open_source(
     Arguments are those of `ImageData`.
 
     Raises:
-        FileNotFoundError: `path` leads nowhere.
+        FileNotFoundError: `path` does not exist.
         ValueError: a folder is to be streamed, or no split has a known name.
     """
     root = BUNDLED_PHOTOS if path == "bundled" else Path(path)

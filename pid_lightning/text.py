@@ -190,7 +190,7 @@ def encode_prompts(
         prompts: B prompts.
         text_width: width D_text that the denoiser expects.
         cache: folder of `cache_captions`; new prompts are added to it.
-        device: where to run the encoder; None is where it is.
+        device: where the encoder is moved and runs; None leaves it where it is.
 
     Raises:
         ValueError: no encoder for a prompt that is not cached, or one of another width.
@@ -285,7 +285,7 @@ class LanguageModelText(TextEncoder):
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> Tensor:
-        """Encode B captions as features (B, length, D_text) in `dtype`, ignoring autocast.
+        """Encode B captions as features (B, length, D_text) in `dtype`, regardless of autocast.
 
         Raises:
             RuntimeError: `load` has not been called.

@@ -21,8 +21,9 @@ def choose_tile(
 ) -> int | None:
     """The side of the tiles for a picture of height x width pixels; None is the whole picture.
 
-    ``"auto"`` takes tiles of the trained size for larger pictures and the whole picture otherwise,
-    halved until memory suffices. Warns if the network will see a size it was not trained for.
+    ``"auto"`` takes tiles of the trained size for larger pictures and otherwise the whole picture;
+    where memory is short, the side is halved until it fits. Warns if the network will see a size
+    it was not trained for.
 
     Raises:
         ValueError: the tile is not a number of pixels, ``"auto"`` or None.

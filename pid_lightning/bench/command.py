@@ -89,7 +89,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--network", choices=NETWORKS, default="small", help="Network, with random weights.")
-    add("--model", help="Model as in pid decode, instead; --baseline takes only its sizes.")
+    add(
+        "--model",
+        help="Model to measure instead, as in pid decode; --baseline uses its sizes.",
+    )
     add(
         "--work",
         nargs="+",
@@ -104,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=("float32", "bfloat16"),
         default=["bfloat16"],
-        help="Compute dtype; trained networks stay in float32 and run under autocast.",
+        help="Compute dtype; what is trained stays in float32, under autocast.",
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="Device to use.")
     add(

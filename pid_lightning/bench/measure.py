@@ -94,5 +94,5 @@ def exact_velocity(denoiser: PiD, inputs: Inputs) -> Tensor:
 
 
 def relative_error(velocity: Tensor, exact: Tensor) -> float:
-    """The largest absolute error divided by the largest exact value."""
+    """The largest absolute error divided by the largest exact magnitude."""
     return ((velocity.double() - exact).abs().max() / exact.abs().max()).item()

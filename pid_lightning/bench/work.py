@@ -127,7 +127,7 @@ def state_tensors(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
 
 
 def gather(name: str, denoiser: nn.Module, info: ModelInfo) -> Networks:
-    """The networks and optimisers for one kind of work; a trained denoiser must be in fp32."""
+    """The networks and optimisers for one kind of work; what it trains must be in fp32."""
     if name not in LEARNING:
         return Networks(denoiser.eval().requires_grad_(False))
     if name == "dmd2":

@@ -56,7 +56,8 @@ class DMD2(Callback):
         teacher_dtype: dtype of the frozen teacher's weights.
 
     Raises:
-        ValueError: settings out of range, or a teacher that is another model or itself distilled.
+        ValueError: settings out of range, or a teacher that does not match the config or was
+            itself distilled.
     """
 
     automatic_optimization = False
@@ -88,7 +89,7 @@ class DMD2(Callback):
         check_at_least("DMD2 student_every", student_every, 2)  # the other batches train critics
         if not student_times or list(student_times) != sorted(set(student_times), reverse=True):
             raise ValueError(
-                f"DMD2 student_times: {student_times} must fall from noise to clean, as 0.9, 0.5."
+                f"DMD2 student_times: {student_times} must decrease, for example [0.9, 0.5]."
             )
         if not all(0 < t <= 1 for t in student_times):
             raise ValueError(f"DMD2 student_times: {student_times} must lie in (0, 1].")
@@ -161,8 +162,8 @@ class DMD2(Callback):
         differences = module.info.differences(info)
         if differences:
             raise ValueError(
-                f"DMD2 teacher: {self.teacher} is another model ({'; '.join(differences)}); give a "
-                "teacher trained with this config."
+                f"DMD2 teacher: {self.teacher} does not match this config "
+                f"({'; '.join(differences)}); give a teacher trained with it."
             )
         if info.student_times is not None:
             raise ValueError(
@@ -178,7 +179,7 @@ class DMD2(Callback):
         if side >> self.discriminator_depth < 1:
             raise ValueError(
                 f"DMD2 discriminator_depth: {self.discriminator_depth} halves {side} patches a "
-                f"side to none; use at most {side.bit_length() - 1}, or larger pictures."
+                f"side to none; use at most {max(side.bit_length() - 1, 1)}, or larger pictures."
             )
         return teacher
 

@@ -14,8 +14,8 @@ class LastCheckpoint(Callback):
     """Saves beside a run's other checkpoints, so that `--ckpt_path last` always finds its end.
 
     The first Ctrl-C finishes the current step, saves and stops the run; the second stops at once.
-    Only a checkpoint taken between two steps resumes exactly, so accumulated gradients are
-    completed first.
+    With several processes that is the next logged step. Only a checkpoint taken between two steps
+    resumes exactly, so gradient accumulation is completed first.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class LastCheckpoint(Callback):
 
     def _on_interrupt(self, number: int, frame: Any) -> None:
         self._asked = True
-        print("\nstopping after this step (Ctrl-C again stops at once)", flush=True)
+        print("\nstopping after a step (Ctrl-C again stops at once)", flush=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -56,7 +56,8 @@ class LastCheckpoint(Callback):
         if not is_between_steps:
             return
         # Processes agree on logged steps only, since that waits for the GPU.
-        is_time = trainer.world_size == 1 or trainer.global_step % trainer.log_every_n_steps == 0
+        every = trainer.log_every_n_steps if trainer.world_size > 1 else 1
+        is_time = trainer.global_step % max(every, 1) == 0
         if is_time and trainer.strategy.reduce_boolean_decision(self._asked, all=False):
             path = self._save(trainer)
             if trainer.is_global_zero and path is not None:

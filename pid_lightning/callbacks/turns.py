@@ -107,8 +107,9 @@ class Turns:
     def shares_of_time(self, module: LightningModule) -> dict[str, float]:
         """Each network's share of the forward time since the last logged batch."""
         trainer = module.trainer
-        due = trainer.global_step % trainer.log_every_n_steps
-        self._is_timing = due == trainer.log_every_n_steps - 1
+        every = max(trainer.log_every_n_steps, 1)
+        due = trainer.global_step % every
+        self._is_timing = due == every - 1
         if due or not self._seconds:
             return {}
         total = sum(self._seconds.values())

@@ -41,7 +41,7 @@ class Encoder(nn.Module, ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents (B, C, h, w) to images (B, 3, h*stride, w*stride).
 
-        Images are nominally in [-1, 1] but not clamped, so the autoencoder may overshoot.
+        Images are nominally in [-1, 1], not clamped: an autoencoder may overshoot.
 
         Raises:
             NoNativeDecoder: the family has no native decoder.

@@ -81,7 +81,7 @@ def check_images(images: Tensor, stride: int) -> None:
     """Raise ValueError unless images are (B, 3, H, W) with sides that are multiples of stride."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
-            f"Images of shape {tuple(images.shape)} are not (B, 3, H, W); add the missing axes."
+            f"Images of shape {tuple(images.shape)} are not (B, 3, H, W); give RGB, channels first."
         )
     height, width = images.shape[-2:]
     if height % stride or width % stride or not height or not width:

@@ -52,7 +52,7 @@ class SmallVAE(Encoder):
         """
         if self.loaded:
             return
-        fill(self.network, read_tensors(self.path), str(self.path), "export the autoencoder again")
+        fill(self.network, read_tensors(self.path), str(self.path), _cure(self.path))
         self.loaded = True
 
     @torch.no_grad()
@@ -76,15 +76,20 @@ def _read_sizes(path: Path) -> dict[str, int]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; give an exported autoencoder.")
+        raise FileNotFoundError(f"vae: {path} does not exist; {_cure(path)}.")
     try:
         with safe_open(str(path), framework="pt") as file:
             return json.loads((file.metadata() or {})["config"])
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(
-            f"{path} is no autoencoder of this package ({error}); take the export_path of a run of "
-            "configs/autoencoder.yaml."
+            f"vae: {path} is no autoencoder of this package ({error}); {_cure(path)}."
         ) from error
+
+
+def _cure(path: Path) -> str:
+    if path == BUNDLED:
+        return "install pid_lightning again"
+    return "give the export_path of a run of configs/autoencoder.yaml"
 
 
 def save_autoencoder(network: SmallAutoencoder, path: str | Path, description: str) -> None:

@@ -26,7 +26,11 @@ def build_vae_encoder(vae: str = "bundled", pretrained: bool = True) -> Encoder:
 
     Args:
         vae: ``"bundled"`` or a ``.safetensors`` file for a `SmallVAE`, else see `VAEEncoder`.
-        pretrained: False builds a `VAEEncoder` with random weights; a `SmallVAE` has none.
+        pretrained: False builds a `VAEEncoder` with random weights.
+
+    Raises:
+        ValueError: `pretrained` is False for a `SmallVAE`.
+        FileNotFoundError, OSError: see `SmallVAE` and `VAEEncoder`.
     """
     is_file = vae.endswith(".safetensors")
     if vae != "bundled" and not is_file:

@@ -79,8 +79,9 @@ def find_vae(vae: str) -> VAESource:
         return _read_folder(folder)
     if folder.exists() or vae.startswith((".", "~")) or folder.is_absolute() or vae.count("/") != 1:
         raise FileNotFoundError(
-            f"vae: {vae!r} is no folder; give a local folder, a hub id (owner/name) or one of "
-            f"bundled, {', '.join(KNOWN_VAES)}."
+            f"vae: {vae!r} is no folder; give a local folder, a hub id (owner/name), the "
+            ".safetensors file of an autoencoder trained here, or one of bundled, "
+            f"{', '.join(KNOWN_VAES)}."
         )
     return _read_hub(vae)
 

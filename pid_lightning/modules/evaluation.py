@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pid_lightning.decoding import num_sampling_steps
 from pid_lightning.lpips import lpips_network
 from pid_lightning.metrics import (
     PeakMemory,
@@ -29,7 +30,7 @@ NUM_GRID_ROWS = 4  # pictures in the test grid
 
 
 def test_generators(module: PiDModule, purpose: str, numbers: list[int]) -> list[torch.Generator]:
-    """One generator per picture, seeded by its number."""
+    """One generator per picture, from the run's seed, the purpose and the picture's number."""
     seed = module.training_settings.seed
     return sample_generators(seed, f"test {purpose}", numbers, module.device)
 
@@ -152,7 +153,7 @@ class Report:
         write_picture(grid, folder / "test_grid.png", {"columns": self.labels()})
         if trainer.logger is not None:
             self._log_scalars(rows)
-        steps = self.module.evaluation.steps or "default"
+        steps = num_sampling_steps(self.module.student_times, self.module.evaluation.steps)
         print(f"\n{format_table(rows)}\n")
         print(f"sampling steps: {steps}; columns of the grid: {', '.join(self.labels())}")
         if self.upscaler is not None:

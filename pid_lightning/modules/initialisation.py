@@ -37,7 +37,7 @@ def initialise_from(module: PiDModule, path: str) -> None:
     if mismatched:
         details = "; ".join(module.info.differences(info)) or mismatched[0]
         raise ValueError(
-            f"init_from: {path} is another network ({details}); use the same model.denoiser sizes."
+            f"init_from: {path} is a different network ({details}); use its model.denoiser."
         )
     # A different RoPE reference or prediction does not show in the shapes of tensors.
     hidden = [

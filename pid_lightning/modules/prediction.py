@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class PredictionWriter:
     """Decodes batches and writes PNGs named after their inputs, with a JSON beside each.
 
+    Pictures are padded to whole latent cells and patches, and their outputs cropped back.
+
     Args:
         module: decodes; its outputs go to `predictions/` in the run's folder.
     """

@@ -1,4 +1,4 @@
-"""Restoring a module from a checkpoint: refused if it is another model's, adapted to the stage."""
+"""Checks a checkpoint against the module that restores it, and adapts both to the stage."""
 
 from __future__ import annotations
 

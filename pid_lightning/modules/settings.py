@@ -79,8 +79,8 @@ class Training:
                 raise ValueError(f"training.{name}: {value} must be above 0.")
         if self.compile and self.train == "rgb_head":
             raise ValueError(
-                "training.compile: training.train rgb_head does not run the backbone, the only "
-                "part that is compiled; set compile to false."
+                "training.compile: with training.train rgb_head the backbone, the only compiled "
+                "part, is not run; set compile to false."
             )
         if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
             raise ValueError(

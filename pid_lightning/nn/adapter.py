@@ -31,13 +31,13 @@ class AdapterConfig:
         padding: of the convolutions, ``"zeros"`` (v1) or ``"replicate"`` (v1.5).
         inject_pixels: also inject into the condition of the pixel blocks (v1.5).
         rgb_head: training-only head that predicts the low-resolution image (v1.5).
-        rgb_head_block: 1-based residual block that the RGB head reads; None is the last output.
+        rgb_head_block: 1-based residual block that the RGB head reads; None is the last.
         unpack: side of the packing to undo first; FLUX.2's latents are packed 2 x 2 (v1.5).
         upsampling: if a latent cell covers several patches, ``"nearest"`` repeats it (v1, v1.5),
             so only neighbouring cells can tell its patches apart; ``"shuffle"`` learns one
             feature per patch (sub-pixel convolution, arXiv 1609.05158).
         sigma_plane: append the noise level to the latents as a channel. Published adapters have
-            to infer it and leave it to the gate, which a small adapter cannot afford.
+            to infer it, since only the gate is told; small adapters do better when told too.
         head_norm: LayerNorm before the heads, as at the end of pre-activation networks. Without
             it (as published), features trained from scratch outgrow the patch tokens.
     """
@@ -69,7 +69,7 @@ class AdapterConfig:
         if self.rgb_head_block is not None and not 1 <= self.rgb_head_block <= self.num_res_blocks:
             raise ValueError(
                 f"adapter.rgb_head_block: {self.rgb_head_block} must lie between 1 and "
-                f"num_res_blocks ({self.num_res_blocks}), or be null for the last output."
+                f"num_res_blocks ({self.num_res_blocks}), or be null for its output."
             )
 
 
@@ -307,5 +307,5 @@ def _grid_ratio(scale: int, latent_stride: int, patch_size: int) -> tuple[int, i
     raise ValueError(
         f"scale: {scale} does not fit: a latent cell covers {scale} x {latent_stride} = {pixels} "
         f"output pixels, which must be a multiple or a divisor of patch_size ({patch_size}); "
-        "change one of them."
+        "change scale or patch_size."
     )

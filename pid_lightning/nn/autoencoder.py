@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 class SmallAutoencoder(nn.Module):
-    """Encodes images (B, 3, H, W) in [-1, 1] to latents (B, C, H/stride, W/stride), and decodes.
+    """Encodes images (B, 3, H, W) in [-1, 1] to latents (B, C, H/stride, W/stride) and back.
 
     Latents have mean 0 and standard deviation 1 per channel on photographs: `encode` normalises
     by the stored `latent_mean` and `latent_std`, and `decode` undoes it. A new network is random:
@@ -173,7 +173,9 @@ def block_moments(batches: Iterable[Tensor], block_size: int) -> Tensor:
         outer += blocks.T @ blocks
         count += len(blocks)
     if count == 0:
-        raise ValueError("No pictures for principal components: the data is empty, check its path.")
+        raise ValueError(
+            "No pictures for principal components, the data is empty; check data.path."
+        )
     return torch.cat([total, outer.flatten(), torch.tensor([count], dtype=torch.float64)])
 
 

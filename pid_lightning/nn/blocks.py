@@ -50,8 +50,8 @@ class PatchBlock(nn.Module):
         width: token width D.
         num_heads: attention heads.
         with_text: whether there is a text stream.
-        last: whether this is the last block, whose text output is not used: its text queries,
-            output projection, second norm and MLP only exist for published files, frozen.
+        last: whether this is the last block, whose text output is not used. The published files
+            hold its weights, so these exist, frozen but for the queries' rows of `qkv`.
     """
 
     def __init__(self, width: int, num_heads: int, with_text: bool, last: bool) -> None:

@@ -142,7 +142,7 @@ class PiD(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the weights; inputs are cast to it, velocities are returned in fp32."""
+        """Dtype of the weights; inputs are cast to it, velocities are in fp32 at least."""
         return self.patch_embedding.weight.dtype
 
     def attend_in_windows(self, size: int | None) -> None:
@@ -209,7 +209,7 @@ class PiD(nn.Module):
     def adapt(
         self, latents: Tensor, latent_sigma: Tensor, with_rgb: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Run the adapter's convolutions, the part of a condition that is costly but small.
+        """Run the adapter's convolutions, the slow part of a condition, whose result is small.
 
         Args:
             latents: (B, C, h, w), normalised; the output height is h*latent_stride*scale.
@@ -250,7 +250,7 @@ class PiD(nn.Module):
             keep_text: (B,) bool; False replaces a sample's text with the learned null.
 
         Raises:
-            ValueError: text without a text stream, or no text without a learned null.
+            ValueError: text for a network without a text stream, or no text and no learned null.
         """
         features = self.adapter.features(adapted)
         if keep_latents is not None:

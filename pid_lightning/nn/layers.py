@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
 
 
 def _rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    # Its statistics are fp32 anyway; CUDA's autocast would return fp32 too, twice the memory.
+    # Statistics are fp32 anyway; under CUDA's autocast the output would be too, twice the memory.
     with torch.autocast(x.device.type, enabled=False):
         return F.rms_norm(x, x.shape[-1:], weight, EPS)
 
@@ -73,8 +73,8 @@ def rotated(q: Tensor, k: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor,
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention over (B, heads, N, d) with the fastest kernel for the device; on a GPU torch picks
-    one of its own by head size."""
+    """Attention over (B, heads, N, d) with the fastest kernel for device and dtype; on a GPU torch
+    picks one by head size."""
     learns = torch.is_grad_enabled()
     if q.device.type == "cpu":
         # torch's bf16 kernels take twice the time.
