@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from pid_lightning import weights
 from pid_lightning.hub import find_model
 
 if TYPE_CHECKING:
     from pid_lightning.modules.base import PiDModule
-
-log = logging.getLogger(__name__)
 
 
 def initialise_from(module: PiDModule, path: str) -> None:
@@ -46,18 +45,13 @@ def initialise_from(module: PiDModule, path: str) -> None:
         if difference.startswith(("rope_reference", "prediction"))
     ]
     if hidden:
-        log.warning("init_from %s was trained with another %s", path, "; ".join(hidden))
+        rank_zero_warn(f"init_from: {path} was trained with another {'; '.join(hidden)}")
     module.denoiser.load_state_dict(module.denoiser.state_dict() | taken)
     if module.trainer.state.fn != "fit":
         module.student_times = info.student_times
     if module.image_size is None:
         module.image_size = info.image_size
     new = len(module.denoiser.state_dict()) - len(taken)
-    log.info(
-        "init_from %s: loaded %d tensors (%s), %d are new (%s)",
-        path,
-        len(taken),
-        "backbone and adapter" if not new else "backbone",
-        new,
-        "adapter and gates" if new else "none",
-    )
+    parts = "backbone" if new else "backbone, adapter and gates"
+    rest = f"{new} tensors are new (adapter and gates)" if new else "nothing is new"
+    rank_zero_info(f"init_from {path}: loaded {len(taken)} tensors ({parts}), {rest}")
