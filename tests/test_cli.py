@@ -83,7 +83,7 @@ def forbid_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--model.denoiser.adapter.gate=y0"], "'y0' is not one of channel, token"),
         (
             ["--model.training.train=rgb_head", "--model.training.compile=true"],
-            "rgb_head does not run the backbone",
+            "with training.train rgb_head the backbone",
         ),
         (["--model.training.time_shift=0"], "time_shift: 0.0 must be above 0"),
         (["--model.training.train=y0"], "'y0' is not one of all, adapter, rgb_head"),

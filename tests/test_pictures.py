@@ -96,7 +96,7 @@ def test_unreadable_pictures_give_one_sentence(tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_picture(tmp_path / "missing.png")
-    with pytest.raises(FileNotFoundError, match="is no file"):
+    with pytest.raises(FileNotFoundError, match="is not a file"):
         read_picture(tmp_path)
 
 
