@@ -228,7 +228,7 @@ trainer:
   accelerator: cpu
   devices: 1
   enable_progress_bar: false
-  limit_test_batches: 1
+  limit_test_batches: 0.5
   logger:
     class_path: TensorBoardLogger
     init_args: {save_dir: runs, name: tiny}
