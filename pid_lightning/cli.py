@@ -39,17 +39,6 @@ EXPECTED = (
 )
 
 
-# Whole numbers of batches, or shares of them; see `restore_counts`.
-COUNTS_OR_SHARES = (
-    "limit_train_batches",
-    "limit_val_batches",
-    "limit_test_batches",
-    "limit_predict_batches",
-    "overfit_batches",
-    "val_check_interval",
-)
-
-
 class SaveConfig(SaveConfigCallback):
     """Saves the configuration of a new run beside it, and as text in TensorBoard."""
 
@@ -96,7 +85,6 @@ class PiDCLI(LightningCLI):
         if self.subcommand is None:  # instantiated from Python without a subcommand
             return
         config = self.config[self.subcommand]
-        restore_counts(config.trainer)
         _move_baseline(config)
         logger = config.trainer.logger
         folder = None
@@ -159,18 +147,6 @@ class PiDCLI(LightningCLI):
             self.trainer.test(self.model, self.datamodule, verbose=False)
             print(f"run      {self.trainer.log_dir}")
             print(f"curves   tensorboard --logdir {Path(self.trainer.log_dir).parent}")
-
-
-def restore_counts(trainer: Any) -> None:
-    """Turn numbers of batches that were parsed as floats back into integers.
-
-    Python 3.10 caches equal types, so that Lightning's `int | float` may be a `float | int` made
-    elsewhere, and jsonargparse takes the first that fits: 4 batches would become a share of 4.0.
-    """
-    for name in COUNTS_OR_SHARES:
-        value = trainer.get(name)
-        if isinstance(value, float) and value > 1 and value.is_integer():
-            trainer[name] = int(value)
 
 
 def _move_baseline(config: Any) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from pid_lightning import DMD2, EMA, DINOv2PiD, SigLIPPiD
 from pid_lightning.callbacks import LastCheckpoint, turns
-from pid_lightning.cli import main, parser_sentence, restore_counts
+from pid_lightning.cli import main, parser_sentence
 from pid_lightning.hub import find_last_checkpoint
 
 NUM_STEPS = 14
@@ -210,13 +210,6 @@ def test_a_fault_of_the_package_is_shown_in_full(
     monkeypatch.setattr("pid_lightning.data.open_source", lambda *_: int("no number"))
     with pytest.raises(ValueError, match="invalid literal"):
         main(["fit", f"--config={runs / 'tiny.yaml'}"])
-
-
-def test_counts_of_batches_stay_whole_numbers() -> None:
-    trainer = {"limit_val_batches": 4.0, "val_check_interval": 0.5, "limit_test_batches": 1.0}
-    restore_counts(trainer)
-    assert trainer == {"limit_val_batches": 4, "val_check_interval": 0.5, "limit_test_batches": 1.0}
-    assert isinstance(trainer["limit_val_batches"], int)
 
 
 # What a run leaves behind.
