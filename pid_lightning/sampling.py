@@ -41,7 +41,11 @@ def draw_noise(shape: Sequence[int], generator: Generators, device: torch.device
             )
         return torch.cat([draw_noise((1, *shape[1:]), g, device) for g in generator])
     drawn_on = generator.device if generator is not None else device
-    return torch.randn(tuple(shape), generator=generator, device=drawn_on).to(device)
+    noise = torch.randn(tuple(shape), generator=generator, device=drawn_on)
+    if noise.device.type == "cpu" and torch.device(device).type == "cuda":
+        # From pinned memory the copy does not make the CPU wait for the GPU's previous step.
+        return noise.pin_memory().to(device, non_blocking=True)
+    return noise.to(device)
 
 
 def few_step_times(student_times: Sequence[float], steps: int) -> tuple[float, ...]:

@@ -62,7 +62,10 @@ def normal(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("tile", [None, 64])
 @pytest.mark.parametrize("window", [None, 32])
-def test_decoding_stays_on_the_gpu(meta_network: PiD, tile: int | None, window: int | None) -> None:
+def test_decoding_stays_on_the_gpu(
+    meta_network: PiD, tile: int | None, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tensor, "pin_memory", lambda noise: noise)  # fakes cannot be pinned
     generator = torch.Generator().manual_seed(0)
     with on_gpu(meta_network.requires_grad_(False)) as network:
         network.attend_in_windows(window)
