@@ -23,6 +23,7 @@ from pid_lightning.tensor_files import read_torch_file
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 METADATA_KEY = "pid"  # in safetensors metadata and in training checkpoints
+AVERAGE = "denoiser_ema."  # prefix of the averaged tensors in training checkpoints
 
 
 @dataclass(frozen=True)
@@ -208,8 +209,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def denoiser_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """Select the denoiser's tensors of a checkpoint, the averaged ones where present."""
     state = checkpoint["state_dict"]
-    averaged = any(name.startswith("denoiser_ema.") for name in state)
-    prefix = "denoiser_ema." if averaged else "denoiser."
+    prefix = AVERAGE if any(name.startswith(AVERAGE) for name in state) else "denoiser."
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pid_lightning.weights import METADATA_KEY, ModelInfo
+from pid_lightning.weights import AVERAGE, METADATA_KEY, ModelInfo
 
 if TYPE_CHECKING:
     from pid_lightning.modules.base import PiDModule
-
-AVERAGE = "denoiser_ema."  # prefix of the average's tensors
 
 
 def check_checkpoint(module: PiDModule, checkpoint: dict[str, Any]) -> ModelInfo:
