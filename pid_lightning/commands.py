@@ -36,6 +36,7 @@ class DecodeSettings:
         int8: keep linear layers in 8 bits, half the memory of bf16 (needs torchao).
         window: restrict the patch blocks' attention to windows of at most this many pixels a side.
         format: of the pictures; WebP is lossless.
+        compile: compile the network, once per size it sees; with tiles that is once in all.
         compare: also write NAME_compare, the native decode beside PiD's.
         match_colour: take low frequencies from the native decode.
         overwrite: replace existing results.
@@ -55,6 +56,7 @@ class DecodeSettings:
     int8: bool = False
     window: int | None = None
     format: Literal["png", "webp"] = "png"
+    compile: bool = False
     compare: bool = False
     match_colour: bool = False
     overwrite: bool = False
@@ -82,6 +84,7 @@ def decode(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", default="decoded", help="Folder for the results.")
     switches = {
         "int8": "Keep linear layers in 8 bits, half the memory of bf16 (needs torchao).",
+        "compile": "Compile the network, once per size it sees; with tiles that is once in all.",
         "compare": "Also write NAME_compare, the native decode beside PiD's.",
         "match_colour": "Take low frequencies from the native decode.",
         "overwrite": "Replace existing results.",

@@ -74,6 +74,8 @@ def decode_files(
     if settings.int8:
         decoder.quantise()
     decoder.attend_in_windows(settings.window)
+    if settings.compile:
+        decoder.compile(freeze=decoder.device.type == "cpu")
     if (settings.compare or settings.match_colour) and not decoder.encoder.has_decoder:
         raise ValueError(
             f"compare and match_colour need a native decoder, which {decoder.latent_space} latents "

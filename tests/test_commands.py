@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from test_decoder import make
 from test_released import V1, V15
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from pid_lightning import decode_files
 from pid_lightning.__main__ import main
@@ -105,6 +106,23 @@ def test_latents_decode_to_what_their_picture_does(tmp_path: Path, model: Path) 
     made, given = (read_picture(out / name) for name in ("picture.png", "z.png"))
     assert given.shape == (3, 64, 128)
     assert torch.equal(given, made)
+
+
+@pytest.mark.slow
+def test_compiled_tiles_share_one_graph_whatever_the_pictures_sizes(
+    tmp_path: Path, model: Path
+) -> None:
+    draw(tmp_path / "a.png", 32, 32)
+    draw(tmp_path / "b.png", 40, 24, seed=1)
+    given = ("decode", tmp_path / "a.png", tmp_path / "b.png", "--model", model, "--tile", 64)
+    pid(*given, "--dtype", "fp32", "--output", tmp_path / "eager")
+    torch.compiler.reset()
+    counters.clear()
+    pid(*given, "--dtype", "fp32", "--output", tmp_path / "compiled", "--compile")
+    assert counters["stats"]["unique_graphs"] == 1
+    for name in ("a.png", "b.png"):
+        eager, compiled = (read_picture(tmp_path / n / name) for n in ("eager", "compiled"))
+        assert (eager - compiled).abs().max() <= 2.01 / 255  # one step of 8 bits
 
 
 def test_sigma_adds_noise_to_pictures_and_is_told_for_latents(tmp_path: Path, model: Path) -> None:
