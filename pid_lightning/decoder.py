@@ -57,6 +57,7 @@ class PiDDecoder:
         self.text_encoder: TextEncoder | None = None
         self._encoder = encoder
         self._prompts: dict[str, Tensor] = {}
+        self._prompts_by: str | None = None  # description of the text encoder that made them
 
     # Files and the hub.
 
@@ -242,7 +243,8 @@ class PiDDecoder:
     def encode_prompt(self, prompt: str | list[str], cache: str | Path | None = None) -> Tensor:
         """Encode prompts to features (B, L, D_text).
 
-        Cached, so that the language model may be dropped afterwards (``text_encoder = None``).
+        Remembered, so that the language model may be dropped afterwards (``text_encoder = None``),
+        until another one is set.
 
         Args:
             prompt: one or several.
@@ -255,7 +257,11 @@ class PiDDecoder:
         if self.denoiser.text_embedding is None:
             raise ValueError("prompt: this model was trained without text; leave it out.")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        unknown = [p for p in dict.fromkeys(prompts) if p not in self._prompts]
+        if self.text_encoder is not None and self.text_encoder.description != self._prompts_by:
+            self._prompts.clear()
+            self._prompts_by = self.text_encoder.description
+        # A cache folder gets every prompt, also those remembered.
+        unknown = [p for p in dict.fromkeys(prompts) if cache or p not in self._prompts]
         if unknown:
             width = self.info.config.text_width
             features = encode_prompts(self.text_encoder, unknown, width, cache, self.device)

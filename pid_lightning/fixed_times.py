@@ -40,7 +40,8 @@ class ChosenTime(nn.Module):
 def fix_times(denoiser: PiD, times: Sequence[float] | None) -> None:
     """Replace the patch blocks' modulation layers, in place, by their outputs at a few times.
 
-    Velocities at these times stay bit-identical; at others they are NaN.
+    Velocities at these times stay the same, bit by bit except for batches in fp32, whose matmuls
+    may round differently; at other times they are NaN.
 
     Args:
         denoiser: the network, in the dtype to compute in.

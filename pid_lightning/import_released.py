@@ -101,7 +101,8 @@ def import_released(
     student_times: Sequence[float] | None = STUDENT_TIMES,
     sizes: Mapping[str, Any] | None = None,
 ) -> ModelInfo:
-    """Write a model file from published weights, in their stored dtype.
+    """Write a model file from published weights, in their stored dtype (that of the patch
+    embedding, should a file mix several).
 
     Args:
         path: the published ``.pth``: a flat dict of tensors.

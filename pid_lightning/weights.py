@@ -62,19 +62,26 @@ class ModelInfo:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> ModelInfo:
-        """Invert `to_plain`."""
-        config = dict(plain["config"])
-        reference = config["rope_reference"]
-        config["rope_reference"] = tuple(reference) if reference is not None else None
-        config["adapter"] = AdapterConfig(**config["adapter"])
-        times = plain["student_times"]
-        return cls(
-            **{
-                **plain,
+        """Invert `to_plain`.
+
+        Raises:
+            ValueError: a newer version's description, or a damaged one.
+        """
+        try:
+            config = dict(plain["config"])
+            reference = config["rope_reference"]
+            config["rope_reference"] = tuple(reference) if reference is not None else None
+            config["adapter"] = AdapterConfig(**config["adapter"])
+            times = plain["student_times"]
+            known = {
                 "config": PiDConfig(**config),
                 "student_times": tuple(times) if times is not None else None,
             }
-        )
+            return cls(**{**plain, **known})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"model metadata that this version cannot read ({error}); update pid_lightning."
+            ) from error
 
     def build(self) -> PiD:
         """Build the network, untrained."""
@@ -82,22 +89,15 @@ class ModelInfo:
 
     def differences(self, other: ModelInfo) -> list[str]:
         """List what makes another model's weights incompatible, as "name: theirs, here ours"."""
-        names = ("family", "latent_space", "latent_channels", "latent_stride", "scale", "config")
-        told = []
-        for name in names:
-            ours, theirs = getattr(self, name), getattr(other, name)
-            if name == "config":
-                told += _config_differences(ours, theirs)
-            elif ours != theirs:
-                told.append(f"{name}: {theirs}, here {ours}")
-        return told
+        ours, theirs = self._defining(), other._defining()
+        return [f"{k}: {theirs[k]}, here {v}" for k, v in ours.items() if theirs[k] != v]
 
-
-def _config_differences(ours: PiDConfig, theirs: PiDConfig) -> list[str]:
-    ours, theirs = dataclasses.asdict(ours), dataclasses.asdict(theirs)
-    ours |= {f"adapter.{k}": v for k, v in ours.pop("adapter").items()}
-    theirs |= {f"adapter.{k}": v for k, v in theirs.pop("adapter").items()}
-    return [f"{k}: {theirs[k]}, here {v}" for k, v in ours.items() if theirs[k] != v]
+    def _defining(self) -> dict[str, Any]:
+        """All values that weights depend on, under flat names."""
+        names = ("family", "latent_space", "latent_channels", "latent_stride", "scale")
+        values = {name: getattr(self, name) for name in (*names, "noise_frame")}
+        values |= dataclasses.asdict(self.config)
+        return values | {f"adapter.{k}": v for k, v in values.pop("adapter").items()}
 
 
 def save_model(
@@ -149,10 +149,8 @@ def load_model(path: str | Path) -> tuple[PiD, ModelInfo]:
         state, plain = denoiser_state(checkpoint), checkpoint[METADATA_KEY]
     try:
         info = ModelInfo.from_plain(plain)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} has metadata that this version cannot read ({error}); update pid_lightning."
-        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path} has {error}") from error
     with torch.device("meta"):
         denoiser = info.build()
     try:

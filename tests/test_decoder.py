@@ -220,6 +220,21 @@ def test_prompts_are_encoded_once_and_kept_in_a_file(tmp_path: Path) -> None:
         decode(other, latents, prompt=noise(3, 5, 8))
 
 
+def test_another_text_encoder_is_asked_anew_and_a_cache_gets_what_is_remembered(
+    tmp_path: Path,
+) -> None:
+    decoder = make(sizes=TEXT)
+    for name in ("first", "second"):
+        decoder.text_encoder = encoder = CountedText()
+        encoder.description = name
+        decoder.encode_prompt("a")
+        assert encoder.asked == ["a"]
+    decoder.encode_prompt("a")
+    assert encoder.asked == ["a"]
+    features = decoder.encode_prompt("a", tmp_path)
+    assert torch.equal(make(sizes=TEXT).encode_prompt("a", tmp_path), features)
+
+
 def test_guidance_takes_the_learned_null_or_an_empty_prompt() -> None:
     latents = noise(1, 4, 4, 4)
     for learned_null in (True, False):

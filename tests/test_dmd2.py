@@ -10,7 +10,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from pid_lightning import DMD2, EMA, Training, flow, losses, weights
+from pid_lightning import DMD2, EMA, DistillationGrids, Training, flow, losses, weights
 from pid_lightning.callbacks.turns import Turns
 from pid_lightning.modules.objective import Sample
 from pid_lightning.nn import Discriminator
@@ -218,6 +218,7 @@ def test_student_mean_moves_to_the_teachers() -> None:
         ({"student_times": (0.5, 0.9)}, r"student_times: \(0\.5, 0\.9\) must decrease"),
         ({"time_clamp": (0.9, 0.1)}, r"time_clamp: \(0\.9, 0\.1\) must be two rising times"),
         ({"discriminator_depth": 0}, r"discriminator_depth: 0 must be at least 1\.$"),
+        ({"r1_weight": -1.0}, r"r1_weight: -1\.0 must be at least 0\.$"),
     ],
 )
 def test_settings_out_of_range_are_one_sentence(changes: dict, sentence: str) -> None:
@@ -240,6 +241,58 @@ def test_every_layer_of_a_discriminator_halves_sides_and_channels() -> None:
     features = [torch.randn(3, 64, 8, 4) for _ in range(2)]
     assert discriminator.heads[0](features[0]).shape == (3, 1, 2, 1)
     assert discriminator(features).shape == (3, 2)
+
+
+@pytest.mark.parametrize("width", [4, 12, 36, 100, 1536])
+def test_channels_of_any_number_are_grouped(width: int) -> None:
+    features = [torch.randn(2, width, 8, 8)]
+    assert Discriminator(width, 1, depth=2)(features).isfinite().all()
+    published = {36: 3, 1536: 32}  # of 18 and 768 channels: the largest divisors within the rule
+    if width in published:
+        assert Discriminator(width, 1).heads[0][1].num_groups == published[width]
+
+
+def test_logits_keep_their_precision_under_autocast() -> None:
+    discriminator = Discriminator(32, 2)
+    features = [torch.randn(3, 32, 8, 8) for _ in range(2)]
+    exact = discriminator(features)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(discriminator(features), exact)
+
+
+def test_a_start_of_its_own_is_refused(teacher: Path, tmp_path: Path) -> None:
+    fitted = tiny.module()
+    fitted.init_from = str(teacher)
+    with pytest.raises(ValueError, match=r"^init_from: .* is not used, since DMD2 starts"):
+        tiny.fit(tmp_path, 1, distillation(teacher), fitted=fitted)
+
+
+def test_resuming_with_other_times_is_refused(run: Path, teacher: Path, tmp_path: Path) -> None:
+    other = distillation(teacher, student_times=(0.9, 0.5))
+    with pytest.raises(ValueError, match=r"times \(0\.999, .* here \(0\.9, 0\.5\); give it"):
+        tiny.fit(tmp_path, 7, other, EMA(), resume=run)
+
+
+def test_a_second_fit_clips_as_the_first(teacher: Path, tmp_path: Path) -> None:
+    fitted, dmd2 = tiny.module(), distillation(teacher)
+    trainer = tiny.trainer(tmp_path, 2, dmd2, gradient_clip_val=0.5, accumulate_grad_batches=2)
+    trainer.fit(fitted, tiny.data())
+    fake_score = fitted.fake_score
+    assert (trainer.gradient_clip_val, trainer.accumulate_grad_batches) == (0.5, 2)
+    tiny.trainer(tmp_path, 2, dmd2, gradient_clip_val=0.25).fit(fitted, tiny.data())
+    assert dmd2.turns._clip == 0.25
+    assert dmd2.num_student_updates == 1
+    assert fitted.fake_score is fake_score
+
+
+def test_grids_show_the_steps_that_the_student_has(teacher: Path, tmp_path: Path) -> None:
+    fitted, grids = tiny.module(), DistillationGrids()
+    dmd2 = distillation(teacher, student_times=(0.9, 0.5))
+    tiny.fit(tmp_path, 1, dmd2, grids, fitted=fitted)
+    columns = grids.columns(fitted, torch.zeros(1, 16, 2, 2), None, [0])
+    assert list(columns) == ["teacher 25", "teacher 4", "student 2", "student 1"]
+    with pytest.raises(ValueError, match="DistillationGrids: this fit has no teacher"):
+        tiny.fit(tmp_path, 1, grids)
 
 
 @pytest.mark.parametrize("learned_null", [True, False])

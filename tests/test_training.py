@@ -9,7 +9,16 @@ import pytest
 import tiny
 import torch
 
-from pid_lightning import EMA, AdapterConfig, PictureGrids, Training, weights
+from pid_lightning import (
+    EMA,
+    AdapterConfig,
+    Evaluation,
+    LanguageModelText,
+    PictureGrids,
+    Training,
+    VAEPiD,
+    weights,
+)
 from pid_lightning.checkpointing import AtomicCheckpointIO
 from pid_lightning.modules import initialisation
 from pid_lightning.modules.objective import draw_sample
@@ -325,13 +334,102 @@ def test_what_shapes_do_not_show_is_told(run: Path, tmp_path: Path) -> None:
     assert fitted.student_times is None
 
 
-def test_a_student_given_as_init_from_is_judged_with_its_own_steps(
-    run: Path, tmp_path: Path
-) -> None:
+def test_noise_frame_and_padding_of_a_model_are_told_too(run: Path, tmp_path: Path) -> None:
     denoiser, info = weights.load_model(run)
-    student = dataclasses.replace(info, student_times=(0.9, 0.5))
-    weights.save_model(denoiser, student, tmp_path / "student.safetensors", torch.float32)
+    config = dataclasses.replace(info.config, adapter=AdapterConfig(16, 1, padding="replicate"))
+    other = dataclasses.replace(info, noise_frame="variance_preserving", config=config)
+    weights.save_model(denoiser, other, tmp_path / "other.safetensors", torch.float32)
+    fitted = tiny.module()
+    fitted.init_from = str(tmp_path / "other.safetensors")
+    expected = "noise_frame: variance_preserving, here flow; adapter.padding: replicate, here zeros"
+    with pytest.warns(UserWarning, match=expected):
+        tiny.trainer(tmp_path, 0).fit(fitted, tiny.data())
+
+
+@pytest.fixture
+def student(run: Path, tmp_path: Path) -> str:
+    """The network of `run`, as a file that calls it a student."""
+    denoiser, info = weights.load_model(run)
+    info = dataclasses.replace(info, student_times=(0.9, 0.5))
+    weights.save_model(denoiser, info, tmp_path / "student.safetensors", torch.float32)
+    return str(tmp_path / "student.safetensors")
+
+
+def test_a_student_given_as_init_from_is_judged_with_its_own_steps(
+    student: str, tmp_path: Path
+) -> None:
     judged = tiny.module()
-    judged.init_from = str(tmp_path / "student.safetensors")
+    judged.init_from = student
     tiny.trainer(tmp_path, 0).test(judged, tiny.data(), verbose=False)
     assert judged.student_times == (0.9, 0.5)
+    tiny.fit(tmp_path, 1, fitted=judged)
+    assert judged.student_times is None  # it learns as a teacher
+
+
+def test_what_follows_a_fit_is_of_the_trained_weights(student: str, tmp_path: Path) -> None:
+    fitted = tiny.module()
+    fitted.init_from = student
+    trainer = tiny.trainer(tmp_path, 3, limit_val_batches=1)
+    trainer.fit(fitted, tiny.data())
+    trained = {name: value.clone() for name, value in fitted.denoiser.state_dict().items()}
+    trainer.validate(fitted, tiny.data(), verbose=False)
+    tiny.assert_equal_states(dict(fitted.denoiser.state_dict()), trained)
+    assert fitted.student_times is None
+    source, _ = weights.load_model(student)
+    assert not torch.equal(source.out.weight, trained["out.weight"])
+
+
+def test_a_second_fit_averages_from_its_start(tmp_path: Path) -> None:
+    fitted, ema = tiny.module(), EMA()
+    tiny.fit(tmp_path, 5, ema, fitted=fitted)
+    tiny.fit(tmp_path, 1, ema, fitted=fitted)
+    # The first step's average is the network itself.
+    tiny.assert_equal_states(
+        dict(fitted.denoiser_ema.state_dict()), dict(fitted.denoiser.state_dict())
+    )
+
+
+def test_clipping_by_value_bounds_every_gradient(tmp_path: Path) -> None:
+    class Watch(tiny.pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+            gradients = [p.grad for p in pl_module.denoiser.parameters() if p.grad is not None]
+            self.largest = max(gradient.abs().max().item() for gradient in gradients)
+
+    watch = Watch()
+    changes = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
+    tiny.fit(tmp_path, 2, watch, precision="bf16-mixed", **changes)  # a fused optimiser
+    assert watch.largest == pytest.approx(1e-3)
+
+
+def test_a_checkpoint_loads_without_a_trainer(run: Path) -> None:
+    loaded = VAEPiD.load_from_checkpoint(
+        run,
+        denoiser=tiny.config(),
+        text=None,
+        training=Training(),
+        evaluation=Evaluation(),
+    )
+    expected, _ = weights.load_model(run)
+    tiny.assert_equal_states(
+        dict(loaded.averaged_denoiser.state_dict()), dict(expected.state_dict())
+    )
+
+
+def test_captions_shorter_than_the_learned_null_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"captions of 3 tokens, .* text_length 8; set"):
+        tiny.fit(tmp_path, 1, fitted=tiny.module(text=tiny.Text(), text_length=8))
+    with pytest.raises(ValueError, match=r"text: 5 tokens a caption, .*text_length to 5"):
+        tiny.module(text=LanguageModelText("none", length=5, text_width=6), text_length=8)
+
+
+def test_a_report_keeps_no_more_than_its_grid_shows(tmp_path: Path) -> None:
+    tested = tiny.module()
+    tested.init_from = "unused"
+    trainer = tiny.trainer(tmp_path, 0, limit_test_batches=2)
+    tested._was_fitted = True
+    trainer.test(tested, tiny.data(batch_size=3), verbose=False)
+    assert len(tested.report.grid_rows) == 4
+    for row in tested.report.grid_rows:
+        assert len(row) == len(tested.report.labels())
+        # A view would keep its whole batch.
+        assert all(p.untyped_storage().nbytes() <= 4 * 3 * p.numel() for p in row)

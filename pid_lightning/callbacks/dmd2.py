@@ -15,7 +15,7 @@ from pid_lightning.decoding import conditioned_velocity
 from pid_lightning.hub import find_model
 from pid_lightning.mistakes import check_at_least, check_choice
 from pid_lightning.modules.base import PiDModule
-from pid_lightning.modules.objective import Sample
+from pid_lightning.modules.objective import FlowMatching, Sample
 from pid_lightning.nn import Condition, Discriminator, PiD
 from pid_lightning.randomness import sample_generators
 
@@ -85,8 +85,15 @@ class DMD2(Callback):
         check_choice("DMD2 student_input", student_input, STUDENT_INPUTS)
         check_choice("DMD2 student_steps", student_steps, STUDENT_STEPS)
         check_choice("DMD2 teacher_dtype", teacher_dtype, TEACHER_DTYPES)
-        check_at_least("DMD2 discriminator_depth", discriminator_depth, 1)
         check_at_least("DMD2 student_every", student_every, 2)  # the other batches train critics
+        for name, value, least in (
+            ("generator_weight", generator_weight, 0),
+            ("r1_weight", r1_weight, 0),
+            ("r1_noise", r1_noise, 0),
+            ("discriminator_depth", discriminator_depth, 1),
+            ("learning_rate", learning_rate, 0),
+        ):
+            check_at_least(f"DMD2 {name}", value, least)
         if not student_times or list(student_times) != sorted(set(student_times), reverse=True):
             raise ValueError(
                 f"DMD2 student_times: {student_times} must decrease, for example [0.9, 0.5]."
@@ -116,15 +123,22 @@ class DMD2(Callback):
         self.turns = Turns(student_every)
         self.num_student_updates = 0
         self._fingerprint = ""
+        self._attached_to: PiDModule | None = None
 
     # Setup.
 
     def setup(self, trainer: Trainer, pl_module: PiDModule, stage: str) -> None:
         """Attach the networks before Lightning wraps, moves, saves and restores the module."""
-        if stage != "fit" or pl_module.objective is self:
+        if stage != "fit":
+            return
+        self.turns.take_over(trainer)
+        self.num_student_updates = 0  # a resumed run restores it
+        if self._attached_to is pl_module:  # fitted before, in the same process
+            pl_module.objective = self
             return
         if pl_module.training_settings.train == "rgb_head":
             raise ValueError("training.train: rgb_head makes no pictures to distil; set it to all.")
+        pl_module.prepare(trainer.datamodule, stage)  # tells the size of the pictures
         teacher = self.open_teacher(pl_module)
         self._fingerprint = weights.fingerprint(teacher)
         pl_module.denoiser.load_state_dict(teacher.state_dict())
@@ -141,8 +155,7 @@ class DMD2(Callback):
         for network in (pl_module.denoiser, pl_module.fake_score):
             freeze_unused(network)
         pl_module.student_times = self.student_times
-        pl_module.objective = self
-        self.turns.take_over(trainer)
+        pl_module.objective, self._attached_to = self, pl_module
 
     def on_fit_start(self, trainer: Trainer, pl_module: PiDModule) -> None:
         """Compile fake score and teacher if the student is compiled."""
@@ -150,14 +163,25 @@ class DMD2(Callback):
             for network in (pl_module.fake_score, pl_module.teacher):
                 network.compile(dynamic=False, fullgraph=True)
 
+    def teardown(self, trainer: Trainer, pl_module: PiDModule, stage: str) -> None:
+        """Leave trainer and module as they were configured: either may fit again."""
+        if stage == "fit":
+            self.turns.give_back(trainer)
+            pl_module.objective = FlowMatching()
+
     def open_teacher(self, module: PiDModule) -> PiD:
         """Load the teacher and check it against `module`.
 
         Raises:
             ValueError: the teacher is another model, is itself distilled or lacks a tapped block,
-                or the discriminator is too deep.
+                the discriminator is too deep, or `init_from` is given too.
             OSError: the teacher is neither a local model nor on the hub.
         """
+        if module.init_from is not None:
+            raise ValueError(
+                f"init_from: {module.init_from} is not used, since DMD2 starts the student from "
+                f"its teacher ({self.teacher}); leave it out."
+            )
         teacher, info = weights.load_model(find_model(self.teacher))
         differences = module.info.differences(info)
         if differences:

@@ -36,7 +36,10 @@ class EMA(Callback):
 
         For a test, a checkpoint brings its own average and `init_from` has none.
         """
-        if stage == "fit" and pl_module.denoiser_ema is None:
+        if stage != "fit":
+            return
+        self.num_updates = 0  # a resumed run restores it
+        if pl_module.denoiser_ema is None:
             average = copy.deepcopy(pl_module.denoiser).float()
             average.activation_checkpointing = False
             pl_module.denoiser_ema = average.requires_grad_(False)

@@ -47,19 +47,21 @@ class PictureGrids(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Store the first batch."""
+        """Keep the first pictures, copied so that the rest of their batch is freed."""
         if batch_idx == 0:
-            self._batch = {key: values[: self.num_pictures] for key, values in batch.items()}
+            first = {key: values[: self.num_pictures] for key, values in batch.items()}
+            self._batch = {k: v.clone() if isinstance(v, Tensor) else v for k, v in first.items()}
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: PiDModule) -> None:
         """Log the grid and the gates."""
-        if self._batch is None or trainer.sanity_checking or not trainer.loggers:
+        batch, self._batch = self._batch, None
+        if batch is None or trainer.sanity_checking or not trainer.loggers:
             return
-        x0, numbers = self._batch["image"], self._batch["number"].tolist()
+        x0, numbers = batch["image"], batch["number"].tolist()
         # Callbacks run outside the precision plugin's autocast.
         with trainer.precision_plugin.forward_context(), torch.no_grad():
             low_resolution = reduce_picture(x0, pl_module.scale)
-            clean, text = pl_module.encode(low_resolution, self._batch["caption"])
+            clean, text = pl_module.encode(low_resolution, batch["caption"])
             columns = {"input": enlarge_picture(low_resolution, pl_module.scale)}
             columns |= self.columns(pl_module, clean, text, numbers) | {"original": x0}
             scalars = self.scalars(pl_module, x0, clean, text, numbers)
@@ -107,11 +109,14 @@ class PictureGrids(Callback):
 
 class DistillationGrids(PictureGrids):
     """The grid of a distillation, from clean latents: the teacher at 25 and 4 steps, and the
-    student at each of `student_steps`.
+    student at each of `student_steps` that it was trained for.
 
     Args:
         num_pictures: rows of the grid, from the first validation batch.
         student_steps: step counts of the student's columns.
+
+    Raises:
+        ValueError: the fit is no distillation.
     """
 
     title = "distillation"
@@ -119,6 +124,11 @@ class DistillationGrids(PictureGrids):
     def __init__(self, num_pictures: int = 2, student_steps: tuple[int, ...] = (4, 2, 1)) -> None:
         super().__init__(num_pictures)
         self.student_steps = student_steps
+
+    def on_fit_start(self, trainer: Trainer, pl_module: PiDModule) -> None:
+        """Check that there is a teacher to show."""
+        if pl_module.student_times is None:
+            raise ValueError("DistillationGrids: this fit has no teacher; add DMD2, or remove it.")
 
     def columns(
         self, module: PiDModule, clean: Tensor, text: Tensor | None, numbers: list[int]
@@ -138,6 +148,8 @@ class DistillationGrids(PictureGrids):
                 generator=test_generators(module, "pixels", numbers),
             )
         for steps in self.student_steps:
+            if steps > len(module.student_times):
+                continue
             generators = test_generators(module, "pixels", numbers)
             found[f"student {steps}"] = module.decode(clean, latent_sigma, text, generators, steps)
         return found

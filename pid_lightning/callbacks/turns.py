@@ -59,6 +59,11 @@ class Turns:
                 "ddp_find_unused_parameters_true."
             )
 
+    def give_back(self, trainer: Trainer) -> None:
+        """Undo `take_over`, so that the trainer can fit again."""
+        trainer.gradient_clip_val = self._clip
+        trainer.accumulate_grad_batches = self._accumulate
+
     def is_student(self, turn: int) -> bool:
         """Critics train first: a student step is only as good as the fake score."""
         return turn % self.student_every == self.student_every - 1

@@ -80,6 +80,7 @@ class PiDModule(LightningModule):
         self.student_times: tuple[float, ...] | None = None
         self.image_size: int | None = None
         self.objective: Objective = FlowMatching()
+        self._was_fitted = False
         self._batch_end: float | None = None
         self._side_stream: SideStream | None = None
         needs = denoiser.text_width
@@ -87,6 +88,12 @@ class PiDModule(LightningModule):
             raise ValueError(
                 f"text: its features are {text.text_width} wide, but the denoiser's text_width is "
                 f"{needs}; set model.denoiser.text_width to {text.text_width}."
+            )
+        length = getattr(text, "length", None)  # cached captions tell theirs when they are read
+        if length is not None and denoiser.learned_null and 0 < length < denoiser.text_length:
+            raise ValueError(
+                f"text: {length} tokens a caption, but the learned null has text_length "
+                f"{denoiser.text_length}; set model.denoiser.text_length to {length}."
             )
         silent = isinstance(self.text_encoder, NoText)
         if silent and denoiser.text_length and not denoiser.learned_null:
@@ -130,8 +137,10 @@ class PiDModule(LightningModule):
         if self.trainer.precision == "bf16-mixed":  # matmuls run in bf16 anyway, at half the memory
             self.encoder.bfloat16()
             self.text_encoder.bfloat16()
-        if self.init_from is not None and self.trainer.ckpt_path is None:
+        # A test after the fit, in the same process, is of the trained weights.
+        if self.init_from is not None and self.trainer.ckpt_path is None and not self._was_fitted:
             initialise_from(self, self.init_from)
+        self._was_fitted = self._was_fitted or stage == "fit"
 
     def prepare(self, data: Any, stage: str) -> None:
         """The part of `setup` that needs no trainer: the command line runs it before opening data.
@@ -256,13 +265,15 @@ class PiDModule(LightningModule):
         Lightning refuses to clip for fused optimisers, which unscale fp16 gradients themselves;
         here they are only used when gradients are not scaled.
         """
-        if isinstance(self.trainer.strategy, FSDPStrategy) or gradient_clip_algorithm == "value":
+        if isinstance(self.trainer.strategy, FSDPStrategy):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         learning = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None])
         self.log("train/gradient_norm", norm)
-        if gradient_clip_val:
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(learning, gradient_clip_val)
+        elif gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(learning, gradient_clip_val, norm)
 
     def make_optimizer(self) -> torch.optim.Optimizer:

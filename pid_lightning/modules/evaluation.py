@@ -93,15 +93,16 @@ class Report:
         numbers = batch["number"].tolist()
         low_resolution = reduce_picture(x0, module.scale)
         clean, text = module.encode(low_resolution, batch["caption"])
-        decoded = []
+        wanted = range(min(len(x0), NUM_GRID_ROWS - len(self.grid_rows)))
+        # Copies on the CPU: whole batches kept on the device would add to the next peak.
+        kept: dict[str, list[Tensor]] = {}
         for sigma in module.evaluation.latent_sigmas:
             latents, latent_sigma = add_test_noise(module, clean, sigma, numbers)
             generators = test_generators(module, "pixels", numbers)
-            pictures = {}
             for method, decode in self._methods(latent_sigma, text, generators).items():
                 with PeakMemory(x0.device) as cost:
                     prediction = decode(latents)
-                pictures[method] = prediction
+                kept.setdefault(method, []).append(prediction[: len(wanted)].to("cpu", copy=True))
                 self.metrics.update(
                     (method, sigma),
                     prediction,
@@ -111,8 +112,11 @@ class Report:
                     cost.seconds,
                     cost.peak_bytes,
                 )
-            decoded.append(pictures)
-        self._remember(x0, low_resolution, decoded)
+                del prediction
+        seen = enlarge_picture(low_resolution[: len(wanted)], module.scale).cpu()
+        for i in wanted:
+            pictures = [picture[i] for pictures in kept.values() for picture in pictures]
+            self.grid_rows.append([seen[i], *pictures, x0[i].to("cpu", copy=True)])
 
     def _methods(
         self, latent_sigma: Tensor, text: Tensor | None, generators: list[torch.Generator]
@@ -126,13 +130,6 @@ class Report:
         if upscaler is not None:
             methods[f"native + {upscaler_label(scale)}"] = lambda z: upscaler(native(z), scale)
         return methods
-
-    def _remember(self, x0: Tensor, low: Tensor, decoded: list[dict[str, Tensor]]) -> None:
-        seen = enlarge_picture(low, self.module.scale)
-        for i in range(min(len(x0), NUM_GRID_ROWS - len(self.grid_rows))):
-            row = [seen[i]]
-            row += [pictures[method][i] for method in decoded[0] for pictures in decoded]
-            self.grid_rows.append([*row, x0[i]])
 
     def labels(self) -> list[str]:
         """Column names of the grid."""

@@ -38,17 +38,18 @@ def initialise_from(module: PiDModule, path: str) -> None:
         raise ValueError(
             f"init_from: {path} is a different network ({details}); use its model.denoiser."
         )
-    # A different RoPE reference or prediction does not show in the shapes of tensors.
-    hidden = [
-        difference
-        for difference in module.info.differences(info)
-        if difference.startswith(("rope_reference", "prediction"))
-    ]
-    if hidden:
-        rank_zero_warn(f"init_from: {path} was trained with another {'; '.join(hidden)}")
+    # Such settings do not show in the shapes of tensors.
+    hidden = ["rope_reference", "prediction"]
+    if len(taken) == len(module.denoiser.state_dict()):
+        hidden += ["adapter.", "noise_frame"]
+    told = [d for d in module.info.differences(info) if d.startswith(tuple(hidden))]
+    solves = module.trainer.state.fn != "fit" and info.student_times is None
+    if solves and info.time_shift != module.info.time_shift:
+        told.append(f"time_shift: {info.time_shift}, here {module.info.time_shift}")
+    if told:
+        rank_zero_warn(f"init_from: {path} was trained with another {'; '.join(told)}")
     module.denoiser.load_state_dict(module.denoiser.state_dict() | taken)
-    if module.trainer.state.fn != "fit":
-        module.student_times = info.student_times
+    module.student_times = None if module.trainer.state.fn == "fit" else info.student_times
     if module.image_size is None:
         module.image_size = info.image_size
     new = len(module.denoiser.state_dict()) - len(taken)

@@ -43,8 +43,8 @@ def prepare_restoring(module: PiDModule, checkpoint: dict[str, Any]) -> None:
     theirs = check_checkpoint(module, checkpoint)
     state = checkpoint["state_dict"]
     averaged = any(name.startswith(AVERAGE) for name in state)
-    if module.trainer.state.fn == "fit":
-        _check_callbacks(module, theirs.student_times is not None, averaged)
+    if module._trainer is not None and module.trainer.state.fn == "fit":  # None: loaded by hand
+        _check_callbacks(module, theirs.student_times, averaged)
     else:
         kept = module.state_dict().keys()
         checkpoint["state_dict"] = {
@@ -61,13 +61,18 @@ def prepare_restoring(module: PiDModule, checkpoint: dict[str, Any]) -> None:
         module.image_size = theirs.image_size
 
 
-def _check_callbacks(module: PiDModule, is_student: bool, averaged: bool) -> None:
-    if is_student != (module.student_times is not None):
-        raise ValueError(
-            "ckpt_path: this checkpoint is from DMD2; add the DMD2 callback to resume it."
-            if is_student
-            else "ckpt_path: this checkpoint is not from DMD2; give it to DMD2 as the teacher."
-        )
+def _check_callbacks(
+    module: PiDModule, student_times: tuple[float, ...] | None, averaged: bool
+) -> None:
+    ours = module.student_times
+    if student_times != ours:
+        if ours is None:
+            told = "this checkpoint is from DMD2; add the DMD2 callback to resume it."
+        elif student_times is None:
+            told = "this checkpoint is not from DMD2; give it to DMD2 as the teacher."
+        else:
+            told = f"its run has student_times {student_times}, DMD2 here {ours}; give it the same."
+        raise ValueError(f"ckpt_path: {told}")
     if averaged != (module.denoiser_ema is not None):
         raise ValueError(
             "ckpt_path: this run averaged its weights; add the EMA callback to resume it."

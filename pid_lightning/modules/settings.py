@@ -63,6 +63,8 @@ class Training:
         check_choice("training.train", self.train, TRAINED_PARTS)
         check_choice("training.optimizer", self.optimizer, OPTIMIZERS)
         check_choice("training.noise_frame", self.noise_frame, FRAMES)
+        for name in ("learning_rate", "weight_decay", "warmup_steps", "rgb_loss_weight"):
+            check_at_least(f"training.{name}", getattr(self, name), 0)
         for name in (
             "latent_sigma_max",
             "latent_sigma_probability",

@@ -59,8 +59,8 @@ class AdapterConfig:
         check_choice("adapter.gate", self.gate, GATES)
         check_choice("adapter.padding", self.padding, PADDINGS)
         check_choice("adapter.upsampling", self.upsampling, UPSAMPLINGS)
-        for name in ("interval", "unpack"):
-            check_at_least(f"adapter.{name}", getattr(self, name), 1)
+        for name, least in (("width", 4), ("num_res_blocks", 0), ("interval", 1), ("unpack", 1)):
+            check_at_least(f"adapter.{name}", getattr(self, name), least)
         if self.width % 4:
             raise ValueError(
                 f"adapter.width: {self.width} must be a multiple of 4, the number of groups of "

@@ -56,13 +56,20 @@ class TextEmbedding(nn.Module):
         self.null = nn.Parameter(torch.zeros(1, length, text_width)) if learned_null else None
 
     def forward(self, features: Tensor | None, keep: Tensor | None, batch_size: int) -> Tensor:
-        """Features (B, L, D_text) to tokens (B, L, D); the null where `keep` (B,) is false."""
+        """Features (B, L, D_text) to tokens (B, L, D); the null where `keep` (B,) is false.
+
+        Raises:
+            ValueError: no features and no null, or a null for captions shorter than it.
+        """
         if features is None:
             features = self._null().expand(batch_size, -1, -1)
         elif keep is not None:
-            features = features[:, : self.length]
-            null = self._null()[:, : features.shape[1]]
-            features = torch.where(keep[:, None, None], features, null)
+            if features.shape[1] < self.length:  # sampling takes the whole null
+                raise ValueError(
+                    f"text: captions of {features.shape[1]} tokens, but the learned null has "
+                    f"text_length {self.length}; set model.denoiser.text_length to theirs."
+                )
+            features = torch.where(keep[:, None, None], features[:, : self.length], self._null())
         features = features[:, : self.length].to(self.linear.weight.dtype)
         tokens = self.norm(self.linear(features))
         return tokens + self.position[:, : tokens.shape[1]].to(tokens.dtype)

@@ -53,8 +53,9 @@ class PiDConfig:
 
     def __post_init__(self) -> None:
         check_choice("prediction", self.prediction, PREDICTIONS)
+        check_at_least("text_length", self.text_length, 0)
         counts = ("num_blocks", "num_pixel_blocks", "num_heads", "pixel_num_heads", "patch_size")
-        for name in counts:
+        for name in (*counts, "width", "pixel_width", "pixel_attention_width"):
             check_at_least(name, getattr(self, name), 1)
         for width, heads in (
             ("width", "num_heads"),

@@ -32,11 +32,13 @@ class Discriminator(nn.Module):
                 nn.init.uniform_(module.bias, -bound, bound, generator=generator)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Features (B, D, H/P, W/P), one per tap, to logits (B, taps)."""
-        logits = [
-            head(feature.to(head[0].weight.dtype)).mean(dim=(1, 2, 3))
-            for head, feature in zip(self.heads, features, strict=True)
-        ]
+        """Features (B, D, H/P, W/P), one per tap, to logits (B, taps), in the dtype of the weights
+        also under autocast: R1 compares logits that differ by less than bf16 resolves."""
+        with torch.autocast(features[0].device.type, enabled=False):
+            logits = [
+                head(feature.to(head[0].weight.dtype)).mean(dim=(1, 2, 3))
+                for head, feature in zip(self.heads, features, strict=True)
+            ]
         return torch.stack(logits, dim=1)
 
 
@@ -53,7 +55,6 @@ def _head(width: int, depth: int) -> nn.Sequential:
 
 
 def _num_groups(channels: int) -> int:
-    """C/4 up to 32 channels, above that the largest divisor of C that is at most 32."""
-    if channels <= 32:
-        return max(channels // 4, 1)
-    return max(groups for groups in range(1, 33) if channels % groups == 0)
+    """The largest divisor of C that is at most C/4 (up to 32 channels) or 32 (above)."""
+    most = max(1, channels // 4) if channels <= 32 else 32
+    return max(groups for groups in range(1, most + 1) if channels % groups == 0)
