@@ -6,12 +6,26 @@ import sys
 from collections.abc import Sequence
 
 LIGHT_COMMANDS = ("bench", "decode", "export", "import")
+HELP = """usage: pid COMMAND [options]; pid COMMAND --help lists them
+
+  decode    upscale pictures or decode latents
+  fit       train or distil a decoder:    pid fit --config configs/quickstart.yaml
+  test      measure PSNR, SSIM and LPIPS: pid test --config FILE --ckpt_path last
+  validate  measure the loss
+  predict   decode with a run's network
+  export    write a run's network as one model file
+  import    convert published weights to one model file
+  bench     measure speed and memory
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `pid`: commands that need no Lightning by `commands`, the others by `cli`."""
     given = sys.argv[1:] if arguments is None else arguments
-    if given and given[0] in LIGHT_COMMANDS:
+    if not given or given[0] in ("-h", "--help"):
+        print(HELP, end="")
+        sys.exit(0 if given else 2)
+    if given[0] in LIGHT_COMMANDS:
         from pid_lightning import commands
 
         commands.run(given[0], given[1:])

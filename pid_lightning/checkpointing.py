@@ -26,7 +26,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             OSError: the disk is full or not writable.
         """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
             stale.unlink(missing_ok=True)  # left by a process that was killed while saving
         try:

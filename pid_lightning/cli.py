@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -21,7 +20,7 @@ from pid_lightning.callbacks.last_checkpoint import LastCheckpoint
 from pid_lightning.checkpointing import AtomicCheckpointIO
 from pid_lightning.freed_memory import keep_freed_memory
 from pid_lightning.hub import find_last_checkpoint
-from pid_lightning.mistakes import raised_here
+from pid_lightning.mistakes import check_at_least, parser_sentence, raised_here
 from pid_lightning.modules.base import PiDModule
 from pid_lightning.modules.restoring import check_checkpoint
 from pid_lightning.tensor_files import read_torch_file
@@ -37,6 +36,13 @@ EXPECTED = (
     "Precision bf16-mixed is not supported by the model summary",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # between Lightning and torch
 )
+
+
+class Parser(LightningArgumentParser):
+    """A parser, also of each class's arguments, that takes no abbreviated option."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -73,12 +79,20 @@ class PiDCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        """Parse, then check that the checkpoint is readable: Lightning's own error is unclear."""
-        super().parse_arguments(parser, args)
+        """Parse, then check what Lightning does not check or not clearly."""
+        try:
+            super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"config: not a text file ({error}); give a YAML file.") from error
         subcommand = self.config.get("subcommand")
-        path = self.config[subcommand].ckpt_path if subcommand else None
-        if path is not None and Path(path).is_file():
-            read_torch_file(path)
+        if subcommand is None:
+            return
+        config = self.config[subcommand]
+        if config.ckpt_path is not None and Path(config.ckpt_path).is_file():
+            read_torch_file(config.ckpt_path)
+        if not isinstance(config.seed_everything, bool):
+            check_at_least("seed_everything", config.seed_everything, 0)
+        check_at_least("trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches, 1)
 
     def before_instantiate_classes(self) -> None:
         """Resolve `--ckpt_path last`, and continue in the folder of the checkpoint's run."""
@@ -89,7 +103,12 @@ class PiDCLI(LightningCLI):
         logger = config.trainer.logger
         folder = None
         if logger and not isinstance(logger, list) and "save_dir" in logger.init_args:
-            folder = Path(logger.init_args.save_dir) / (logger.init_args.get("name") or "")
+            folder = Path(logger.init_args.save_dir)
+            if folder.is_file():
+                raise FileExistsError(
+                    f"trainer.logger.save_dir: {folder} is a file; name a folder."
+                )
+            folder /= logger.init_args.get("name") or ""
         if config.ckpt_path == "last":
             found = find_last_checkpoint(folder) if folder is not None else None
             if found is None:
@@ -109,9 +128,13 @@ class PiDCLI(LightningCLI):
             )
         if config.ckpt_path is None:
             return
-        path = Path(config.ckpt_path)
-        if not path.exists():
-            raise FileNotFoundError(f"ckpt_path: {path} does not exist.")
+        given = Path(config.ckpt_path)
+        path = find_last_checkpoint(given) if given.is_dir() else given
+        if path is None or not path.exists():
+            raise FileNotFoundError(
+                f"ckpt_path: {given} is no checkpoint and no folder of a run; check the path."
+            )
+        config.ckpt_path = str(path)
         version = path.parent.parent
         if folder is not None and version.parent.resolve() == folder.resolve():
             logger.init_args.version = version.name
@@ -180,6 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             save_config_callback=SaveConfig,
             seed_everything_default=0,
             args=arguments,
+            parser_class=Parser,
             parser_kwargs={"exit_on_error": False}
             | {name: {"exit_on_error": False} for name in PiDCLI.subcommands()},
         )
@@ -189,20 +213,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise  # a bug
         print(f"pid: {mistake or parser_sentence(str(error))}", file=sys.stderr)
         sys.exit(2)
-
-
-def parser_sentence(message: str) -> str:
-    """Condense jsonargparse's multi-line message to one sentence.
-
-    Args:
-        message: lists an error for each type that a value could have had.
-    """
-    noise = (
-        r"(- )?(Does not validate|Subtypes:|Errors:|Subclass types|a class path|a dict|Given value)"
-    )
-    lines = [line.strip() for line in message.splitlines()]
-    lines = [line for line in lines if line and not re.match(noise, line)]
-    kept = [line for line in lines if not line.startswith("- Expected a ")]
-    if len(kept) < 2:  # the expectation is all there is
-        kept = lines
-    return " ".join(kept).replace(": - ", ": ").replace(" - ", "; ")

@@ -64,6 +64,9 @@ class DecodeSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.sigma <= 1:
             raise ValueError(f"sigma: {self.sigma} must lie between 0 (clean) and 1 (noise).")
+        for name in ("text_model", "text_prefix", "text_cache"):
+            if getattr(self, name) and self.prompt is None:
+                raise ValueError(f"{name}: only used with a prompt; give one, or leave it out.")
 
 
 def run(name: str, arguments: Sequence[str]) -> None:
@@ -113,8 +116,9 @@ def export(arguments: Sequence[str]) -> None:
     parser.add_argument("--description", default="", help="Text to store in the file.")
     given = parser.parse_args(arguments)
     from pid_lightning.hub import find_model
-    from pid_lightning.weights import DTYPES, load_model, save_model
+    from pid_lightning.weights import DTYPES, check_model_path, load_model, save_model
 
+    check_model_path(given.out)
     if not Path(given.run).exists():
         raise FileNotFoundError(f"{given.run}: no such run; name its folder or a .ckpt.")
     path = find_model(given.run)
@@ -169,7 +173,9 @@ def bench(arguments: Sequence[str]) -> None:
 def _parser(command: str, description: str) -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
-    return ArgumentParser(prog=f"pid {command}", description=description)
+    return ArgumentParser(
+        prog=f"pid {command}", description=description, exit_on_error=False, allow_abbrev=False
+    )
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

@@ -16,7 +16,9 @@ from tqdm.auto import tqdm
 
 from pid_lightning import weights
 from pid_lightning.colour import colour_shift, match_colour
+from pid_lightning.decode_inputs import check_steps
 from pid_lightning.decoder import PiDDecoder
+from pid_lightning.devices import find_device
 from pid_lightning.hub import BUNDLED_MODELS
 from pid_lightning.latent_files import read_latents
 from pid_lightning.noising import add_latent_noise
@@ -32,6 +34,7 @@ from pid_lightning.pictures import (
 from pid_lightning.randomness import sample_generators
 from pid_lightning.sampling import draw_noise
 from pid_lightning.text import LanguageModelText
+from pid_lightning.tiling import check_tile
 from pid_lightning.version import __version__
 
 if TYPE_CHECKING:
@@ -76,13 +79,12 @@ def decode_files(
     decoder.attend_in_windows(settings.window)
     if settings.compile:
         decoder.compile(freeze=decoder.device.type == "cpu")
-    if (settings.compare or settings.match_colour) and not decoder.encoder.has_decoder:
-        raise ValueError(
-            f"compare and match_colour need a native decoder, which {decoder.latent_space} latents "
-            "lack; leave them out."
-        )
     for file in files:  # find a bad last file now, not after hours
         _read(decoder, file)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"output: {folder} cannot be made ({error}); name another folder.") from error
     with tqdm(zip(files, paths, strict=True), total=len(files), unit="picture") as bar:
         for file, path in bar:
             bar.set_description(file.name)
@@ -93,9 +95,10 @@ def decode_files(
 
 def open_decoder(model: str, settings: DecodeSettings) -> PiDDecoder:
     """Load the decoder onto its device, encode the prompt and free the language model."""
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device(settings.device)
     dtype = None if settings.dtype is None else weights.DTYPES[settings.dtype]
     decoder = PiDDecoder.from_pretrained(model, dtype).to(device)
+    check_settings(decoder, settings)
     if settings.prompt is not None:
         if settings.text_model is not None:
             decoder.text_encoder = LanguageModelText(
@@ -107,6 +110,27 @@ def open_decoder(model: str, settings: DecodeSettings) -> PiDDecoder:
         decoder.encode_prompt([settings.prompt, ""], settings.text_cache)
         decoder.text_encoder = None
     return decoder
+
+
+def check_settings(decoder: PiDDecoder, settings: DecodeSettings) -> None:
+    """Check all settings that depend on the model.
+
+    Raises:
+        ValueError: one of them does not fit it.
+    """
+    check_steps(decoder.info.student_times, settings.steps)
+    if isinstance(settings.tile, int):
+        check_tile(settings.tile, decoder.denoiser.alignment)
+    with_text = settings.prompt is not None or settings.guidance_scale != 1
+    if with_text and decoder.denoiser.text_embedding is None:
+        raise ValueError(
+            "prompt and guidance_scale: this model was trained without text; leave them out."
+        )
+    if (settings.compare or settings.match_colour) and not decoder.encoder.has_decoder:
+        raise ValueError(
+            f"compare and match_colour need a native decoder, which {decoder.latent_space} latents "
+            "lack; leave them out."
+        )
 
 
 def _decode_file(

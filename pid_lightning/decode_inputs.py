@@ -41,10 +41,7 @@ def check_inputs(
     if not latents.isfinite().all():
         raise ValueError("latents: some values are not finite; check what produced them.")
     denoiser.check_size(*output_size(denoiser, latents))
-    if steps is not None and info.student_times is not None:
-        few_step_times(info.student_times, steps)
-    elif steps is not None:
-        check_at_least("steps", steps, 1)
+    check_steps(info.student_times, steps)
     if generator is not None and seed is not None:
         raise ValueError("seed and generator were both given; give only one of them.")
     sigma = (
@@ -64,6 +61,15 @@ def check_inputs(
         )
     warn_if_not_normalised(latents, info.latent_space)
     return sigma.expand(len(latents))
+
+
+def check_steps(student_times: Sequence[float] | None, steps: int | None) -> None:
+    """Raise ValueError unless a student, or a teacher without times, can sample in `steps`."""
+    if steps is None:
+        return
+    check_at_least("steps", steps, 1)
+    if student_times is not None:
+        few_step_times(student_times, steps)
 
 
 def text_features(text: Tensor, width: int, batch_size: int) -> Tensor:

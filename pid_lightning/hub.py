@@ -83,7 +83,6 @@ def _download(repo_id: str, options: dict[str, Any]) -> Path:
 def save_folder(denoiser: PiD, info: ModelInfo, folder: str | Path, dtype: torch.dtype) -> None:
     """Write the model file, its metadata as ``config.json``, and a model card."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     save_model(denoiser, info, folder / MODEL_FILE, dtype)
     with replaced_file(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(info.to_plain(), indent=2) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ from pid_lightning.mistakes import check_choice
 from pid_lightning.released import build_from_arguments, from_released
 from pid_lightning.sampling import STUDENT_TIMES
 from pid_lightning.tensor_files import read_torch_file
-from pid_lightning.weights import ModelInfo, save_model
+from pid_lightning.weights import ModelInfo, check_model_path, save_model
 
 NETWORK, AVERAGED = "net.", "net_ema."
 IGNORED = ("fake_score.", "discriminator.")
@@ -121,8 +121,7 @@ def import_released(
     """
     check_choice("family", family, FAMILIES)
     check_choice("version", version, VERSIONS)
-    if Path(out).suffix != ".safetensors":
-        raise ValueError(f"{out}: the file name must end in .safetensors.")
+    check_model_path(out)
     released = _without_prefix(read_released(path), AVERAGED if ema else NETWORK, path)
     arguments = released_arguments(family, version) | dict(sizes or {})
     # Only some files hold the RGB head, which is used in training alone.

@@ -22,7 +22,8 @@ def read_latents(path: Path) -> Tensor:
         raise ValueError(f"{path} cannot be read as latents ({error}); write it again.") from error
     if list(tensors) != ["latents"]:
         raise ValueError(
-            f"{path} holds the tensors {sorted(tensors)}; save exactly one tensor, named 'latents'."
+            f"{path} holds {len(tensors)} tensor(s), the first named {min(tensors, default='')!r}; "
+            "save exactly one, named 'latents' (a model goes to --model)."
         )
     latents = tensors["latents"].float()
     shape = tuple(latents.shape)

@@ -217,7 +217,6 @@ def write_csv(rows: Sequence[dict[str, str | float | int]], path: str | Path) ->
     Raises:
         OSError: the file cannot be written; an existing one stays intact.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replaced_file(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [key for key, _, _ in _COLUMNS])
         writer.writeheader()

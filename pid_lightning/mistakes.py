@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
+from argparse import ArgumentError
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +27,14 @@ def check_at_least(name: str, value: float, least: float) -> None:
 
 @contextmanager
 def exit_on_mistake() -> Iterator[None]:
-    """Turn errors that this package raised on purpose into their sentence and exit status 2."""
+    """Turn errors of the parser and those that this package raised on purpose into one sentence and
+    exit status 2."""
     try:
         yield
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        if raised_here(error) is not error:
+    except (ArgumentError, ValueError, OSError, ModuleNotFoundError) as error:
+        if isinstance(error, ArgumentError):
+            error = parser_sentence(str(error))
+        elif raised_here(error) is not error:
             raise
         print(f"pid: {error}", file=sys.stderr)
         sys.exit(2)
@@ -43,3 +48,26 @@ def raised_here(error: BaseException | None) -> BaseException | None:
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+def parser_sentence(message: str) -> str:
+    """Condense jsonargparse's multi-line message to one sentence.
+
+    Args:
+        message: lists an error for each type that a value could have had.
+    """
+    noise = (
+        r"(- )?(Does not validate|Subtypes:|Errors:|Subclass types|a class path|a dict|"
+        r"Given value type)"
+    )
+    message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("NoneType", "null")
+    message = re.sub(r"(a )?typing\.Literal\[(.*?)\]", r"one of \2", message)
+    message = re.sub(r'Parser key "([^"]*)":', r"\1:", message)
+    lines = [line.strip() for line in message.splitlines()]
+    lines = [line for line in lines if line and not re.match(noise, line)]
+    kept = [line for line in lines if not line.startswith(("- Expected ", "Given value"))]
+    if len(kept) < 2:  # the expectation is all there is
+        kept = lines
+    told = " ".join(kept).replace(": - ", ": ").replace(" - ", "; ")
+    told = re.sub("; Expected (a )?", " or ", told)
+    return re.sub(r"(\.)? (Given|Got) value: ", ", not ", told)

@@ -96,7 +96,6 @@ def write_picture(image: Tensor, path: str | Path, metadata: dict) -> None:
     pixels = ((image.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
     description = json.dumps(metadata, indent=2) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
     options = {"lossless": True} if file_format == "WEBP" else {}
     with replaced_file(path) as temporary:
         picture.save(temporary, format=file_format, **options)

@@ -92,7 +92,6 @@ def cache_captions(
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    Path(path).mkdir(parents=True, exist_ok=True)
     missing = []
     for caption in dict.fromkeys(captions):
         file = cache_file(path, caption)

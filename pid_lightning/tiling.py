@@ -63,12 +63,7 @@ class Tiles:
     ) -> None:
         if overlap is None:
             overlap = default_overlap(tile, step)
-        if tile < 1 or tile % step or (tile < 2 * step and tile < max(height, width)):
-            least = max(2, round(tile / step)) * step
-            raise ValueError(
-                f"tile: {tile} pixels must be a multiple of {step} (whole patches and latent "
-                f"cells) and at least {2 * step}; use {least}."
-            )
+        check_tile(tile, step)
         if overlap % step or not 0 <= overlap < tile:
             raise ValueError(
                 f"overlap: {overlap} must be a multiple of {step}, at least 0 and less than the "
@@ -86,6 +81,15 @@ class Tiles:
         for rows, row_weights in self._rows:
             for columns, column_weights in self._columns:
                 yield Tile(rows, columns, row_weights[:, None], column_weights[None])
+
+
+def check_tile(tile: int, step: int) -> None:
+    """Raise ValueError unless tiles of this side are aligned and can overlap."""
+    if tile % step or tile < 2 * step:
+        raise ValueError(
+            f"tile: {tile} pixels must be a multiple of {step} (whole patches and latent cells) "
+            f"and at least {2 * step}; use {max(2, round(tile / step)) * step}."
+        )
 
 
 def default_overlap(tile: int, step: int) -> int:

@@ -117,9 +117,7 @@ def save_model(
     """
     from safetensors.torch import save_file
 
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: the file name must end in .safetensors.")
+    check_model_path(path)
     if any(map(is_quantised, denoiser.parameters())):
         raise ValueError(f"{path}: 8-bit weights cannot be saved; save before quantise().")
     if has_fixed_times(denoiser):
@@ -130,6 +128,12 @@ def save_model(
         metadata["description"] = description
     with replaced_file(path) as temporary:
         save_file(state, temporary, metadata=metadata)
+
+
+def check_model_path(path: str | Path) -> None:
+    """Raise ValueError unless a model file can have this name."""
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"{path}: the file name must end in .safetensors.")
 
 
 def load_model(path: str | Path) -> tuple[PiD, ModelInfo]:

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 
 from pid_lightning import PiDConfig, VAEPiD
 from pid_lightning.encoders.small_vae import BUNDLED, SmallVAE, save_autoencoder
-from pid_lightning.modules.autoencoder import AutoencoderModule, psnr, reconstruction_loss
+from pid_lightning.metrics import psnr
+from pid_lightning.modules.autoencoder import AutoencoderModule, reconstruction_loss
 from pid_lightning.nn.autoencoder import (
     PrincipalComponents,
     SmallAutoencoder,

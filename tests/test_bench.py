@@ -411,9 +411,9 @@ def test_an_estimate_needs_no_measurement(model: Path, capsys: pytest.CaptureFix
         ("--activation_checkpointing on --work decode", "only for train and dmd2"),
         ("--estimate --work attention", "attention can only be measured"),
         ("--network quickstart --baseline", "use --network full or small"),
-        ("--json no_such_folder/rows.json", "folder no_such_folder does not exist"),
+        ("--json .", "--json: . is a folder; name a file"),
         ("--model no_such_model.safetensors", "was not found"),
-        ("--device cuda", "use cpu or auto"),
+        ("--device cuda", "device: 'cuda' is not available on this machine"),
     ],
 )
 def test_mistakes_are_one_sentence(

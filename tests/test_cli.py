@@ -17,9 +17,12 @@ import torch
 from PIL import Image
 
 from pid_lightning import DMD2, EMA, DINOv2PiD, SigLIPPiD
+from pid_lightning.__main__ import main as pid
 from pid_lightning.callbacks import LastCheckpoint, turns
-from pid_lightning.cli import main, parser_sentence
+from pid_lightning.cli import PiDCLI, main
+from pid_lightning.commands import COMMANDS
 from pid_lightning.hub import find_last_checkpoint
+from pid_lightning.mistakes import parser_sentence
 
 NUM_STEPS = 14
 STATE = ("state_dict", "optimizer_states", "lr_schedulers", "pid", "global_step")
@@ -87,13 +90,20 @@ def forbid_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (["--model.training.time_shift=0"], "time_shift: 0.0 must be above 0"),
         (["--model.training.train=y0"], "'y0' is not one of all, adapter, rgb_head"),
-        (["--data.resize=y0"], "Literal['none', 'random']"),
+        (["--data.resize=y0"], "resize: Expected one of 'none', 'random', not y0"),
         (["--data.batch_size=0"], "data.batch_size: 0 must be at least 1"),
         (["--trainer.precision=foo"], "bf16-mixed"),
         (["--model=Nothing"], "Nothing"),
         (["--trainer.strategy=fsdp"], "fsdp"),
         (["--model.vae=flux"], "'flux' (black-forest-labs/FLUX.1-schnell) are not available"),
-        (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt does not exist"),
+        (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt is no checkpoint and no folder of a run"),
+        (["--ckpt_path=."], "ckpt_path: . is no checkpoint and no folder of a run"),
+        (["--model.denoiser.num_block=2"], "num_block"),
+        (["--seed_everything=-1"], "seed_everything: -1 must be at least 0"),
+        (["--trainer.accumulate_grad_batches=0"], "accumulate_grad_batches: 0 must be at least 1"),
+        (["--trainer.logger.save_dir=a_file"], "save_dir: a_file is a file; name a folder"),
+        (["--config=a_picture.png"], "config: not a text file"),
+        (["--model.evaluation.lpips=no.safetensors"], "LPIPS weights no.safetensors do not exist"),
         (["--trainer.callbacks+=DMD2", "--trainer.callbacks.teacher=no.ckpt"], "model no.ckpt was"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
     ],
@@ -107,6 +117,8 @@ def test_a_wrong_setting_is_one_sentence_before_data_is_opened(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     forbid_pictures(monkeypatch)
+    Path("a_file").write_text("something")
+    Path("a_picture.png").write_bytes(b"\x89PNG")
     assert told in mistake(capsys, "fit", f"--config={runs / 'tiny.yaml'}", *arguments)
 
 
@@ -145,6 +157,31 @@ def test_a_cut_checkpoint_is_one_sentence(
         cut.write_bytes(whole[:size])
         said = mistake(capsys, command, f"--config={runs / 'tiny.yaml'}", f"--ckpt_path={cut}")
         assert "cut.ckpt cannot be read: it is truncated" in said
+    cut.write_bytes(b"hello, a,b\n1,2\n")
+    said = mistake(capsys, command, f"--config={runs / 'tiny.yaml'}", f"--ckpt_path={cut}")
+    assert "cut.ckpt cannot be read" in said
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as status:
+        pid(["--help"])
+    assert status.value.code == 0
+    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]}
+    assert listed == {*COMMANDS, *PiDCLI.subcommands()}
+    with pytest.raises(SystemExit) as status:
+        pid([])
+    assert status.value.code == 2
+
+
+def test_resuming_with_another_optimiser_is_one_sentence(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = runs / "runs/tiny/version_0/checkpoints/last.ckpt"
+    said = mistake(
+        *(capsys, "fit", f"--config={runs / 'tiny.yaml'}", f"--ckpt_path={last}"),
+        *("--trainer.max_steps=9", "--model.training.optimizer=muon"),
+    )
+    assert "this run trains with adamw, here training.optimizer is muon; set it to adamw" in said
 
 
 def test_a_checkpoint_of_another_family_is_one_sentence(
@@ -201,7 +238,16 @@ def test_a_parser_message_keeps_what_tells() -> None:
         "  Subtypes: [x, y]\n  Errors:\n    - Option 'b' is not accepted\n    - Expected a y\n"
         "  Given value type: z\n  Given value: 3"
     )
-    assert parser_sentence(message) == "Parser key \"a\": Option 'b' is not accepted"
+    assert parser_sentence(message) == "a: Option 'b' is not accepted"
+    message = (
+        'Parser key "steps":\n  Does not validate against any of the Union subtypes\n'
+        "  Subtypes: [<class 'int'>, <class 'NoneType'>]\n  Errors:\n"
+        "    - Expected a <class 'int'>\n    - Expected a <class 'NoneType'>\n"
+        "  Given value type: <class 'str'>\n  Given value: abc"
+    )
+    assert parser_sentence(message) == "steps: Expected a int or null, not abc"
+    message = "Parser key \"format\":\n  Expected a typing.Literal['png', 'webp']. Got value: jpg"
+    assert parser_sentence(message) == "format: Expected one of 'png', 'webp', not jpg"
 
 
 def test_a_fault_of_the_package_is_shown_in_full(

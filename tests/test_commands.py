@@ -108,6 +108,38 @@ def test_latents_decode_to_what_their_picture_does(tmp_path: Path, model: Path) 
     assert torch.equal(given, made)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--steps 9", "steps: 9 must lie between 1 and 4"),
+        ("--steps 0", "steps: 0 must be at least 1"),
+        ("--steps many", "steps: Expected a int or null, not many"),
+        ("--tile 100", "tile: 100 pixels must be a multiple of 32"),
+        ("--tile -64", "tile: -64 pixels must be a multiple of 32"),
+        ("--format jpg", "format: Expected one of 'png', 'webp', not jpg"),
+        ("--guidance_scale 2", "this model was trained without text; leave them out"),
+        ("--prompt hi --text_model none", "this model was trained without text; leave them out"),
+        ("--text_model none", "text_model: only used with a prompt"),
+        ("--device gpu", "device: 'gpu' is not available on this machine"),
+        ("--output a_file", "output: a_file cannot be made"),
+        ("--ove", "unrecognized arguments: --ove"),
+    ],
+)
+def test_a_wrong_option_is_told_before_anything_is_encoded(
+    arguments: str,
+    told: str,
+    tmp_path: Path,
+    model: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(PiDDecoder, "encode", None)
+    Path("a_file").write_text("something")
+    source = draw(tmp_path / "a.png", 32, 32)
+    assert told in refused(capsys, "decode", source, "--model", model, *arguments.split())
+
+
 @pytest.mark.slow
 def test_compiled_tiles_share_one_graph_whatever_the_pictures_sizes(
     tmp_path: Path, model: Path

@@ -222,7 +222,7 @@ def test_an_output_is_replaced_by_the_same_input_alone(tmp_path):
         (
             lambda d: [tensors(d, latent=torch.zeros(4, 2, 2))],
             ValueError,
-            r"holds the tensors \['latent'\]",
+            r"holds 1 tensor\(s\), the first named 'latent'",
         ),
         (
             lambda d: [tensors(d, latents=torch.zeros(2, 4, 2, 2))],

@@ -44,8 +44,9 @@ def bench(arguments: Sequence[str]) -> None:
     from pid_lightning.bench import report
     from pid_lightning.bench.networks import build_meta, check_sizes, find
     from pid_lightning.bench.rates import measure_rates
+    from pid_lightning.devices import find_device
 
-    device = _device(given.device)
+    device = find_device(None if given.device == "auto" else given.device)
     if given.cuda_graphs and device.type != "cuda":
         raise ValueError("--cuda_graphs: needs a GPU; leave it out on a CPU.")
     denoiser, info = find(given.network, given.model)
@@ -83,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     """The options of `pid bench`."""
     made = argparse.ArgumentParser(
         prog="pid bench",
+        allow_abbrev=False,
         description="Measure time and peak memory of a forward pass, a 4-step decode, a training "
         "step and both DMD2 steps, next to the roofline floor: operations and bytes divided by "
         "this machine's measured rates.",
@@ -159,8 +161,8 @@ def _check(given: argparse.Namespace) -> None:
     for name in ("repeat", "batch_size"):
         value = getattr(given, name)
         check_at_least(f"--{name}", min(value) if isinstance(value, list) else value, 1)
-    if given.json is not None and not given.json.parent.is_dir():
-        raise FileNotFoundError(f"--json: folder {given.json.parent} does not exist; create it.")
+    if given.json is not None and given.json.is_dir():
+        raise ValueError(f"--json: {given.json} is a folder; name a file.")
     for name in ("compile", "freeze", "cuda_graphs", "baseline", "check", "int8", "window"):
         if given.estimate and getattr(given, name):
             raise ValueError(f"--estimate: nothing is run; leave out --{name} or --estimate.")
@@ -176,15 +178,6 @@ def _check(given: argparse.Namespace) -> None:
         raise ValueError(
             "--activation_checkpointing: only for train and dmd2; add one of them to --work."
         )
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    has_gpu = torch.cuda.is_available()
-    if name == "cuda" and not has_gpu:
-        raise ValueError("--device: torch finds no CUDA device; use cpu or auto.")
-    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
 
 
 def estimate_rows(given: argparse.Namespace, info: ModelInfo) -> Iterator[Row]:

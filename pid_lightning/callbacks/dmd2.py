@@ -15,7 +15,7 @@ from pid_lightning.decoding import conditioned_velocity
 from pid_lightning.hub import find_model
 from pid_lightning.mistakes import check_at_least, check_choice
 from pid_lightning.modules.base import PiDModule
-from pid_lightning.modules.objective import FlowMatching, Sample
+from pid_lightning.modules.objective import Sample
 from pid_lightning.nn import Condition, Discriminator, PiD
 from pid_lightning.randomness import sample_generators
 
@@ -123,7 +123,6 @@ class DMD2(Callback):
         self.turns = Turns(student_every)
         self.num_student_updates = 0
         self._fingerprint = ""
-        self._attached_to: PiDModule | None = None
 
     # Setup.
 
@@ -133,8 +132,7 @@ class DMD2(Callback):
             return
         self.turns.take_over(trainer)
         self.num_student_updates = 0  # a resumed run restores it
-        if self._attached_to is pl_module:  # fitted before, in the same process
-            pl_module.objective = self
+        if pl_module.objective is self:  # fitted before, in the same process
             return
         if pl_module.training_settings.train == "rgb_head":
             raise ValueError("training.train: rgb_head makes no pictures to distil; set it to all.")
@@ -155,19 +153,13 @@ class DMD2(Callback):
         for network in (pl_module.denoiser, pl_module.fake_score):
             freeze_unused(network)
         pl_module.student_times = self.student_times
-        pl_module.objective, self._attached_to = self, pl_module
+        pl_module.objective = self
 
     def on_fit_start(self, trainer: Trainer, pl_module: PiDModule) -> None:
         """Compile fake score and teacher if the student is compiled."""
         if pl_module.training_settings.compile:
             for network in (pl_module.fake_score, pl_module.teacher):
                 network.compile(dynamic=False, fullgraph=True)
-
-    def teardown(self, trainer: Trainer, pl_module: PiDModule, stage: str) -> None:
-        """Leave trainer and module as they were configured: either may fit again."""
-        if stage == "fit":
-            self.turns.give_back(trainer)
-            pl_module.objective = FlowMatching()
 
     def open_teacher(self, module: PiDModule) -> PiD:
         """Load the teacher and check it against `module`.

@@ -25,6 +25,7 @@ class Turns:
 
     def __init__(self, student_every: int) -> None:
         self.student_every = student_every
+        self._trainer: Trainer | None = None
         self._clip: float | None = None
         self._clip_algorithm: str | None = None
         self._accumulate = 1
@@ -43,6 +44,9 @@ class Turns:
                 "trainer.precision: DMD2 clips gradients itself, but 16-mixed scales them; use "
                 "bf16-mixed or 32-true."
             )
+        if trainer is self._trainer:  # fits again, its settings are here already
+            return
+        self._trainer = trainer
         # Does not apply: checkpoints here hold the weights after the step.
         warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
         self._clip = trainer.gradient_clip_val
@@ -58,11 +62,6 @@ class Turns:
                 "trainer.strategy: DMD2 alternates networks; with several processes, set it to "
                 "ddp_find_unused_parameters_true."
             )
-
-    def give_back(self, trainer: Trainer) -> None:
-        """Undo `take_over`, so that the trainer can fit again."""
-        trainer.gradient_clip_val = self._clip
-        trainer.accumulate_grad_batches = self._accumulate
 
     def is_student(self, turn: int) -> bool:
         """Critics train first: a student step is only as good as the fake score."""

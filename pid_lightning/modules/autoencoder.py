@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pid_lightning.encoders.small_vae import save_autoencoder
+from pid_lightning.metrics import psnr
 from pid_lightning.mistakes import check_at_least
 from pid_lightning.nn.autoencoder import (
     PrincipalComponents,
@@ -109,7 +110,7 @@ class AutoencoderModule(pl.LightningModule):
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         images = batch["image"]
-        value = psnr(self(images), images).mean()
+        value = psnr(self(images).float().clamp(-1, 1), images).mean()
         self.log("val/psnr", value, prog_bar=True, batch_size=len(images), sync_dist=True)
 
     def on_train_end(self) -> None:
@@ -117,7 +118,6 @@ class AutoencoderModule(pl.LightningModule):
         if self.hparams.export_path is None or not self.trainer.is_global_zero:
             return
         path = Path(self.hparams.export_path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         score = self.trainer.callback_metrics.get("val/psnr")
         measured = "" if score is None else f", last validation {score:.2f} dB PSNR"
         save_autoencoder(self.network, path, f"{self.global_step} steps{measured}")
@@ -145,9 +145,3 @@ def reconstruction_loss(output: Tensor, images: Tensor) -> Tensor:
     """
     error = F.mse_loss(output.float(), images, reduction="none").mean((1, 2, 3))
     return error.clamp_min(1e-10).sqrt().mean()
-
-
-def psnr(output: Tensor, images: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio (B,) in dB of pictures in [-1, 1]; the output is clamped."""
-    error = F.mse_loss(output.float().clamp(-1, 1), images, reduction="none").mean((1, 2, 3))
-    return 10 * torch.log10(4 / error.clamp_min(1e-10))

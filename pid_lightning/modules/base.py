@@ -17,12 +17,13 @@ from torch import Tensor
 from pid_lightning import weights
 from pid_lightning.decoding import decode_latents, output_size, trained_tile
 from pid_lightning.encoders.base import Encoder
+from pid_lightning.lpips import lpips_network
 from pid_lightning.modules.evaluation import Report, read_baseline
 from pid_lightning.modules.initialisation import initialise_from
 from pid_lightning.modules.objective import FlowMatching, Objective, draw_sample
 from pid_lightning.modules.optimizers import freeze_untrained, make_optimizer, make_schedule
 from pid_lightning.modules.prediction import PredictionWriter
-from pid_lightning.modules.restoring import prepare_restoring
+from pid_lightning.modules.restoring import OPTIMIZER_KEY, prepare_restoring
 from pid_lightning.modules.settings import Evaluation, Training
 from pid_lightning.modules.side_stream import SideStream
 from pid_lightning.nn import PiD, PiDConfig
@@ -146,8 +147,8 @@ class PiDModule(LightningModule):
         """The part of `setup` that needs no trainer: the command line runs it before opening data.
 
         Raises:
-            ValueError: crops that are not whole patches and latent cells, or a baseline that the
-                encoder or the file does not allow.
+            ValueError: crops that are not whole patches and latent cells, a baseline that the
+                encoder or the file does not allow, or damaged weights of LPIPS.
             OSError: pretrained weights are not available.
         """
         if data is not None and stage != "predict":
@@ -156,6 +157,7 @@ class PiDModule(LightningModule):
             self.image_size = data.image_size
         if stage in ("fit", "test"):  # a fit may end with a test, hours later
             read_baseline(self)
+            lpips_network(self.evaluation.lpips)
         self.encoder.load()
         self.text_encoder.load()
 
@@ -182,6 +184,7 @@ class PiDModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the model description in the checkpoint."""
         checkpoint[weights.METADATA_KEY] = self.info.to_plain()
+        checkpoint[OPTIMIZER_KEY] = self.training_settings.optimizer
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model's checkpoint; adopt its student times and its average."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pid_lightning.decode_inputs import check_steps
 from pid_lightning.decoding import num_sampling_steps
 from pid_lightning.lpips import lpips_network
 from pid_lightning.metrics import (
@@ -75,6 +76,7 @@ class Report:
 
     def __init__(self, module: PiDModule) -> None:
         self.module = module
+        check_steps(module.student_times, module.evaluation.steps)
         lpips, missing = lpips_network(module.evaluation.lpips)
         self.metrics = PictureMetrics(lpips, missing).to(module.device)
         upscaler = read_baseline(module)
@@ -144,7 +146,6 @@ class Report:
         trainer, folder = self.module.trainer, self.folder  # reading it is a broadcast
         if not trainer.is_global_zero:
             return
-        folder.mkdir(parents=True, exist_ok=True)
         write_csv(rows, folder / "metrics.csv")
         grid = picture_grid(self.grid_rows, self.labels()) * 2 - 1
         write_picture(grid, folder / "test_grid.png", {"columns": self.labels()})

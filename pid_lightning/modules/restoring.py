@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from pid_lightning.modules.base import PiDModule
 
 
+OPTIMIZER_KEY = "optimizer"  # in checkpoints: training.optimizer
+
+
 def check_checkpoint(module: PiDModule, checkpoint: dict[str, Any]) -> ModelInfo:
     """Compare a checkpoint's model description with the module's and return it.
 
@@ -45,6 +48,12 @@ def prepare_restoring(module: PiDModule, checkpoint: dict[str, Any]) -> None:
     averaged = any(name.startswith(AVERAGE) for name in state)
     if module._trainer is not None and module.trainer.state.fn == "fit":  # None: loaded by hand
         _check_callbacks(module, theirs.student_times, averaged)
+        ours, saved = module.training_settings.optimizer, checkpoint.get(OPTIMIZER_KEY)
+        if saved not in (None, ours):  # None: written before it was stored
+            raise ValueError(
+                f"ckpt_path: this run trains with {saved}, here training.optimizer is {ours}; set "
+                f"it to {saved} to resume."
+            )
     else:
         kept = module.state_dict().keys()
         checkpoint["state_dict"] = {

@@ -1,0 +1,21 @@
+"""Choosing the device to compute on."""
+
+from __future__ import annotations
+
+import torch
+
+
+def find_device(name: str | None) -> torch.device:
+    """The named device, or the first GPU where there is one and else the CPU.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device: {name!r} is not available on this machine; use cpu, or leave it out."
+        ) from error
