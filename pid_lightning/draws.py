@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pid_lightning.randomness import sample_generators
 from pid_lightning.sources import Split, UnusablePicture, check_header, decode, none_left
 
 if TYPE_CHECKING:
@@ -21,12 +21,6 @@ if TYPE_CHECKING:
 
 SHUFFLE_BUFFER = 1000  # rows in the shuffle buffer of a stream
 MAX_TRIES = 1000  # consecutive unusable pictures before a source is rejected
-
-
-def keyed_generator(*key: int) -> torch.Generator:
-    """A generator seeded by a hash of `key`, so that neighbouring keys are independent."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def centre_crop(picture: Tensor, image_size: int) -> Tensor:
@@ -96,7 +90,7 @@ class Pictures(Dataset):
             self.report(row["name"], reason)
             return None
         if self.train:
-            generator = keyed_generator(self.seed, 1, draw)
+            (generator,) = sample_generators(self.seed, "crop", [draw])
             picture = random_crop(picture, self.image_size, self.resize, self.flip, generator)
         else:
             picture = centre_crop(picture, self.image_size)
@@ -163,7 +157,7 @@ class ShuffledDraws:
         for draw in itertools.count(first):
             number, position = divmod(draw, num_pictures)
             if number != current_pass:
-                generator = keyed_generator(self.pictures.seed, 0, number)
+                (generator,) = sample_generators(self.pictures.seed, "order", [number])
                 order, current_pass = torch.randperm(num_pictures, generator=generator), number
             yield draw, int(order[position])
 
