@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -194,6 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     for message in EXPECTED:
         warnings.filterwarnings("ignore", message)
+    advertises = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    advertises.addFilter(lambda record: "Tip: " not in record.getMessage())
     try:
         PiDCLI(
             LightningModule,

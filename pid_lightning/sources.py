@@ -52,15 +52,15 @@ def check_header(image: dict[str, Any], image_size: int) -> tuple[int, int]:
     """Width and height of {"path", "bytes"}, read from the header alone.
 
     Raises:
-        UnusablePicture: no picture, more than 8 bits per channel, or smaller than `image_size`.
+        UnusablePicture: no picture, float pixels, or smaller than `image_size`.
     """
     try:
         with _open(image) as picture:
             width, height, mode = *picture.size, picture.mode
     except PICTURE_DAMAGE:
         raise UnusablePicture("not a readable picture") from None
-    if mode[0] in "IF":
-        raise UnusablePicture(f"mode {mode} instead of 8 bits a channel")
+    if mode == "F":
+        raise UnusablePicture("32-bit float pixels have no fixed range")
     if min(width, height) < image_size:
         raise UnusablePicture(f"{width} x {height}, below image_size {image_size}")
     return width, height

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -114,13 +113,6 @@ def test_windows_save_the_scores_of_other_windows() -> None:
     # Of 6 x 6 patches: sides of 3 and 3 in the first block, shifted to 1, 3 and 2 in the second.
     pairs = 2 * 36**2 - (3**2 + 3**2) ** 2 - (1 + 3**2 + 2**2) ** 2
     assert whole - parts == 2 * 4 * spec.config.width * pairs
-
-
-def test_the_quickstart_is_that_of_its_config() -> None:
-    config = yaml.safe_load(Path(ROOT, "configs/quickstart.yaml").read_text())
-    denoiser = config["model"]["init_args"]["denoiser"]
-    denoiser["adapter"] = AdapterConfig(**denoiser["adapter"])
-    assert networks.CONFIGS["quickstart"] == PiDConfig(**denoiser)
 
 
 @pytest.mark.parametrize("changes", [{"gate": "none"}, {"head_norm": True}])
@@ -410,7 +402,7 @@ def test_an_estimate_needs_no_measurement(model: Path, capsys: pytest.CaptureFix
         ("--compile --work attention", "adds no rows for attention"),
         ("--activation_checkpointing on --work decode", "only for train and dmd2"),
         ("--estimate --work attention", "attention can only be measured"),
-        ("--network quickstart --baseline", "use --network full or small"),
+        ("--model pid-small-vae-4x --baseline", "use --network full or small"),
         ("--json .", "--json: . is a folder; name a file"),
         ("--model no_such_model.safetensors", "was not found"),
         ("--device cuda", "device: 'cuda' is not available on this machine"),

@@ -143,6 +143,17 @@ def test_every_mode_becomes_three_channels(tmp_path, mode):
     assert next(iter(data.train_dataloader()))["image"].shape == (1, 3, 16, 16)
 
 
+def test_16_bit_pictures_train_as_they_are_decoded(tmp_path):
+    greys = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(greys).save(tmp_path / "grey.png")
+    data = ImageData(str(tmp_path), image_size=64, batch_size=1, num_val=0, flip=False)
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    expected = read_picture(tmp_path / "grey.png")
+    assert expected.std() > 0.5
+    torch.testing.assert_close(batch["image"][0], expected, rtol=0, atol=1e-6)
+
+
 def test_random_crops_are_windows_of_the_picture_and_cover_it():
     source = torch.arange(20 * 24).reshape(1, 20, 24).expand(3, -1, -1)
     corners, mirrored = set(), 0

@@ -83,6 +83,7 @@ def test_one_batch_is_one_step_of_one_side(
     parts = "dmd_loss generator_loss dmd_gradient_norm fake_score_loss discriminator_loss r1_loss"
     assert {f"train/{part}" for part in parts.split()} <= watch.logged
     assert {"train/real_logit", "train/fake_logit"} <= watch.logged
+    assert {"train/gradient_norm", "train/critics_gradient_norm"} <= watch.logged
 
 
 def test_three_and_three_steps_are_six(run: Path, teacher: Path, tmp_path: Path) -> None:

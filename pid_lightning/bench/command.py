@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pid_lightning.nn import PiD
     from pid_lightning.weights import ModelInfo
 
-NETWORKS = ("full", "full_v15", "small", "quickstart")
+NETWORKS = ("full", "full_v15", "small")
 RECOMPUTED = " recomputed"  # mode suffix of rows with activation checkpointing
 IN_WINDOWS = " in windows"  # mode suffix of rows with windowed attention
 INT8 = ("weights", "products")

@@ -13,7 +13,6 @@ from pid_lightning.mistakes import check_at_least
 from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
 from pid_lightning.weights import ModelInfo, load_model
 
-# "quickstart" matches configs/quickstart.yaml.
 CONFIGS = {
     "full": PiDConfig(),
     "full_v15": PiDConfig(
@@ -32,29 +31,6 @@ CONFIGS = {
         text_width=256,
         text_length=77,
         adapter=AdapterConfig(width=128, num_res_blocks=2),
-    ),
-    "quickstart": PiDConfig(
-        width=192,
-        num_heads=4,
-        num_blocks=4,
-        patch_size=8,
-        pixel_width=8,
-        pixel_attention_width=128,
-        pixel_num_heads=4,
-        text_length=0,
-        rope_reference=None,
-        prediction="x0",
-        adapter=AdapterConfig(
-            width=128,
-            num_res_blocks=2,
-            gate="token",
-            padding="replicate",
-            inject_pixels=True,
-            rgb_head=True,
-            upsampling="shuffle",
-            sigma_plane=True,
-            head_norm=True,
-        ),
     ),
 }
 

@@ -273,7 +273,8 @@ class PiDModule(LightningModule):
             return
         learning = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None])
-        self.log("train/gradient_norm", norm)
+        is_own = any(p is learning[0] for p in self.denoiser.parameters())
+        self.log("train/gradient_norm" if is_own else "train/critics_gradient_norm", norm)
         if gradient_clip_val and gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(learning, gradient_clip_val)
         elif gradient_clip_val:
