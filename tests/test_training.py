@@ -401,14 +401,19 @@ def test_clipping_by_value_bounds_every_gradient(tmp_path: Path) -> None:
     assert watch.largest == pytest.approx(1e-3)
 
 
-def test_a_checkpoint_loads_without_a_trainer(run: Path) -> None:
+def test_a_checkpoint_loads_without_a_trainer_and_is_then_tested(
+    run: Path, student: str, tmp_path: Path
+) -> None:
     loaded = VAEPiD.load_from_checkpoint(
         run,
         denoiser=tiny.config(),
         text=None,
         training=Training(),
-        evaluation=Evaluation(),
+        evaluation=Evaluation(latent_sigmas=[0.0], steps=1),
+        init_from=student,
     )
+    tiny.trainer(tmp_path, 0).test(loaded, tiny.data(), verbose=False)
+    assert loaded.student_times is None
     expected, _ = weights.load_model(run)
     tiny.assert_equal_states(
         dict(loaded.averaged_denoiser.state_dict()), dict(expected.state_dict())
@@ -426,7 +431,7 @@ def test_a_report_keeps_no_more_than_its_grid_shows(tmp_path: Path) -> None:
     tested = tiny.module()
     tested.init_from = "unused"
     trainer = tiny.trainer(tmp_path, 0, limit_test_batches=2)
-    tested._was_fitted = True
+    tested.has_own_weights = True
     trainer.test(tested, tiny.data(batch_size=3), verbose=False)
     assert len(tested.report.grid_rows) == 4
     for row in tested.report.grid_rows:

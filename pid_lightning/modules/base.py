@@ -54,6 +54,7 @@ class PiDModule(LightningModule):
         denoiser_ema: its average if the `EMA` callback is used, else None.
         student_times: sampling times of a distilled student, None for a teacher.
         objective: computes the training step; a distillation callback replaces it.
+        has_own_weights: whether it was fitted or restored, so that `init_from` is past.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class PiDModule(LightningModule):
         self.student_times: tuple[float, ...] | None = None
         self.image_size: int | None = None
         self.objective: Objective = FlowMatching()
-        self._was_fitted = False
+        self.has_own_weights = False
         self._batch_end: float | None = None
         self._side_stream: SideStream | None = None
         needs = denoiser.text_width
@@ -138,10 +139,10 @@ class PiDModule(LightningModule):
         if self.trainer.precision == "bf16-mixed":  # matmuls run in bf16 anyway, at half the memory
             self.encoder.bfloat16()
             self.text_encoder.bfloat16()
-        # A test after the fit, in the same process, is of the trained weights.
-        if self.init_from is not None and self.trainer.ckpt_path is None and not self._was_fitted:
+        restores = self.has_own_weights or self.trainer.ckpt_path is not None
+        if self.init_from is not None and not restores:
             initialise_from(self, self.init_from)
-        self._was_fitted = self._was_fitted or stage == "fit"
+        self.has_own_weights |= stage == "fit"
 
     def prepare(self, data: Any, stage: str) -> None:
         """The part of `setup` that needs no trainer: the command line runs it before opening data.

@@ -65,6 +65,7 @@ def prepare_restoring(module: PiDModule, checkpoint: dict[str, Any]) -> None:
             module.denoiser_ema = None
         elif module.denoiser_ema is None:
             module.denoiser_ema = module.info.build().requires_grad_(False).to(module.device)
+    module.has_own_weights = True
     module.student_times = theirs.student_times
     if module.image_size is None:
         module.image_size = theirs.image_size
