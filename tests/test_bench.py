@@ -324,6 +324,25 @@ def test_rows_are_saved_before_memory_runs_out(
     assert "out of memory: no rows of this size" in capsys.readouterr().err
 
 
+def test_work_whose_networks_do_not_fit_is_left_out(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gather_small(name: str, *others: object) -> work.Networks:
+        if name == "forward":
+            raise torch.OutOfMemoryError
+        return gather(name, *others)
+
+    gather = work.gather
+    monkeypatch.setattr(work, "gather", gather_small)
+    monkeypatch.setattr(
+        "pid_lightning.bench.rates.measure_rates", lambda device, dtype: Rates(1e9, 1e9)
+    )
+    out = tmp_path / "bench.json"
+    options = "--work forward decode --sizes 64 --dtype float32 --device cpu --repeat 1 --json"
+    main(["bench", "--model", str(model), *options.split(), str(out)])
+    assert [row["work"] for row in json.loads(out.read_text())["rows"]] == ["decode"]
+
+
 def test_eight_bits_and_windows_are_rows_beside_the_exact_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -217,9 +217,6 @@ def measure_rows(
     from pid_lightning.bench.baseline import build_pair
     from pid_lightning.bench.estimate import weights_dtype
     from pid_lightning.bench.networks import build_random
-    from pid_lightning.bench.work import duplicate, gather
-    from pid_lightning.fixed_times import fix_times
-    from pid_lightning.sampling import STUDENT_TIMES
 
     names = [name for name in given.work if name != ATTENTION]
     if not names:
@@ -236,30 +233,48 @@ def measure_rows(
     for source in sources.values():
         if next(source.parameters()).dtype.itemsize > widest.itemsize:
             source.to(widest)
-    for dtype in given.dtype:
-        for name in names:
-            gathered = {
-                mode: gather(name, duplicate(source, kept[name, dtype], True).to(device), info)
-                for mode, source in sources.items()
-            }
-            if name == "decode":  # as `pid decode` does
-                times = info.student_times or STUDENT_TIMES
-                fix_times(gathered["eager"].denoiser, times)
-            if name not in LEARNING:
-                for extent in given.int8:
-                    gathered[f"eager int8 {extent}"] = gathered["eager"].quantised(
-                        activations=extent == "products"
-                    )
-                if given.window is not None:
-                    gathered["eager" + IN_WINDOWS] = gathered["eager"].in_windows(given.window)
-            for size, batch_size in itertools.product(given.sizes, given.batch_size):
-                _announce(name, size, batch_size, dtype)
-                row = {"size": size, "batch_size": batch_size, "dtype": dtype}
-                try:
-                    yield from _measure_size(given, name, gathered, info, row, rates[dtype])
-                except torch.OutOfMemoryError:
-                    print("  out of memory: no rows of this size", file=sys.stderr, flush=True)
-            del gathered  # free memory before the next networks are built
+    for dtype, name in itertools.product(given.dtype, names):
+        gathered = {}
+        for size, batch_size in itertools.product(given.sizes, given.batch_size):
+            _announce(name, size, batch_size, dtype)
+            row = {"size": size, "batch_size": batch_size, "dtype": dtype}
+            try:
+                gathered = gathered or _gather(
+                    given, name, sources, kept[name, dtype], info, device
+                )
+                yield from _measure_size(given, name, gathered, info, row, rates[dtype])
+            except torch.OutOfMemoryError:
+                print("  out of memory: no rows of this size", file=sys.stderr, flush=True)
+        del gathered  # free memory before the next networks are built
+
+
+def _gather(
+    given: argparse.Namespace,
+    name: str,
+    sources: dict[str, torch.nn.Module],
+    dtype: torch.dtype,
+    info: ModelInfo,
+    device: torch.device,
+) -> dict[str, Networks]:
+    """The networks of one kind of work, with weights in `dtype`, in all modes but compiled ones."""
+    from pid_lightning.bench.work import duplicate, gather
+    from pid_lightning.fixed_times import fix_times
+    from pid_lightning.sampling import STUDENT_TIMES
+
+    gathered = {
+        mode: gather(name, duplicate(source, dtype, True).to(device), info)
+        for mode, source in sources.items()
+    }
+    if name == "decode":  # as `pid decode` does
+        fix_times(gathered["eager"].denoiser, info.student_times or STUDENT_TIMES)
+    if name not in LEARNING:
+        for extent in given.int8:
+            gathered[f"eager int8 {extent}"] = gathered["eager"].quantised(
+                activations=extent == "products"
+            )
+        if given.window is not None:
+            gathered["eager" + IN_WINDOWS] = gathered["eager"].in_windows(given.window)
+    return gathered
 
 
 def measure_attention(
