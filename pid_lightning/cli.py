@@ -130,10 +130,12 @@ class PiDCLI(LightningCLI):
         if config.ckpt_path is None:
             return
         given = Path(config.ckpt_path)
-        path = find_last_checkpoint(given) if given.is_dir() else given
-        if path is None or not path.exists():
+        is_run = given.is_dir() and given.suffix != ".ckpt"  # a sharded checkpoint is a folder too
+        path = find_last_checkpoint(given) if is_run else given
+        if not config.ckpt_path or path is None or not path.exists():
             raise FileNotFoundError(
-                f"ckpt_path: {given} is no checkpoint and no folder of a run; check the path."
+                f"ckpt_path: {config.ckpt_path!r} is no checkpoint and no folder of a run; check "
+                "the path."
             )
         config.ckpt_path = str(path)
         version = path.parent.parent

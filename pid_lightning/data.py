@@ -184,6 +184,12 @@ class ImageData(LightningDataModule):
         if pictures is None:
             return []
         if isinstance(pictures.split.rows, torch.utils.data.IterableDataset):
+            num_processes = self.trainer.world_size if self.trainer else 1
+            if 0 < self.num_val < num_processes:
+                raise ValueError(
+                    f"data.num_val: {self.num_val} streamed pictures are too few to validate on "
+                    f"{num_processes} processes; hold out at least one for each."
+                )
             return self._loader(pictures, None)
         return make_loader(pictures, self.num_workers, None, self.batch_size)
 

@@ -260,8 +260,9 @@ class PiDDecoder:
         if self.text_encoder is not None and self.text_encoder.description != self._prompts_by:
             self._prompts.clear()
             self._prompts_by = self.text_encoder.description
-        # A cache folder gets every prompt, also those remembered.
-        unknown = [p for p in dict.fromkeys(prompts) if cache or p not in self._prompts]
+        # A cache folder gets what is remembered too, where there is an encoder to name it by.
+        again = cache is not None and self.text_encoder is not None
+        unknown = [p for p in dict.fromkeys(prompts) if again or p not in self._prompts]
         if unknown:
             width = self.info.config.text_width
             features = encode_prompts(self.text_encoder, unknown, width, cache, self.device)

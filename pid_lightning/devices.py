@@ -14,8 +14,9 @@ def find_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.empty(1, device=name).cpu()  # not torch.device alone: it takes absent devices
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise ValueError(
             f"device: {name!r} is not available on this machine; use cpu, or leave it out."
         ) from error

@@ -110,8 +110,9 @@ class PictureMetrics(nn.Module):
 
         measures = {
             "psnr": psnr(prediction, target),
+            # Of [0, 1], as is usual: its luminance term depends on where 0 lies.
             "ssim": structural_similarity_index_measure(
-                prediction, target, data_range=2.0, reduction="none"
+                (prediction + 1) / 2, (target + 1) / 2, data_range=1.0, reduction="none"
             ),
             "consistency": psnr(reduce_picture(prediction, scale), low_resolution),
         }

@@ -152,7 +152,7 @@ def read_captions(folder: Path) -> dict[Path, str]:
     """
     captions = {}
     for file in sorted(folder.rglob("metadata.jsonl")):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
             try:
                 entry = json.loads(line) if line.strip() else {"file_name": "", "text": ""}
                 captions[file.parent / entry["file_name"]] = entry.get("text") or ""

@@ -87,6 +87,18 @@ def test_what_frozen_graphs_would_not_see_is_refused() -> None:
     make_decoder().compile().to(dtype=torch.bfloat16)
 
 
+def test_more_sizes_than_graphs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pid_lightning.compilation.MAX_GRAPHS", 1)
+    decoder = make_decoder()
+    torch._dynamo.reset()
+    decoder.denoiser.compile = lambda **_: setattr(
+        decoder.denoiser, "_compiled_call_impl", decoder.denoiser.forward
+    )
+    decoder.compile().decode(draw_latents(2, 2), seed=0, progress=False)
+    with pytest.raises(ValueError, match="compile: 2 sizes of input, but at most 1 are compiled"):
+        decoder.decode(draw_latents(2, 3), seed=0, progress=False)
+
+
 def test_cuda_graphs_need_a_gpu() -> None:
     with pytest.raises(ValueError, match=r"^cuda_graphs: this network is on cpu, .* to a GPU"):
         make_decoder().compile(cuda_graphs=True)

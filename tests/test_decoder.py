@@ -233,6 +233,8 @@ def test_another_text_encoder_is_asked_anew_and_a_cache_gets_what_is_remembered(
     assert encoder.asked == ["a"]
     features = decoder.encode_prompt("a", tmp_path)
     assert torch.equal(make(sizes=TEXT).encode_prompt("a", tmp_path), features)
+    decoder.text_encoder = None
+    assert torch.equal(decoder.encode_prompt("a", tmp_path / "other"), features)
 
 
 def test_guidance_takes_the_learned_null_or_an_empty_prompt() -> None:

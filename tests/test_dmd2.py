@@ -287,6 +287,26 @@ def test_a_second_fit_clips_as_the_first(teacher: Path, tmp_path: Path) -> None:
     assert fitted.fake_score is fake_score
 
 
+def test_a_fit_without_the_callback_is_a_teachers(teacher: Path, tmp_path: Path) -> None:
+    fitted, dmd2 = tiny.module(), distillation(teacher)
+    tiny.fit(tmp_path, 2, dmd2, fitted=fitted)
+    tiny.trainer(tmp_path, 0).test(fitted, tiny.data(), ckpt_path=teacher, verbose=False)
+    assert fitted.student_times is None
+    tiny.fit(tmp_path, 2, dmd2, fitted=fitted)
+    assert fitted.student_times == dmd2.student_times
+    tiny.fit(tmp_path, 2, EMA(), fitted=fitted)
+    assert fitted.student_times is None
+    assert not any(name.startswith("fake_score.") for name in fitted.state_dict())
+    assert dmd2.num_student_updates == 1
+
+
+def test_more_steps_than_the_student_has_are_refused_at_once(teacher: Path) -> None:
+    module = tiny.module()  # its evaluation takes 2 steps
+    assert distillation(teacher, student_times=(0.9, 0.5)).open_teacher(module)
+    with pytest.raises(ValueError, match="steps: 2 must lie between 1 and 1"):
+        distillation(teacher, student_times=(0.9,)).open_teacher(module)
+
+
 def test_grids_show_the_steps_that_the_student_has(teacher: Path, tmp_path: Path) -> None:
     fitted, grids = tiny.module(), DistillationGrids()
     dmd2 = distillation(teacher, student_times=(0.9, 0.5))

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
 
 from pid_lightning import (
     EMA,
@@ -387,6 +389,32 @@ def test_a_second_fit_averages_from_its_start(tmp_path: Path) -> None:
     tiny.assert_equal_states(
         dict(fitted.denoiser_ema.state_dict()), dict(fitted.denoiser.state_dict())
     )
+
+
+def test_a_trainer_that_goes_on_keeps_its_average(tmp_path: Path) -> None:
+    fitted, ema = tiny.module(), EMA()
+    trainer = tiny.trainer(tmp_path, 4, ema)
+    trainer.fit(fitted, tiny.data())
+    before = fitted.denoiser_ema.out.weight.clone()
+    trainer.fit_loop.epoch_loop.max_steps = 5
+    trainer.fit(fitted, tiny.data())
+    expected = before.lerp(fitted.denoiser.out.weight.detach(), 1 - (1 - 1 / 5) ** (ema.power + 1))
+    torch.testing.assert_close(fitted.denoiser_ema.out.weight, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_a_fit_without_the_callback_has_no_average(run: Path, tmp_path: Path) -> None:
+    fitted = tiny.fit(tmp_path, 2)
+    tiny.fit(
+        tmp_path / "plain", 2, LearningRateMonitor(), fitted=fitted, logger=CSVLogger(tmp_path)
+    )
+    assert fitted.denoiser_ema is None
+    saved, _ = weights.load_model(tmp_path / "plain" / "last.ckpt")
+    tiny.assert_equal_states(dict(saved.state_dict()), dict(fitted.denoiser.state_dict()))
+
+
+def test_captions_without_dropout_may_be_shorter_than_a_null(tmp_path: Path) -> None:
+    training = Training(learning_rate=1e-3, warmup_steps=2, caption_dropout=0.0)
+    tiny.fit(tmp_path, 1, fitted=tiny.module(training, text=tiny.Text(), text_length=8))
 
 
 def test_clipping_by_value_bounds_every_gradient(tmp_path: Path) -> None:

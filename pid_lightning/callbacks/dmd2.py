@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pid_lightning import flow, losses, sampling, weights
 from pid_lightning.callbacks.turns import Turns
+from pid_lightning.decode_inputs import check_steps
 from pid_lightning.decoding import conditioned_velocity
 from pid_lightning.hub import find_model
 from pid_lightning.mistakes import check_at_least, check_choice
@@ -131,7 +132,9 @@ class DMD2(Callback):
         if stage != "fit":
             return
         self.turns.take_over(trainer)
-        self.num_student_updates = 0  # a resumed run restores it
+        if trainer.global_step == 0:  # else the trainer goes on; a resumed run restores it
+            self.num_student_updates = 0
+        pl_module.student_times = self.student_times
         if pl_module.objective is self:  # fitted before, in the same process
             return
         if pl_module.training_settings.train == "rgb_head":
@@ -152,7 +155,6 @@ class DMD2(Callback):
         pl_module.teacher = teacher.to(self.teacher_dtype).requires_grad_(False).eval()
         for network in (pl_module.denoiser, pl_module.fake_score):
             freeze_unused(network)
-        pl_module.student_times = self.student_times
         pl_module.objective = self
 
     def on_fit_start(self, trainer: Trainer, pl_module: PiDModule) -> None:
@@ -166,10 +168,11 @@ class DMD2(Callback):
 
         Raises:
             ValueError: the teacher is another model, is itself distilled or lacks a tapped block,
-                the discriminator is too deep, or `init_from` is given too.
+                the discriminator is too deep, the student has fewer than `evaluation.steps`, or
+                `init_from` is given too.
             OSError: the teacher is neither a local model nor on the hub.
         """
-        if module.init_from is not None:
+        if module.init_from is not None and not module.has_own_weights:
             raise ValueError(
                 f"init_from: {module.init_from} is not used, since DMD2 starts the student from "
                 f"its teacher ({self.teacher}); leave it out."
@@ -185,6 +188,7 @@ class DMD2(Callback):
             raise ValueError(
                 f"DMD2 teacher: {self.teacher} is itself a distilled student; give its teacher."
             )
+        check_steps(self.student_times, module.evaluation.steps)
         num_blocks = info.config.num_blocks
         if not self.taps or not all(0 <= tap < num_blocks for tap in self.taps):
             raise ValueError(

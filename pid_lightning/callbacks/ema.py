@@ -38,7 +38,9 @@ class EMA(Callback):
         """
         if stage != "fit":
             return
-        self.num_updates = 0  # a resumed run restores it
+        if trainer.global_step == 0:  # else the trainer goes on; a resumed run restores it
+            self.num_updates = 0
+        pl_module.ema_callback = self
         if pl_module.denoiser_ema is None:
             average = copy.deepcopy(pl_module.denoiser).float()
             average.activation_checkpointing = False

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
@@ -52,6 +52,7 @@ class PiDModule(LightningModule):
     Attributes:
         denoiser: the trained network.
         denoiser_ema: its average if the `EMA` callback is used, else None.
+        ema_callback: the `EMA` that updates it, None for a restored average.
         student_times: sampling times of a distilled student, None for a teacher.
         objective: computes the training step; a distillation callback replaces it.
         has_own_weights: whether it was fitted or restored, so that `init_from` is past.
@@ -79,6 +80,7 @@ class PiDModule(LightningModule):
         self.denoiser = PiD(denoiser, encoder.latent_channels, encoder.latent_stride, scale)
         self.denoiser.activation_checkpointing = training.activation_checkpointing
         self.denoiser_ema: PiD | None = None
+        self.ema_callback: Callback | None = None
         self.student_times: tuple[float, ...] | None = None
         self.image_size: int | None = None
         self.objective: Objective = FlowMatching()
@@ -92,7 +94,8 @@ class PiDModule(LightningModule):
                 f"{needs}; set model.denoiser.text_width to {text.text_width}."
             )
         length = getattr(text, "length", None)  # cached captions tell theirs when they are read
-        if length is not None and denoiser.learned_null and 0 < length < denoiser.text_length:
+        uses_null = denoiser.learned_null and training.caption_dropout > 0
+        if length is not None and uses_null and length < denoiser.text_length:
             raise ValueError(
                 f"text: {length} tokens a caption, but the learned null has text_length "
                 f"{denoiser.text_length}; set model.denoiser.text_length to {length}."
@@ -134,6 +137,8 @@ class PiDModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Check sizes and load pretrained weights, so that failures come before any work."""
         self.prepare(self.trainer.datamodule, stage)
+        if stage == "fit":
+            self._drop_what_no_callback_keeps()
         # Intended: the module copies batches instead of the data module, see `side_stream`.
         warnings.filterwarnings("ignore", "You have overridden `transfer_batch_to_device`")
         if self.trainer.precision == "bf16-mixed":  # matmuls run in bf16 anyway, at half the memory
@@ -143,6 +148,14 @@ class PiDModule(LightningModule):
         if self.init_from is not None and not restores:
             initialise_from(self, self.init_from)
         self.has_own_weights |= stage == "fit"
+
+    def _drop_what_no_callback_keeps(self) -> None:
+        """Drop the average and the distillation of an earlier fit whose callbacks are gone."""
+        if self.ema_callback not in self.trainer.callbacks:
+            self.denoiser_ema = None
+        if isinstance(self.objective, Callback) and self.objective not in self.trainer.callbacks:
+            self.objective, self.student_times = FlowMatching(), None
+            del self.fake_score, self.discriminator, self.teacher
 
     def prepare(self, data: Any, stage: str) -> None:
         """The part of `setup` that needs no trainer: the command line runs it before opening data.

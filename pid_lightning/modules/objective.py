@@ -28,7 +28,8 @@ class Sample(NamedTuple):
         latent_sigma: their noise levels (B,).
         text: caption features (B, L, D_text), None for the learned null.
         keep_latents: (B,) bool, False where dropped.
-        keep_text: (B,) bool, False where the learned null takes its place; None without one.
+        keep_text: (B,) bool, False where the learned null takes its place; None where it never
+            does.
         numbers: identify the samples within the run, to seed further draws.
     """
 
@@ -99,6 +100,7 @@ def draw_sample(module: PiDModule, batch: dict[str, Any], purpose: str) -> Sampl
     low_resolution = reduce_picture(x0, module.scale)
     clean, text = module.encode(low_resolution, captions)
     replaced = text is not None and module.denoiser.config.learned_null
+    replaced = replaced and settings.caption_dropout > 0
     generators = sample_generators(settings.seed, f"{purpose} latents", numbers, x0.device)
     eps = draw_noise(clean.shape, generators, x0.device)
     return Sample(

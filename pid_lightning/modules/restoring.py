@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pid_lightning.modules.base import PiDModule
 
 
+CRITICS = ("fake_score.", "discriminator.")  # attached to a module by DMD2
 OPTIMIZER_KEY = "optimizer"  # in checkpoints: training.optimizer
 
 
@@ -55,11 +56,12 @@ def prepare_restoring(module: PiDModule, checkpoint: dict[str, Any]) -> None:
                 f"it to {saved} to resume."
             )
     else:
-        kept = module.state_dict().keys()
-        checkpoint["state_dict"] = {
+        ours = module.state_dict()
+        critics = {k: v for k, v in ours.items() if k.startswith(CRITICS)}
+        checkpoint["state_dict"] = critics | {
             name: tensor
             for name, tensor in state.items()
-            if name in kept or name.startswith(AVERAGE)
+            if name in ours or name.startswith(AVERAGE)
         }
         if not averaged:
             module.denoiser_ema = None
