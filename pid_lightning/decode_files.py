@@ -19,6 +19,7 @@ from pid_lightning.colour import colour_shift, match_colour
 from pid_lightning.decode_inputs import check_steps
 from pid_lightning.decoder import PiDDecoder
 from pid_lightning.devices import find_device
+from pid_lightning.files import make_folder
 from pid_lightning.hub import BUNDLED_MODELS
 from pid_lightning.latent_files import read_latents
 from pid_lightning.noising import add_latent_noise
@@ -58,6 +59,7 @@ def decode_files(
     Raises:
         FileNotFoundError: no such input or model.
         FileExistsError: a result exists already.
+        OSError: `folder` cannot be made.
         ValueError: an input or setting does not fit the model, or an input would be overwritten.
     """
     model = model or next(iter(BUNDLED_MODELS))
@@ -81,10 +83,7 @@ def decode_files(
         decoder.compile(freeze=decoder.device.type == "cpu")
     for file in files:  # find a bad last file now, not after hours
         _read(decoder, file)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"output: {folder} cannot be made ({error}); name another folder.") from error
+    make_folder("output", folder)
     with tqdm(zip(files, paths, strict=True), total=len(files), unit="picture") as bar:
         for file, path in bar:
             bar.set_description(file.name)

@@ -14,9 +14,11 @@ def find_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(1, device=name).cpu()  # not torch.device alone: it takes absent devices
-        return torch.device(name)
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        torch.empty(1, device=name).cpu()  # torch.device alone takes devices that are absent
+    except (RuntimeError, AssertionError, ImportError) as error:  # it depends on the device
+        reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(
-            f"device: {name!r} is not available on this machine; use cpu, or leave it out."
+            f"device: {name!r} is not available on this machine ({reason}); use cpu, or leave it "
+            "out."
         ) from error
+    return torch.device(name)

@@ -8,6 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def make_folder(option: str, folder: Path) -> None:
+    """Make the folder that an option names, before any work.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"{option}: {folder} cannot be made ({error}); name another folder."
+        ) from error
+
+
 @contextmanager
 def replaced_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which replaces `path` if the block succeeds.

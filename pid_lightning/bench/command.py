@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pid_lightning.bench import ATTENTION, LEARNING, WAYS, WORK
+from pid_lightning.files import make_folder
 from pid_lightning.mistakes import check_at_least
 
 # torch is imported after the arguments are checked, so that --help and errors are fast.
@@ -163,6 +164,8 @@ def _check(given: argparse.Namespace) -> None:
         check_at_least(f"--{name}", min(value) if isinstance(value, list) else value, 1)
     if given.json is not None and given.json.is_dir():
         raise ValueError(f"--json: {given.json} is a folder; name a file.")
+    if given.json is not None:
+        make_folder("--json", given.json.parent)
     for name in ("compile", "freeze", "cuda_graphs", "baseline", "check", "int8", "window"):
         if given.estimate and getattr(given, name):
             raise ValueError(f"--estimate: nothing is run; leave out --{name} or --estimate.")
