@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 MAX_GRAPHS = 64  # input sizes per network, instead of torch's default limit of 8
@@ -34,18 +35,19 @@ def compile_for_inference(
     options = {"freezing": freeze, "triton.cudagraphs": cuda_graphs}
     network.compile(dynamic=False, fullgraph=True, options=options)
     compiled = network._compiled_call_impl
-    sizes = set()
+    sizes: set[torch.Size] = set()
 
     def call(*inputs: object, **named: object) -> Tensor:
         from torch._dynamo import config as tracing
         from torch._inductor import config as generation
 
-        sizes.add(inputs[0].shape)
-        if len(sizes) > MAX_GRAPHS:
+        size = inputs[0].shape
+        if size not in sizes and len(sizes) == MAX_GRAPHS:
             raise ValueError(
-                f"compile: {len(sizes)} sizes of input, but at most {MAX_GRAPHS} are compiled; "
+                f"compile: {len(sizes) + 1} sizes of input, but at most {MAX_GRAPHS} are compiled; "
                 "decode in tiles of one size, or without compile."
             )
+        sizes.add(size)
         with tracing.patch(cache_size_limit=MAX_GRAPHS), generation.patch(freezing=freeze):
             result = compiled(*inputs, **named)
         # A replayed graph overwrites its last result, but guidance needs two at a time.

@@ -97,6 +97,7 @@ def test_more_sizes_than_graphs_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     decoder.compile().decode(draw_latents(2, 2), seed=0, progress=False)
     with pytest.raises(ValueError, match="compile: 2 sizes of input, but at most 1 are compiled"):
         decoder.decode(draw_latents(2, 3), seed=0, progress=False)
+    decoder.decode(draw_latents(2, 2), seed=0, progress=False)  # its graph is still there
 
 
 def test_cuda_graphs_need_a_gpu() -> None:
