@@ -184,12 +184,6 @@ class ImageData(LightningDataModule):
         if pictures is None:
             return []
         if isinstance(pictures.split.rows, torch.utils.data.IterableDataset):
-            num_processes = self.trainer.world_size if self.trainer else 1
-            if 0 < self.num_val < num_processes:
-                raise ValueError(
-                    f"data.num_val: {self.num_val} streamed pictures are too few to validate on "
-                    f"{num_processes} processes; hold out at least one for each."
-                )
             return self._loader(pictures, None)
         return make_loader(pictures, self.num_workers, None, self.batch_size)
 
@@ -212,6 +206,12 @@ class ImageData(LightningDataModule):
             return whole
         if self.num_val == 0:
             return whole if name == "train" else None
+        num_processes = self.trainer.world_size if self.trainer else 1
+        if self.streaming and self.num_val < num_processes:  # a process without any would hang
+            raise ValueError(
+                f"data.num_val: {self.num_val} streamed pictures are too few to validate on "
+                f"{num_processes} processes; hold out at least one for each."
+            )
         return hold_out(whole, self.num_val)[0 if name == "train" else 1]
 
     def _load(self, part: str) -> Split:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import warnings
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -286,6 +287,27 @@ def test_a_picture_damaged_behind_its_header_gives_way_to_the_next(tmp_path):
     data = ready(str(tmp_path), num_val=0, cache_bytes=0)
     with pytest.warns(UserWarning, match="1 picture.* skipped so far, most recently p01: damaged"):
         assert sorted(names(data.train_dataloader())) == ["p00", "p02", "p02", "p03"]
+
+
+def test_a_stream_needs_a_held_out_picture_for_every_process(tmp_path):
+    path = parquet(tmp_path, 9)
+    options = {"samples_per_epoch": 8, "image_column": "photo", "num_val": 1}
+    for streaming in (False, True):
+        data = data_module(path, streaming=streaming, **options)
+        data.trainer = SimpleNamespace(world_size=2, global_rank=0)
+        if streaming:
+            with pytest.raises(ValueError, match=r"num_val: 1 streamed .* on 2 processes"):
+                data.setup("fit")
+        else:  # repeated, so that every process has one
+            data.setup("fit")
+    (tmp_path / "val").mkdir()
+    parquet(tmp_path / "val", 9)
+    (tmp_path / "val" / "train.parquet").rename(tmp_path / "val.parquet")
+    whole = data_module(str(tmp_path), streaming=True, **options)
+    whole.trainer = SimpleNamespace(world_size=2, global_rank=0)
+    whole.setup("fit")
+    # A split of its own has 9, whatever num_val; this process has every other one.
+    assert [n for b in whole.val_dataloader() for n in b["number"].tolist()] == [0, 2, 4, 6, 8]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
