@@ -294,8 +294,14 @@ def test_a_fit_without_the_callback_is_a_teachers(teacher: Path, tmp_path: Path)
     assert fitted.student_times is None
     tiny.fit(tmp_path, 2, dmd2, fitted=fitted)
     assert fitted.student_times == dmd2.student_times
+    fitted.denoiser.adapter.stem.requires_grad_(False)  # as DMD2 freezes the RGB head
     tiny.fit(tmp_path, 2, EMA(), fitted=fitted)
     assert fitted.student_times is None
+    learning, new = (
+        {name for name, p in network.named_parameters() if p.requires_grad}
+        for network in (fitted.denoiser, tiny.module().denoiser)
+    )
+    assert learning == new
     assert not any(name.startswith("fake_score.") for name in fitted.state_dict())
     assert dmd2.num_student_updates == 1
 

@@ -156,6 +156,7 @@ class PiDModule(LightningModule):
         if isinstance(self.objective, Callback) and self.objective not in self.trainer.callbacks:
             self.objective, self.student_times = FlowMatching(), None
             del self.fake_score, self.discriminator, self.teacher
+            freeze_untrained(self.denoiser, self.training_settings.train)  # DMD2 froze more
 
     def prepare(self, data: Any, stage: str) -> None:
         """The part of `setup` that needs no trainer: the command line runs it before opening data.

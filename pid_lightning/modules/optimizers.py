@@ -121,12 +121,15 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 
 
 def freeze_untrained(denoiser: PiD, train: str) -> None:
-    """Freeze all parts except those that `Training.train` names.
+    """Freeze all parts except those that `Training.train` names, whatever was frozen before.
 
     Raises:
         ValueError: the RGB head is to be trained, but the adapter has none.
     """
     if train == "all":
+        denoiser.requires_grad_(True)
+        for block in denoiser.patch_blocks:
+            block.freeze_unread()
         return
     denoiser.requires_grad_(False)
     denoiser.adapter.requires_grad_(True)
