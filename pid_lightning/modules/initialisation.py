@@ -38,7 +38,7 @@ def initialise_from(module: PiDModule, path: str) -> None:
         raise ValueError(
             f"init_from: {path} is a different network ({details}); use its model.denoiser."
         )
-    # Such settings do not show in the shapes of tensors.
+    # Differences that the shapes of tensors do not show.
     hidden = ["rope_reference", "prediction"]
     if len(taken) == len(module.denoiser.state_dict()):
         hidden += ["adapter.", "noise_frame"]

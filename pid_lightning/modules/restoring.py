@@ -9,7 +9,6 @@ from pid_lightning.weights import AVERAGE, METADATA_KEY, ModelInfo
 if TYPE_CHECKING:
     from pid_lightning.modules.base import PiDModule
 
-
 CRITICS = ("fake_score.", "discriminator.")  # attached to a module by DMD2
 OPTIMIZER_KEY = "optimizer"  # in checkpoints: training.optimizer
 
@@ -49,11 +48,11 @@ def prepare_restoring(module: PiDModule, checkpoint: dict[str, Any]) -> None:
     averaged = any(name.startswith(AVERAGE) for name in state)
     if module._trainer is not None and module.trainer.state.fn == "fit":  # None: loaded by hand
         _check_callbacks(module, theirs.student_times, averaged)
-        ours, saved = module.training_settings.optimizer, checkpoint.get(OPTIMIZER_KEY)
-        if saved not in (None, ours):  # None: written before it was stored
+        set_here, stored = module.training_settings.optimizer, checkpoint.get(OPTIMIZER_KEY)
+        if stored not in (None, set_here):  # None: written before it was stored
             raise ValueError(
-                f"ckpt_path: this run trains with {saved}, here training.optimizer is {ours}; set "
-                f"it to {saved} to resume."
+                f"ckpt_path: this run trains with {stored}, here training.optimizer is {set_here}; "
+                f"set it to {stored} to resume."
             )
     else:
         ours = module.state_dict()
