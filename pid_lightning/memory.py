@@ -32,9 +32,9 @@ def estimate_working_memory(
 ) -> int:
     """Estimate the peak bytes of decoding one batch, without the weights of the denoiser.
 
-    Attention counts as one operation, as on a GPU; bf16 on a CPU takes some MiB more for scores
-    (`nn.layers.CACHED_SCORES`), or those of one head if compiled. Not counted: guidance, which
-    holds one more picture, allocator overhead and workspaces of libraries.
+    Attention counts as one operation, as on a GPU; bf16 on a CPU takes some MiB more for a chunk of
+    scores. Not counted: guidance, which holds one more picture, allocator overhead and workspaces
+    of libraries.
 
     Args:
         info: the model.
@@ -51,8 +51,8 @@ def estimate_working_memory(
 
 
 def counted_dtype(dtype: torch.dtype) -> torch.dtype:
-    """A dtype of the same size whose attention is one operation on a CPU too: bf16 takes thousands
-    of small ones there, which would take minutes to count."""
+    """A dtype of the same size whose attention on a CPU is torch's own operation, as on a GPU, and
+    is known to torch's counter."""
     return torch.float16 if dtype == torch.bfloat16 else dtype
 
 

@@ -19,7 +19,7 @@ from pid_lightning.bench import attention, baseline, estimate, measure, networks
 from pid_lightning.bench.rates import Rates
 from pid_lightning.memory import estimate_working_memory, peak_bytes, weight_bytes
 from pid_lightning.nn import AdapterConfig, Discriminator, PiDConfig
-from pid_lightning.nn.layers import attend
+from pid_lightning.nn.attention import attend
 from pid_lightning.released import build_from_arguments
 from pid_lightning.sampling import STUDENT_TIMES
 from pid_lightning.weights import ModelInfo, save_model

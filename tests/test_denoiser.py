@@ -568,20 +568,23 @@ def with_null(case: Case) -> PiD:
     return network
 
 
-@pytest.mark.parametrize("cached", [2**21, 2 * 150 * 150, 150 * 150, 1])
-def test_attention_by_rows_is_softmax_attention(cached: int, monkeypatch) -> None:
+@pytest.mark.parametrize(("num_queries", "scores"), [(256, 2**19), (64, 2**19), (64, 1), (1, 1)])
+def test_attention_in_chunks_is_softmax_attention(num_queries, scores, monkeypatch) -> None:
     """The bf16 CPU path loses no more than bf16's own rounding of scores and weights, for any
-    chunks: all at once, two heads, one head, and some of its rows."""
-    from pid_lightning.nn import layers
-    from pid_lightning.nn.layers import _attend_by_rows
+    chunks: all at once, rows of all heads, rows of as many heads as threads, single rows."""
+    from pid_lightning.nn import attention
 
-    monkeypatch.setattr(layers, "CACHED_SCORES", cached)
+    monkeypatch.setattr(attention, "MAX_QUERIES", num_queries)
+    monkeypatch.setattr(attention, "SCORES_PER_THREAD", scores)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 150, 12, generator=generator).bfloat16() for _ in range(3))
+    q = q[:, :, 20:]
     exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    error = (_attend_by_rows(q, k, v) - exact).norm() / exact.norm()
-    assert error < 2**-7
-    in_full = _attend_by_rows(q.double(), k.double(), v.double())
+    with torch.no_grad():
+        attended = attention.softmax_attention(q, k, v)
+    assert (attended - exact).norm() / exact.norm() < 2**-7
+    scaled = q.double() * 12**-0.5
+    in_full = attention.attend_in_chunks(scaled, k.double(), v.double())
     torch.testing.assert_close(in_full, exact, rtol=1e-12, atol=1e-12)
 
 

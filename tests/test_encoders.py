@@ -417,6 +417,11 @@ def test_full_size_dinov2_on_the_meta_device():
 # ------------------------------------------------------------------ autoencoders
 
 
+def assert_decoded(images, expected):
+    """Equal but for the rounding of normalising the latents and back, which a decoder amplifies."""
+    torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
+
+
 def tiny_kl(scaling=1.5305, shift=0.0609, channels=16):
     from diffusers import AutoencoderKL
 
@@ -481,7 +486,7 @@ def test_autoencoder_kl_from_a_folder(tmp_path, name, scaling, shift, channels):
     latents = encoder.encode(images)
     assert latents.shape == (2, channels, 4, 6)
     torch.testing.assert_close(latents, (raw - (shift or 0.0)) * scaling)
-    torch.testing.assert_close(encoder.decode(latents), vae.decode(raw).sample)
+    assert_decoded(encoder.decode(latents), vae.decode(raw).sample)
 
 
 @torch.no_grad()
@@ -498,7 +503,7 @@ def test_flux2_equals_the_diffusers_pipeline(tmp_path):
     assert latents.shape == (2, 32, 2, 4)
     torch.testing.assert_close(latents, expected)
     raw = vae.encode(images).latent_dist.mode()
-    torch.testing.assert_close(encoder.decode(latents), vae.decode(raw).sample)
+    assert_decoded(encoder.decode(latents), vae.decode(raw).sample)
     with pytest.raises(ValueError, match="multiples of 16"):
         encoder.encode(pictures(40, 64))
 
@@ -515,7 +520,7 @@ def test_qwen_image(tmp_path):
     latents = encoder.encode(images)
     torch.testing.assert_close(latents, ((raw - mean) / std)[:, :, 0])
     torch.testing.assert_close(encoder.space.normalise(raw), latents)
-    torch.testing.assert_close(encoder.decode(latents), vae.decode(raw).sample[:, :, 0])
+    assert_decoded(encoder.decode(latents), vae.decode(raw).sample[:, :, 0])
 
 
 def test_pipeline_folder_and_bad_folders(tmp_path):

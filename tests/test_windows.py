@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from pid_lightning.nn import PiD
-from pid_lightning.nn.layers import attend, rotated
+from pid_lightning.nn.attention import attend, rotated
 from pid_lightning.nn.rope import patch_angles, rotation, text_angles
 from pid_lightning.nn.windows import Windows, attend_in_windows
 

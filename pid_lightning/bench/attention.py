@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pid_lightning.bench.rates import Rates, time_call
+from pid_lightning.nn.attention import attend
 from pid_lightning.nn.condition import position_tables
-from pid_lightning.nn.layers import attend
 from pid_lightning.nn.rope import rotate
 from pid_lightning.weights import ModelInfo
 

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pid_lightning.nn.layers import QKV, RMSNorm, SwiGLU, attend
+from pid_lightning.nn.attention import attend
+from pid_lightning.nn.layers import QKV, RMSNorm, SwiGLU
 from pid_lightning.nn.windows import Windows, attend_in_windows
 
 Table = tuple[Tensor, Tensor]

@@ -1,4 +1,4 @@
-"""Layers shared by all blocks: norm, modulation, attention, MLP and time embedding."""
+"""Layers shared by all blocks: norm, modulation, q k v, MLP and time embedding."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pid_lightning.nn.rope import rotate
-
 EPS = 1e-6
-CACHED_SCORES = 2**21  # attention scores that fit a CPU's caches
-MIN_QUERIES = 128  # per chunk, since every matmul packs all keys again
-MAX_TRAINED_KEYS = 1024  # beyond, scores saved for the backward pass cost more than they gain
 
 
 class RMSNorm(nn.Module):
@@ -55,59 +50,6 @@ class QKV(nn.Module):
             self.linear(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
         )
         return self.q_norm(q), self.k_norm(k), v
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Softmax attention with RoPE over q, k, v (B, heads, N, d), heads joined: (B, N, heads*d).
-
-    q may hold the last positions only.
-    """
-    q, k = rotated(q, k, table)
-    return rearrange(softmax_attention(q, k, v), "b h n d -> b n (h d)")
-
-
-def rotated(q: Tensor, k: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Apply RoPE to q, which may hold the last positions only, and to k."""
-    cos, sin = table
-    return rotate(q, (cos[-q.shape[2] :], sin[-q.shape[2] :])), rotate(k, table)
-
-
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention over (B, heads, N, d) with the fastest kernel for device and dtype; on a GPU torch
-    picks one by head size."""
-    learns = torch.is_grad_enabled()
-    if q.device.type == "cpu":
-        # torch's bf16 kernels take twice the time.
-        by_rows = q.dtype == torch.bfloat16 and (k.shape[2] <= MAX_TRAINED_KEYS or not learns)
-    else:
-        # torch's only fp64 kernel holds all scores at once.
-        by_rows = q.dtype == torch.float64 and not learns
-    return _attend_by_rows(q, k, v) if by_rows else F.scaled_dot_product_attention(q, k, v)
-
-
-def _attend_by_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention; without gradient, in chunks of heads and queries whose scores stay in the
-    cache."""
-    if torch.is_grad_enabled():
-        return _attend_at_once(q, k, v)
-    num_queries, num_keys = q.shape[2], k.shape[2]
-    fitting = max(MIN_QUERIES, CACHED_SCORES // num_keys)
-    # A compiled graph unrolls all chunks, so it only splits by head.
-    num_rows = num_queries if torch.compiler.is_compiling() else min(num_queries, fitting)
-    num_heads = max(1, CACHED_SCORES // (num_rows * num_keys))
-    # Preallocated: small results between large temporary scores would fragment the memory.
-    attended = q.new_empty(q.shape)
-    parts = (x.flatten(0, 1).split(num_heads) for x in (attended, q, k, v))
-    for result, head_q, head_k, head_v in zip(*parts, strict=True):
-        rows = zip(result.split(num_rows, dim=1), head_q.split(num_rows, dim=1), strict=True)
-        for result_rows, q_rows in rows:
-            result_rows.copy_(_attend_at_once(q_rows, head_k, head_v))
-    return attended
-
-
-def _attend_at_once(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
-    return scores.softmax(dim=-1) @ v
 
 
 class SwiGLU(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from pid_lightning.nn.layers import rotated, softmax_attention
+from pid_lightning.nn.attention import rotated, softmax_attention
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Windows:
 def attend_in_windows(
     q: Tensor, k: Tensor, v: Tensor, table: tuple[Tensor, Tensor], windows: Windows
 ) -> Tensor:
-    """Like `layers.attend`, but a patch only attends to the text and the patches of its window.
+    """Like `attention.attend`, but a patch only attends to the text and the patches of its window.
 
     Positions are those of the whole picture, and text attends to everything.
 
