@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from pid_lightning.decoder import PiDDecoder
 from pid_lightning.devices import find_device
 from pid_lightning.files import make_folder
 from pid_lightning.hub import BUNDLED_MODELS
-from pid_lightning.latent_files import read_latents
+from pid_lightning.latent_files import check_channels, read_latents
 from pid_lightning.noising import add_latent_noise
 from pid_lightning.pictures import (
     LATENTS_SUFFIX,
@@ -36,7 +35,6 @@ from pid_lightning.randomness import sample_generators
 from pid_lightning.sampling import draw_noise
 from pid_lightning.text import LanguageModelText
 from pid_lightning.tiling import check_tile
-from pid_lightning.version import __version__
 
 if TYPE_CHECKING:
     from pid_lightning.commands import DecodeSettings
@@ -180,11 +178,7 @@ def _read(decoder: PiDDecoder, file: Path) -> tuple[Tensor, tuple[int, int]]:
     """Read latents (C, h, w) or a padded picture, and its unpadded (height, width) at scale 1."""
     if file.suffix.lower() == LATENTS_SUFFIX:
         latents = read_latents(file)
-        if latents.shape[0] != decoder.latent_channels:
-            raise ValueError(
-                f"{file}: its latents have {latents.shape[0]} channels, but {decoder.latent_space} "
-                f"latents have {decoder.latent_channels}; give latents of the model's own family."
-            )
+        check_channels(file, latents, decoder.latent_space, decoder.latent_channels)
         decoder.denoiser.check_size(*decoder.output_size(latents))
         return latents, tuple(side * decoder.latent_stride for side in latents.shape[-2:])
     image = read_picture(file)
@@ -216,9 +210,4 @@ def describe(decoder: PiDDecoder, model: str, settings: DecodeSettings) -> dict[
         "settings": json.loads(json.dumps(asdict(settings))),
         "computed_in": str(decoder.dtype).removeprefix("torch."),
         "device": str(decoder.device),
-        "versions": {
-            "pid_lightning": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
     }

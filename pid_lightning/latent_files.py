@@ -37,3 +37,12 @@ def read_latents(path: Path) -> Tensor:
     if not latents.isfinite().all():
         raise ValueError(f"{path}: the latents are not all finite; write them again.")
     return latents
+
+
+def check_channels(path: str | Path, latents: Tensor, latent_space: str, channels: int) -> None:
+    """Raise ValueError unless latents (..., C, h, w) of a file have a latent space's channels."""
+    if latents.shape[-3] != channels:
+        raise ValueError(
+            f"{path}: its latents have {latents.shape[-3]} channels, but {latent_space} latents "
+            f"have {channels}; give latents of the model's own family."
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from pid_lightning.files import replaced_file
+from pid_lightning.version import __version__
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 LATENTS_SUFFIX = ".safetensors"
@@ -65,7 +67,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def write_picture(image: Tensor, path: str | Path, metadata: dict) -> None:
-    """Write a picture, and its metadata as JSON beside it (``NAME.png``, ``NAME.json``).
+    """Write a picture, and its metadata with the versions that made it as JSON beside it
+    (``NAME.png``, ``NAME.json``).
 
     Each file appears complete or not at all; missing folders are created.
 
@@ -95,7 +98,12 @@ def write_picture(image: Tensor, path: str | Path, metadata: dict) -> None:
         )
     pixels = ((image.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
-    description = json.dumps(metadata, indent=2) + "\n"
+    versions = {
+        "pid_lightning": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    description = json.dumps({**metadata, "versions": versions}, indent=2) + "\n"
     options = {"lossless": True} if file_format == "WEBP" else {}
     with replaced_file(path) as temporary:
         picture.save(temporary, format=file_format, **options)

@@ -32,7 +32,9 @@ def test_a_picture_survives_writing_and_reading_exactly(tmp_path, suffix):
     path = tmp_path / "new" / f"a.b{suffix}"
     write_picture(image, path, {"seed": 3, "sigma": 0.2})
     assert torch.equal(read_picture(path), image)
-    assert json.loads((path.parent / "a.b.json").read_text()) == {"seed": 3, "sigma": 0.2}
+    told = json.loads((path.parent / "a.b.json").read_text())
+    assert told.pop("versions")["torch"] == torch.__version__
+    assert told == {"seed": 3, "sigma": 0.2}
     assert len(list(path.parent.iterdir())) == 2  # no temporary file left
 
 

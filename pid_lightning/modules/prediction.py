@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from pid_lightning.latent_files import check_channels
 from pid_lightning.modules.evaluation import add_test_noise, test_generators
 from pid_lightning.pictures import pad_picture, write_picture
-from pid_lightning.version import __version__
 
 if TYPE_CHECKING:
     from pid_lightning.modules.base import PiDModule
@@ -54,12 +53,8 @@ class PredictionWriter:
             latents, latent_sigma = add_test_noise(module, latents, sigma, numbers)
         else:  # latents may be noisy already; the sigma only states the level
             latents = batch["latents"]
-            if latents.shape[1] != module.encoder.latent_channels:
-                raise ValueError(
-                    f"{batch['path'][0]}: its latents have {latents.shape[1]} channels, but "
-                    f"{module.encoder.latent_space} latents have {module.encoder.latent_channels}; "
-                    "give latents of the model's own family."
-                )
+            space, channels = module.encoder.latent_space, module.encoder.latent_channels
+            check_channels(batch["path"][0], latents, space, channels)
             text = module.text_encoder.encode(batch["caption"])
             latent_sigma = torch.full((len(latents),), sigma, device=latents.device)
             size = tuple(side * module.encoder.latent_stride for side in latents.shape[-2:])
@@ -88,11 +83,6 @@ class PredictionWriter:
             "size": list(picture.shape[-2:]),
             "family": type(module).__name__,
             "scale": module.scale,
-            "versions": {
-                "pid_lightning": __version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
         }
 
 
