@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 MAX_GRAPHS = 64  # input sizes per network, instead of torch's default limit of 8
 
@@ -11,7 +12,7 @@ MAX_GRAPHS = 64  # input sizes per network, instead of torch's default limit of 
 def compile_for_inference(
     network: nn.Module, freeze: bool = False, cuda_graphs: bool = False
 ) -> None:
-    """Compile a network; each new input size is compiled at its first call.
+    """Compile a network; each new size of picture or caption is compiled at its first call.
 
     Args:
         network: called under ``torch.no_grad`` or ``torch.inference_mode``.
@@ -35,13 +36,14 @@ def compile_for_inference(
     options = {"freezing": freeze, "triton.cudagraphs": cuda_graphs}
     network.compile(dynamic=False, fullgraph=True, options=options)
     compiled = network._compiled_call_impl
-    sizes: set[torch.Size] = set()
+    sizes: set[tuple[object, ...]] = set()
 
     def call(*inputs: object, **named: object) -> Tensor:
         from torch._dynamo import config as tracing
         from torch._inductor import config as generation
 
-        size = inputs[0].shape
+        tensors = [x for x in tree_leaves((inputs, named)) if isinstance(x, Tensor)]
+        size = (torch.is_inference_mode_enabled(), *(tensor.shape for tensor in tensors))
         if size not in sizes and len(sizes) == MAX_GRAPHS:
             raise ValueError(
                 f"compile: {len(sizes) + 1} sizes of input, but at most {MAX_GRAPHS} are compiled; "

@@ -132,21 +132,19 @@ def conditioned_velocity(
     on_forward: Callable[[], None] | None = None,
 ) -> sampling.Velocity:
     """The velocity function under a condition, with optional guidance; see `decode_latents`."""
-    null_condition = None
-    if guidance_scale != 1.0:
-        null_condition = denoiser.without_text(condition, null_text)
 
     def velocity_under(condition: Condition) -> sampling.Velocity:
         def velocity(x_t: Tensor, t: Tensor) -> Tensor:
-            v = denoiser(x_t, t, condition)
+            v = denoiser(x_t, t, condition).to(x_t.dtype)
             if on_forward is not None:
                 on_forward()
             return v
 
         return velocity
 
-    if null_condition is None:
+    if guidance_scale == 1.0:
         return velocity_under(condition)
+    null_condition = denoiser.without_text(condition, null_text)
     return sampling.guided(
         velocity_under(condition), velocity_under(null_condition), guidance_scale
     )

@@ -22,13 +22,13 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 
 def add_noise(x0: Tensor, eps: Tensor, t: Tensor, out: Tensor | None = None) -> Tensor:
-    """`x_t = (1-t) x0 + t eps`.
+    """`x_t = (1-t) x0 + t eps`, in fp32 at least.
 
     Args:
         x0: images (B, 3, H, W) in [-1, 1].
         eps: standard normal noise like `x0`.
         t: pixel times (B,) in [0, 1].
-        out: tensor to write the result to; may be `x0` itself.
+        out: tensor of the result's dtype to write it to; may be `x0` itself.
     """
     t = per_sample(t, x0)
     dtype = torch.promote_types(t.dtype, x0.dtype)

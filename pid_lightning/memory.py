@@ -32,9 +32,9 @@ def estimate_working_memory(
 ) -> int:
     """Estimate the peak bytes of decoding one batch, without the weights of the denoiser.
 
-    Attention counts as one operation, as on a GPU; bf16 on a CPU takes some MiB more for a chunk of
-    scores. Not counted: guidance, which holds one more picture, allocator overhead and workspaces
-    of libraries.
+    Attention counts as one operation, as on a GPU. Not counted: a chunk of scores in bf16 on a CPU,
+    1 KiB per token and thread (16 MiB a thread at 2048 x 2048); guidance, which holds one more
+    picture; allocator overhead and workspaces of libraries.
 
     Args:
         info: the model.

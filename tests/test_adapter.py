@@ -115,6 +115,20 @@ def test_replicate_padding_sees_no_edge() -> None:
     assert spread["zeros"] > 1e-3
 
 
+def test_flat_latents_lose_no_digits_in_fp32() -> None:
+    """Their groups' means outweigh their spread, which a norm by E[x^2] - E[x]^2 cancels."""
+    adapter = random_adapter(V15, 4, 8, 4)
+    with torch.no_grad():
+        for block in adapter.res_blocks:
+            for layer in (block.layers[2], block.layers[5]):
+                layer.bias.add_(30)
+        latents = torch.randn(1, 4, 1, 1, dtype=torch.float64).expand(1, 4, 8, 8)
+        latents = latents + 1e-3 * torch.randn(1, 4, 8, 8, dtype=torch.float64)
+        exact = torch.stack(features_of(adapter, latents, CLEAN))
+        rounded = torch.stack(features_of(adapter.float(), latents.float(), CLEAN))
+    assert (rounded - exact).norm() / exact.norm() < 2e-5
+
+
 def test_rgb_head_reads_the_named_block() -> None:
     latents = torch.randn(2, 4, 2, 3, dtype=torch.float64)
     end = random_adapter(V15, 4, 8, 4)
@@ -339,8 +353,9 @@ def test_impossible_adapters_are_told_in_one_sentence(changes: dict, sentence: s
         # The RGB head predicts (patch_size / scale)^2 pixels per token, so scale must divide it.
         (V15, 4, 16, 3, r"scale: 3 .*"),
         (dataclasses.replace(V1, unpack=2), 6, 16, 4, r"6 .*unpack"),
+        (dataclasses.replace(V1, unpack=3), 9, 8, 4, r"^adapter.unpack: 3 must divide .*\(8\)"),
     ],
-    ids=["no_scale", "scale", "rgb_head", "unpack"],
+    ids=["no_scale", "scale", "rgb_head", "unpack", "unpacked_stride"],
 )
 def test_impossible_geometry_is_told_in_one_sentence(
     config: AdapterConfig, channels: int, stride: int, scale: int, sentence: str

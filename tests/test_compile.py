@@ -100,6 +100,22 @@ def test_more_sizes_than_graphs_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     decoder.decode(draw_latents(2, 2), seed=0, progress=False)  # its graph is still there
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_a_size_is_that_of_all_inputs(monkeypatch: pytest.MonkeyPatch, named: bool) -> None:
+    """A caption's length counts too, and the way the inputs are given does not matter."""
+    monkeypatch.setattr("pid_lightning.compilation.MAX_GRAPHS", 2)
+    torch._dynamo.reset()
+    network = Sum()
+    compile_for_inference(network)
+    with torch.no_grad():
+        for length in (1, 2, 1):
+            inputs = {"x": torch.ones(1, 2), "captions": [torch.ones(length, 2)]}
+            result = network(**inputs) if named else network(*inputs.values())
+            assert result.sum() == 2 + 2 * length
+        with pytest.raises(ValueError, match=r"^compile: 3 sizes of input, but at most 2"):
+            network(torch.ones(1, 2), [torch.ones(3, 2)])
+
+
 def test_cuda_graphs_need_a_gpu() -> None:
     with pytest.raises(ValueError, match=r"^cuda_graphs: this network is on cpu, .* to a GPU"):
         make_decoder().compile(cuda_graphs=True)
@@ -135,6 +151,17 @@ class OneProduct(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x)
+
+
+class Sum(torch.nn.Module):
+    """Like a denoiser under a condition: a tensor, and others inside of something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor, captions: list[torch.Tensor]) -> torch.Tensor:
+        return self.one * x.sum() + captions[0].sum()
 
 
 def test_many_sizes_are_compiled_each_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -83,6 +84,15 @@ def test_a_picture_does_not_depend_on_its_batch() -> None:
     assert psnr(together[:2], two) > 100
     assert psnr(together[:1], decode(decoder, latents[:1], 0.0)) > 100
     assert psnr(together[2:], decode(decoder, latents[2:], 0.7)) < 60  # another index, other noise
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("tile", [None, 64])
+def test_pictures_are_in_fp32_whatever_the_network(dtype: torch.dtype, tile: int | None) -> None:
+    decoder, latents = make().to(dtype=dtype), noise(1, 4, 4, 4)
+    for times in ((0.999, 0.5), None):
+        decoder.info = dataclasses.replace(decoder.info, student_times=times)
+        assert decode(decoder, latents, steps=2, tile=tile).dtype == torch.float32
 
 
 def test_the_seed_is_the_only_randomness() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pid_lightning.nn import PiD, PiDConfig
+from pid_lightning.nn.denoiser import MAX_CACHED_SIZES
 from pid_lightning.released import build_from_arguments, from_released
 
 SMALL = {
@@ -605,3 +608,21 @@ def test_tables_are_made_once_a_size_and_may_be_trained_with() -> None:
     assert held() is not None
     torch.nn.Sequential(network).double()
     assert held() is None
+
+
+def test_few_tables_are_kept_whatever_the_number_of_threads() -> None:
+    network = PiD(tiny_config(), 16, 8, 4)
+
+    def condition(side: int) -> int:
+        return network.condition(torch.zeros(1, 16, 1, side), torch.zeros(1)).columns.shape[0]
+
+    sides = [1 + i % 12 for i in range(120)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            widths = list(pool.map(condition, sides))
+    finally:
+        sys.setswitchinterval(before)
+    assert widths == [32 * side for side in sides]
+    assert len(network._tables_of) <= MAX_CACHED_SIZES

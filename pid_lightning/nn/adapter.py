@@ -136,16 +136,24 @@ class OpenGate(nn.Module):
         return tokens + feature
 
 
+class ContiguousGroupNorm(nn.GroupNorm):
+    """GroupNorm of a contiguous copy: on a CPU torch's kernel for channels_last cancels digits
+    where a group's mean outweighs its spread, as on flat latents."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.contiguous())
+
+
 class ResBlock(nn.Module):
     """Pre-activation residual block: GroupNorm, SiLU, Conv3x3, twice."""
 
     def __init__(self, width: int, padding: str) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.GroupNorm(4, width),
+            ContiguousGroupNorm(4, width),
             nn.SiLU(),
             _conv(width, width, padding),
-            nn.GroupNorm(4, width),
+            ContiguousGroupNorm(4, width),
             nn.SiLU(),
             _conv(width, width, padding),
         )
@@ -195,6 +203,11 @@ class LatentAdapter(nn.Module):
         self.unpack = config.unpack
         self.rgb_head_block = config.rgb_head_block
         channels = latent_channels // config.unpack**2
+        if latent_stride % config.unpack:
+            raise ValueError(
+                f"adapter.unpack: {config.unpack} must divide latent_stride ({latent_stride}), "
+                "since packing made the stride that many times larger; set it to 1."
+            )
         self.upsample, self.fold = _grid_ratio(scale, latent_stride // config.unpack, patch_size)
         channels *= self.fold**2
         self.sigma_plane = config.sigma_plane

@@ -46,8 +46,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @torch.library.custom_op("pid_lightning::attend_in_chunks", mutates_args=())
 def attend_in_chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention for scaled q, without gradient, in chunks of heads and queries whose scores
-    stay in the cache; each thread works on heads of its own.
+    """Softmax attention for scaled q, without gradient, in chunks of heads and queries; each thread
+    works on heads of its own. Up to 2048 keys a thread's scores stay in its core's cache.
 
     One operation for compiled graphs, which would unroll all chunks.
     """

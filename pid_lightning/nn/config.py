@@ -67,11 +67,7 @@ class PiDConfig:
                     f"{width}: {channels} must be a multiple of 4 x {heads} = {4 * num}, because "
                     "RoPE rotates pairs of channels by row and by column in each head."
                 )
-        for width, heads in (
-            (self.width, self.num_heads),
-            (self.pixel_attention_width, self.pixel_num_heads),
-        ):
-            if self.rope_reference is not None and width // heads == 4:
+            if self.rope_reference is not None and channels == 4 * num:
                 raise ValueError(
                     "rope_reference: NTK scaling is not defined for heads of 4 channels; set it to "
                     "null or use fewer heads."

@@ -137,7 +137,7 @@ class PiD(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PiD:
         """Also drop the cached position tables when the network moves."""
-        self._tables_of.clear()
+        self._tables_of = {}
         return super()._apply(fn, recurse)
 
     @property
@@ -290,12 +290,14 @@ class PiD(nn.Module):
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         size = (height, width, 0 if text is None else text.shape[1], device, dtype)
-        if size not in self._tables_of:
-            if len(self._tables_of) == MAX_CACHED_SIZES:
-                del self._tables_of[next(iter(self._tables_of))]
+        tables = self._tables_of.get(size)
+        if tables is None:
             with torch.inference_mode(False):  # training may use them next
-                self._tables_of[size] = position_tables(self.config, *size)
-        return self._tables_of[size]
+                tables = position_tables(self.config, *size)
+            # A new dict, since other threads may be reading the old one.
+            newest = list(self._tables_of.items())[1 - MAX_CACHED_SIZES :]
+            self._tables_of = dict([*newest, (size, tables)])
+        return tables
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Predict the velocity at `x_t`.
@@ -320,9 +322,8 @@ class PiD(nn.Module):
         t_emb = self.time_embedding(t).to(self.dtype)  # (B, 1, D)
         last = len(self.patch_blocks) - 1
         s = F.silu(t_emb + self._run_patch_blocks(x_t, t_emb, condition, (last,))[last])
-        num_gated = self._num_patch_gates
-        if len(condition.features) > num_gated:
-            s = self.gates[num_gated](s, condition.features[-1], condition.openness[-1])
+        if self.config.adapter.inject_pixels:
+            s = self.gates[-1](s, condition.features[-1], condition.openness[-1])
         prediction = self._run_pixel_blocks(x_t, s, condition)
         prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
         if self.config.prediction == "x0":
@@ -340,10 +341,6 @@ class PiD(nn.Module):
         after = self._run_patch_blocks(x_t, t_emb, condition, blocks)
         rows = x_t.shape[-2] // self.config.patch_size
         return [rearrange(after[i], "b (h w) d -> b d h w", h=rows) for i in blocks]
-
-    @property
-    def _num_patch_gates(self) -> int:
-        return len(self.gates) - self.config.adapter.inject_pixels
 
     def _run_patch_blocks(
         self, x_t: Tensor, t_emb: Tensor, condition: Condition, wanted: Sequence[int]
