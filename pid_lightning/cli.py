@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from pid_lightning.callbacks.dmd2 import DMD2
 from pid_lightning.callbacks.last_checkpoint import LastCheckpoint
 from pid_lightning.checkpointing import AtomicCheckpointIO
+from pid_lightning.files import make_folder
 from pid_lightning.freed_memory import keep_freed_memory
 from pid_lightning.hub import find_last_checkpoint
 from pid_lightning.mistakes import check_at_least, parser_sentence, raised_here
@@ -90,10 +91,28 @@ class PiDCLI(LightningCLI):
             return
         config = self.config[subcommand]
         if config.ckpt_path is not None and Path(config.ckpt_path).is_file():
+            if Path(config.ckpt_path).suffix == ".safetensors":
+                raise ValueError(
+                    f"ckpt_path: {config.ckpt_path} is a model file, not a run's checkpoint; give "
+                    "it to --model.init_from."
+                )
             read_torch_file(config.ckpt_path)
         if not isinstance(config.seed_everything, bool):
             check_at_least("seed_everything", config.seed_everything, 0)
-        check_at_least("trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches, 1)
+            if config.seed_everything >= 2**32:
+                raise ValueError(f"seed_everything: {config.seed_everything} must be below 2^32.")
+        for name, least in (
+            ("accumulate_grad_batches", 1),
+            ("gradient_clip_val", 0),
+            ("check_val_every_n_epoch", 1),
+        ):
+            value = config.trainer[name]
+            check_at_least(f"trainer.{name}", least if value is None else value, least)
+        if config.trainer.val_check_interval == 0:
+            raise ValueError(
+                "trainer.val_check_interval: 0 must be a number of batches, or a fraction of an "
+                "epoch; to validate never, set trainer.limit_val_batches to 0."
+            )
 
     def before_instantiate_classes(self) -> None:
         """Resolve `--ckpt_path last`, and continue in the folder of the checkpoint's run."""
@@ -105,10 +124,7 @@ class PiDCLI(LightningCLI):
         folder = None
         if logger and not isinstance(logger, list) and "save_dir" in logger.init_args:
             folder = Path(logger.init_args.save_dir)
-            if folder.is_file():
-                raise FileExistsError(
-                    f"trainer.logger.save_dir: {folder} is a file; name a folder."
-                )
+            make_folder("trainer.logger.save_dir", folder)
             folder /= logger.init_args.get("name") or ""
         if config.ckpt_path == "last":
             found = find_last_checkpoint(folder) if folder is not None else None
@@ -160,7 +176,7 @@ class PiDCLI(LightningCLI):
         """Add `LastCheckpoint`, which handles Ctrl-C too, and atomic checkpoint writing."""
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError) as error:
+        except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"trainer: {error}") from error
         trainer.callbacks.append(LastCheckpoint())  # last, so that EMA has followed the step
         if type(trainer.strategy.checkpoint_io).__name__ == "TorchCheckpointIO":

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from pid_lightning import weights
 from pid_lightning.colour import colour_shift, match_colour
-from pid_lightning.decode_inputs import check_steps
+from pid_lightning.decode_inputs import check_options
 from pid_lightning.decoder import PiDDecoder
 from pid_lightning.devices import find_device
 from pid_lightning.files import make_folder
@@ -34,7 +34,6 @@ from pid_lightning.pictures import (
 from pid_lightning.randomness import sample_generators
 from pid_lightning.sampling import draw_noise
 from pid_lightning.text import LanguageModelText
-from pid_lightning.tiling import check_tile
 
 if TYPE_CHECKING:
     from pid_lightning.commands import DecodeSettings
@@ -63,13 +62,20 @@ def decode_files(
     model = model or next(iter(BUNDLED_MODELS))
     files = find_inputs(inputs)
     paths = [folder / f"{file.stem}.{settings.format}" for file in files]
-    taken = [p for path in paths for p in (path, path.with_suffix(".json")) if p.exists()]
+    comparisons = [_comparison(path) for path in paths] if settings.compare else []
+    results = [*paths, *comparisons]
+    taken = [p for path in results for p in (path, path.with_suffix(".json")) if p.exists()]
     if taken and not settings.overwrite:
         raise FileExistsError(f"{taken[0]} exists already: give another --output, or --overwrite.")
     own = {file.resolve() for file in files}
-    for path in paths:
+    for path in results:
         if path.resolve() in own:
-            raise ValueError(f"{path} would overwrite the input: give another --output.")
+            raise ValueError(f"{path} would overwrite an input: give another --output.")
+    for path in set(paths) & set(comparisons):
+        raise ValueError(
+            f"{path} would be both a result and a comparison: rename an input, or leave out "
+            "--compare."
+        )
     decoder = open_decoder(model, settings)
     described = describe(decoder, model, settings)  # before its weights are converted
     if decoder.info.student_times is not None:
@@ -115,14 +121,14 @@ def check_settings(decoder: PiDDecoder, settings: DecodeSettings) -> None:
     Raises:
         ValueError: one of them does not fit it.
     """
-    check_steps(decoder.info.student_times, settings.steps)
-    if isinstance(settings.tile, int):
-        check_tile(settings.tile, decoder.denoiser.alignment)
-    with_text = settings.prompt is not None or settings.guidance_scale != 1
-    if with_text and decoder.denoiser.text_embedding is None:
-        raise ValueError(
-            "prompt and guidance_scale: this model was trained without text; leave them out."
-        )
+    check_options(
+        decoder.denoiser,
+        decoder.info,
+        settings.steps,
+        settings.tile,
+        settings.prompt,
+        settings.guidance_scale,
+    )
     if (settings.compare or settings.match_colour) and not decoder.encoder.has_decoder:
         raise ValueError(
             f"compare and match_colour need a native decoder, which {decoder.latent_space} latents "
@@ -170,15 +176,19 @@ def _decode_file(
             enlarged = enlarge_picture(native[None], decoder.scale)[0]
             pair = [side[:, :height, :width].cpu() for side in (enlarged, picture)]
             grid = picture_grid([pair], ["native", "PiD"]) * 2 - 1
-            write_picture(grid, path.with_stem(f"{path.stem}_compare"), metadata)
+            write_picture(grid, _comparison(path), metadata)
     write_picture(picture[:, :height, :width], path, metadata)
+
+
+def _comparison(path: Path) -> Path:
+    return path.with_stem(f"{path.stem}_compare")
 
 
 def _read(decoder: PiDDecoder, file: Path) -> tuple[Tensor, tuple[int, int]]:
     """Read latents (C, h, w) or a padded picture, and its unpadded (height, width) at scale 1."""
     if file.suffix.lower() == LATENTS_SUFFIX:
         latents = read_latents(file)
-        check_channels(file, latents, decoder.latent_space, decoder.latent_channels)
+        check_channels(file, latents.shape, decoder.latent_space, decoder.latent_channels)
         decoder.denoiser.check_size(*decoder.output_size(latents))
         return latents, tuple(side * decoder.latent_stride for side in latents.shape[-2:])
     image = read_picture(file)

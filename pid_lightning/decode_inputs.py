@@ -13,6 +13,7 @@ from pid_lightning.latent_spaces import warn_if_not_normalised
 from pid_lightning.mistakes import check_at_least
 from pid_lightning.nn import PiD
 from pid_lightning.sampling import Generators, few_step_times
+from pid_lightning.tiling import check_tile
 from pid_lightning.weights import ModelInfo
 
 
@@ -33,6 +34,8 @@ def check_inputs(
     Raises:
         ValueError: an argument does not fit the model.
     """
+    if not isinstance(latents, Tensor):
+        raise ValueError(f"latents: {type(latents).__name__} is no tensor; give a torch.Tensor.")
     if latents.ndim != 4 or latents.shape[1] != info.latent_channels or not latents.numel():
         raise ValueError(
             f"latents: shape {tuple(latents.shape)} is not (B, {info.latent_channels}, h, w); give "
@@ -70,6 +73,28 @@ def check_steps(student_times: Sequence[float] | None, steps: int | None) -> Non
     check_at_least("steps", steps, 1)
     if student_times is not None:
         few_step_times(student_times, steps)
+
+
+def check_options(
+    denoiser: PiD,
+    info: ModelInfo,
+    steps: int | None,
+    tile: int | str | None,
+    prompt: object,
+    guidance_scale: float,
+) -> None:
+    """Check what decoding depends on besides its input, before there is one.
+
+    Raises:
+        ValueError: one of the options does not fit the model.
+    """
+    check_steps(info.student_times, steps)
+    if isinstance(tile, int):
+        check_tile(tile, denoiser.alignment)
+    if (prompt is not None or guidance_scale != 1) and denoiser.text_embedding is None:
+        raise ValueError(
+            "prompt and guidance_scale: this model was trained without text; leave them out."
+        )
 
 
 def text_features(text: Tensor, width: int, batch_size: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pid_lightning.decode_inputs import check_options
 from pid_lightning.decoder import PiDDecoder
 from pid_lightning.latent_spaces import LatentSpace, space_of
 
@@ -45,7 +46,7 @@ class PiDAutoencoder:
 
     Raises:
         ValueError: the autoencoder's class is not supported, or the decoder is for another latent
-            space.
+            space, or cannot decode with these arguments.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class PiDAutoencoder:
         native = vae.native if isinstance(vae, PiDAutoencoder) else vae
         space = space_of(native)
         _check_same_space(type(native).__name__, space, decoder)
+        check_options(decoder.denoiser, decoder.info, steps, tile, prompt, guidance_scale)
         self.__class__ = _with_pid(type(native))
         # Bypass nn.Module's registration: neither the decoder nor the wrapped autoencoder may
         # become a submodule, which would be saved, cast and counted.

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 def make_folder(option: str, folder: Path) -> None:
-    """Make the folder that an option names, before any work.
+    """Make the folder that an option names and write to it, before any work.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be made, or not be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(
-            f"{option}: {folder} cannot be made ({error}); name another folder."
+            f"{option}: cannot write to folder {folder} ({error.strerror}); name another one."
         ) from error
 
 

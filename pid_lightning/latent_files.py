@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -39,10 +40,10 @@ def read_latents(path: Path) -> Tensor:
     return latents
 
 
-def check_channels(path: str | Path, latents: Tensor, latent_space: str, channels: int) -> None:
-    """Raise ValueError unless latents (..., C, h, w) of a file have a latent space's channels."""
-    if latents.shape[-3] != channels:
+def check_channels(path: Path, shape: Sequence[int], latent_space: str, channels: int) -> None:
+    """Raise ValueError unless a file's latents (C, h, w) have the channels of a latent space."""
+    if shape[0] != channels:
         raise ValueError(
-            f"{path}: its latents have {latents.shape[-3]} channels, but {latent_space} latents "
-            f"have {channels}; give latents of the model's own family."
+            f"{path}: its latents have {shape[0]} channels, but {latent_space} latents have "
+            f"{channels}; give latents of the model's own family."
         )

@@ -77,7 +77,7 @@ def rgb_alignment_loss(rgb: Tensor, low_resolution: Tensor, latent_sigma: Tensor
     """
     # non_blocking, so that the CPU does not wait for the GPU.
     to_ycbcr, weights = (
-        torch.tensor(values).to(rgb.device, non_blocking=True)
+        torch.tensor(values, dtype=torch.float32).to(rgb.device, non_blocking=True)
         for values in (_YCBCR, _YCBCR_WEIGHTS)
     )
     with torch.autocast(rgb.device.type, enabled=False):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 
 from pid_lightning.latent_files import read_latents
@@ -20,6 +22,8 @@ class PredictionInputs(Dataset):
     "number" (its index, which determines the noise together with the seed). Sizes differ, so each
     item is a batch of its own.
 
+    `latent_shapes` holds the shape (C, h, w) of each file of latents.
+
     Args:
         paths: files and folders, see `pid_lightning.pictures.find_inputs`.
 
@@ -30,8 +34,11 @@ class PredictionInputs(Dataset):
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.files = find_inputs(paths)
-        for index in range(len(self)):  # find damaged files now, not hours into the run
-            self[index]
+        self.latent_shapes: dict[Path, torch.Size] = {}
+        for index, file in enumerate(self.files):  # find damaged files now, not hours into the run
+            item = self[index]
+            if "latents" in item:
+                self.latent_shapes[file] = item["latents"].shape
 
     def __len__(self) -> int:
         return len(self.files)

@@ -139,7 +139,7 @@ def caption_beside(file: Path) -> str | None:
     """
     text = file.with_suffix(".txt")
     try:
-        return text.read_text("utf-8").strip() if text.is_file() else None
+        return text.read_text("utf-8-sig").strip() if text.is_file() else None
     except UnicodeDecodeError:
         raise ValueError(f"caption {text} is not UTF-8 text: save it as UTF-8.") from None
 
@@ -148,11 +148,15 @@ def read_captions(folder: Path) -> dict[Path, str]:
     """Read captions from every metadata.jsonl under `folder`, keyed by picture path.
 
     Raises:
-        ValueError: a line is not an object with "file_name".
+        ValueError: a file is not UTF-8, or a line is not an object with "file_name".
     """
     captions = {}
     for file in sorted(folder.rglob("metadata.jsonl")):
-        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise ValueError(f"{file} is not UTF-8 text: save it as UTF-8.") from None
+        for number, line in enumerate(text.split("\n"), 1):
             try:
                 entry = json.loads(line) if line.strip() else {"file_name": "", "text": ""}
                 captions[file.parent / entry["file_name"]] = entry.get("text") or ""

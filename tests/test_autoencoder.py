@@ -162,6 +162,12 @@ def test_loss_is_the_mean_of_root_mean_squares():
     torch.testing.assert_close(psnr(output, images), 20 * torch.log10(2 / torch.tensor([0.5, 0.1])))
 
 
+def test_a_place_that_cannot_be_written_to_is_told_before_training():
+    module = AutoencoderModule(**TINY, export_path="/proc/none/small.safetensors")
+    with pytest.raises(OSError, match=r"^model.export_path: cannot write to folder /proc/none"):
+        module.setup("fit")
+
+
 def test_fit_starts_from_components_learns_and_exports(crops, tmp_path):
     torch.manual_seed(0)
     loader = DataLoader([{"image": image} for image in crops[:, :, :64, :64]], batch_size=6)

@@ -423,7 +423,7 @@ def test_an_estimate_needs_no_measurement(model: Path, capsys: pytest.CaptureFix
         ("--estimate --work attention", "attention can only be measured"),
         ("--model pid-small-vae-4x --baseline", "use --network full or small"),
         ("--json .", "--json: . is a folder; name a file"),
-        ("--json /proc/none/rows.json", "--json: /proc/none cannot be made"),
+        ("--json /proc/none/rows.json", "--json: cannot write to folder /proc/none"),
         ("--model no_such_model.safetensors", "was not found"),
         ("--device cuda", "device: 'cuda' is not available on this machine"),
     ],

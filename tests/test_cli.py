@@ -102,7 +102,19 @@ def forbid_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--model.denoiser.num_block=2"], "num_block"),
         (["--seed_everything=-1"], "seed_everything: -1 must be at least 0"),
         (["--trainer.accumulate_grad_batches=0"], "accumulate_grad_batches: 0 must be at least 1"),
-        (["--trainer.logger.save_dir=a_file"], "save_dir: a_file is a file; name a folder"),
+        (["--trainer.logger.save_dir=a_file"], "save_dir: cannot write to folder a_file (File ex"),
+        (["--trainer.logger.save_dir=/proc/no"], "save_dir: cannot write to folder /proc/no"),
+        (["--seed_everything=99999999999"], "seed_everything: 99999999999 must be below 2^32"),
+        (["--trainer.gradient_clip_val=-1"], "gradient_clip_val: -1 must be at least 0"),
+        (["--trainer.val_check_interval=0"], "val_check_interval: 0 must be a number of batches"),
+        (["--trainer.check_val_every_n_epoch=0"], "check_val_every_n_epoch: 0 must be at least 1"),
+        (["--trainer.devices=two"], "trainer: "),
+        (["--trainer.callbacks+=EMA", "--trainer.callbacks+=EMA"], "trainer: "),
+        (["--model.evaluation.guidance_scale=3"], "guidance_scale: 3.0 guides by text"),
+        (
+            ["--ckpt_path=a_model.safetensors"],
+            "is a model file, not a run's checkpoint",
+        ),
         (["--config=a_picture.png"], "config: not a text file"),
         (["--model.evaluation.lpips=no.safetensors"], "LPIPS weights no.safetensors do not exist"),
         (["--trainer.callbacks+=DMD2", "--trainer.callbacks.teacher=no.ckpt"], "model no.ckpt was"),
@@ -118,7 +130,8 @@ def test_a_wrong_setting_is_one_sentence_before_data_is_opened(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     forbid_pictures(monkeypatch)
-    Path("a_file").write_text("something")
+    for name in ("a_file", "a_model.safetensors"):
+        Path(name).write_text("something")
     Path("a_picture.png").write_bytes(b"\x89PNG")
     assert told in mistake(capsys, "fit", f"--config={runs / 'tiny.yaml'}", *arguments)
 
@@ -174,15 +187,22 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert status.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("optimizer=muon", "training.optimizer of this run is adamw, here muon; set it to adamw"),
+        ("train=adapter", "training.train of this run is all, here adapter; set it to all"),
+    ],
+)
 def test_resuming_with_another_optimiser_is_one_sentence(
-    runs: Path, capsys: pytest.CaptureFixture[str]
+    setting: str, told: str, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     last = runs / "runs/tiny/version_0/checkpoints/last.ckpt"
     said = mistake(
         *(capsys, "fit", f"--config={runs / 'tiny.yaml'}", f"--ckpt_path={last}"),
-        *("--trainer.max_steps=9", "--model.training.optimizer=muon"),
+        *("--trainer.max_steps=9", f"--model.training.{setting}"),
     )
-    assert "this run trains with adamw, here training.optimizer is muon; set it to adamw" in said
+    assert told in said
 
 
 def test_a_checkpoint_of_another_family_is_one_sentence(

@@ -124,7 +124,8 @@ def test_latents_decode_to_what_their_picture_does(tmp_path: Path, model: Path) 
         ("--device hpu", "device: 'hpu' is not available on this machine (No module named"),
         ("--device xpu", "device: 'xpu' is not available on this machine"),
         ("--device meta", "device: 'meta' is not available on this machine (Cannot copy"),
-        ("--output a_file", "output: a_file cannot be made"),
+        ("--output /proc", "output: cannot write to folder /proc ("),
+        ("--output a_file", "output: cannot write to folder a_file (File exists)"),
         ("--ove", "unrecognized arguments: --ove"),
     ],
 )
@@ -229,7 +230,22 @@ def test_mistakes_are_told_before_the_work(
     assert "exists already" in refused(capsys, "decode", good, *common)
     pid("decode", good, *common, "--overwrite")
     beside = ("--model", model, "--output", tmp_path, "--overwrite")
-    assert "would overwrite the input" in refused(capsys, "decode", good, *beside)
+    assert "would overwrite an input" in refused(capsys, "decode", good, *beside)
+
+
+def test_a_comparison_overwrites_nothing(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture
+) -> None:
+    a, compared = draw(tmp_path / "a.bmp", 16, 16), draw(tmp_path / "a_compare.png", 16, 16)
+    out = tmp_path / "out"
+
+    def told(*arguments: object) -> str:
+        return refused(capsys, "decode", "--model", model, "--compare", "--output", *arguments)
+
+    assert "a_compare.png would be both a result and a comparison" in told(out, a, compared)
+    assert "a_compare.png exists already" in told(tmp_path, a)
+    assert "a_compare.png would overwrite an input" in told(tmp_path, a, compared, "--overwrite")
+    assert not out.exists()
 
 
 def test_help_is_quick_and_brings_no_library() -> None:

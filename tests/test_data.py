@@ -202,6 +202,9 @@ def test_held_out_pictures_are_spread_and_never_trained_on(tmp_path):
     assert held == names(data.test_dataloader()) == ["p02", "p07"]
     assert set(names(data.train_dataloader())) == {f"p{i:02d}" for i in range(10)} - set(held)
     assert ready(str(tmp_path), num_val=0).val_dataloader() == []
+    for stage in ("validate", "test"):
+        with pytest.raises(ValueError, match=rf"num_val: 0 leaves no pictures to {stage} on"):
+            ready(str(tmp_path), stage, num_val=0)
 
 
 def test_one_of_val_and_test_serves_for_both(tmp_path):
@@ -211,6 +214,8 @@ def test_one_of_val_and_test_serves_for_both(tmp_path):
     assert names(data.val_dataloader()) == names(data.test_dataloader()) == ["p00", "p01"]
     other = fill(tmp_path / "other", 4)
     assert len(names(ready(str(tmp_path), "test", test_path=other).test_dataloader())) == 4
+    with pytest.raises(ValueError, match=r"^data.test_path: 'nowhere' is no folder"):
+        ready(str(tmp_path), "fit", test_path="nowhere")  # before a training that it would end
 
 
 def test_bundled_photographs_are_read():
@@ -236,6 +241,18 @@ def test_captions_beside_the_pictures(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file": 1}\n')
     with pytest.raises(ValueError, match=r'metadata.jsonl, line 1: .*"file_name"'):
         ready(str(tmp_path))
+    (tmp_path / "metadata.jsonl").write_bytes('{"text": "café"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"metadata.jsonl is not UTF-8 text"):
+        ready(str(tmp_path))
+
+
+def test_captions_from_windows_editors_lose_their_byte_order_mark(tmp_path):
+    fill(tmp_path, 2)
+    (tmp_path / "p00.txt").write_text("a cat", encoding="utf-8-sig")
+    entry = json.dumps({"file_name": "p01.png", "text": "a dog"})
+    (tmp_path / "metadata.jsonl").write_text(entry, encoding="utf-8-sig")
+    batch = next(iter(ready(str(tmp_path), num_val=0, batch_size=2).train_dataloader()))
+    assert sorted(batch["caption"]) == ["a cat", "a dog"]
 
 
 def test_equal_stems_get_names_of_their_own(tmp_path):

@@ -162,7 +162,8 @@ def test_settings_reach_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.zeros(1, 3, 8, 8)
 
     monkeypatch.setattr(decoder, "decode", decode)
-    wrapped = PiDAutoencoder(vae, decoder, prompt="a cat", steps=1, seed=5, tile=64)
+    wrapped = PiDAutoencoder(vae, decoder, steps=1, seed=5, tile=64)
+    wrapped.prompt = "a cat"
     z = random_tensor(1, 16, 2, 2)
     wrapped.decode(z)
     passed = [arguments[name] for name in ("prompt", "steps", "seed", "tile")]
@@ -240,6 +241,21 @@ def test_the_same_latents_make_the_same_picture() -> None:
 
 
 # ------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"steps": 9}, r"^steps: 9 must lie between 1 and"),
+        ({"tile": 33}, r"^tile: 33 pixels must be a multiple of"),
+        ({"prompt": "a cat"}, r"^prompt and guidance_scale: .* without text"),
+        ({"guidance_scale": 2.0}, r"^prompt and guidance_scale: .* without text"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_before_the_diffusion(options, told) -> None:
+    vae = tiny_pipelines.sd3_vae()
+    with pytest.raises(ValueError, match=told):
+        PiDAutoencoder(vae, decoder_for(vae), **options)
 
 
 def test_a_decoder_of_another_space_is_refused() -> None:

@@ -219,6 +219,8 @@ def test_student_mean_moves_to_the_teachers() -> None:
         ({"student_times": (0.5, 0.9)}, r"student_times: \(0\.5, 0\.9\) must decrease"),
         ({"time_clamp": (0.9, 0.1)}, r"time_clamp: \(0\.9, 0\.1\) must be two rising times"),
         ({"discriminator_depth": 0}, r"discriminator_depth: 0 must be at least 1\.$"),
+        ({"guidance_scale": -2.0}, r"guidance_scale: -2\.0 must be at least 0\.$"),
+        ({"betas": (1.5, 0.9)}, r"betas: \(1\.5, 0\.9\) must lie in \[0, 1\)\.$"),
         ({"r1_weight": -1.0}, r"r1_weight: -1\.0 must be at least 0\.$"),
     ],
 )

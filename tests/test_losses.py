@@ -15,6 +15,18 @@ def pictures(seed: int = 0, batch_size: int = 3) -> Tensor:
     return torch.randn(batch_size, 3, 4, 6, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_rgb_alignment_is_in_fp32_whatever_the_default_dtype(dtype: torch.dtype) -> None:
+    rgb, low = (torch.rand(2, 3, 4, 4, dtype=torch.float32) for _ in range(2))
+    sigma = torch.tensor([0.0, 0.5])
+    expected = losses.rgb_alignment_loss(rgb, low, sigma)
+    torch.set_default_dtype(dtype)  # as under Lightning's bf16-true and 64-true
+    try:
+        assert torch.equal(losses.rgb_alignment_loss(rgb, low, sigma), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_flow_matching_is_zero_at_the_velocity_and_one_beside_it() -> None:
     x0, eps = pictures(), pictures(1)
     assert losses.flow_matching_loss(eps - x0, x0, eps) == 0

@@ -259,6 +259,10 @@ def test_a_damaged_input_is_found_before_any_is_decoded(tmp_path):
     with pytest.raises(ValueError, match=r"b\.png cannot be read"):
         predict(make_model(), tmp_path, good, bad)
     assert not (tmp_path / "predictions").exists()
+    other = tensors(tmp_path, latents=torch.zeros(99, 2, 2))
+    with pytest.raises(ValueError, match="have 99 channels"):
+        predict(make_model(), tmp_path, good, other)
+    assert not (tmp_path / "predictions").exists()
 
 
 def write(path, content: bytes):

@@ -93,8 +93,13 @@ class DMD2(Callback):
             ("r1_noise", r1_noise, 0),
             ("discriminator_depth", discriminator_depth, 1),
             ("learning_rate", learning_rate, 0),
+            ("guidance_scale", guidance_scale, 0),
+            ("generator_warmup", generator_warmup, 0),
+            ("fake_score_weight_decay", fake_score_weight_decay, 0),
         ):
             check_at_least(f"DMD2 {name}", value, least)
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"DMD2 betas: {betas} must lie in [0, 1).")
         if not student_times or list(student_times) != sorted(set(student_times), reverse=True):
             raise ValueError(
                 f"DMD2 student_times: {student_times} must decrease, for example [0.9, 0.5]."
@@ -177,7 +182,10 @@ class DMD2(Callback):
                 f"init_from: {module.init_from} is not used, since DMD2 starts the student from "
                 f"its teacher ({self.teacher}); leave it out."
             )
-        teacher, info = weights.load_model(find_model(self.teacher))
+        try:
+            teacher, info = weights.load_model(find_model(self.teacher))
+        except OSError as error:
+            raise OSError(f"DMD2 teacher: {error}") from error
         differences = module.info.differences(info)
         if differences:
             raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pid_lightning.encoders.small_vae import save_autoencoder
+from pid_lightning.files import make_folder
 from pid_lightning.metrics import psnr
 from pid_lightning.mistakes import check_at_least
 from pid_lightning.nn.autoencoder import (
@@ -75,6 +76,11 @@ class AutoencoderModule(pl.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Encode and decode images (B, 3, H, W) in [-1, 1], without noise."""
         return self.network(images)
+
+    def setup(self, stage: str) -> None:
+        """Check that `export_path` can be written."""
+        if stage == "fit" and self.hparams.export_path is not None:
+            make_folder("model.export_path", Path(self.hparams.export_path).parent)
 
     def on_train_start(self) -> None:
         """Initialise a new run with the principal components of its first training batches."""

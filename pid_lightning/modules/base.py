@@ -23,7 +23,7 @@ from pid_lightning.modules.initialisation import initialise_from
 from pid_lightning.modules.objective import FlowMatching, Objective, draw_sample
 from pid_lightning.modules.optimizers import freeze_untrained, make_optimizer, make_schedule
 from pid_lightning.modules.prediction import PredictionWriter
-from pid_lightning.modules.restoring import OPTIMIZER_KEY, prepare_restoring
+from pid_lightning.modules.restoring import OPTIMIZER_SETTINGS, prepare_restoring
 from pid_lightning.modules.settings import Evaluation, Training
 from pid_lightning.modules.side_stream import SideStream
 from pid_lightning.nn import PiD, PiDConfig
@@ -162,14 +162,21 @@ class PiDModule(LightningModule):
         """The part of `setup` that needs no trainer: the command line runs it before opening data.
 
         Raises:
-            ValueError: crops that are not whole patches and latent cells, a baseline that the
-                encoder or the file does not allow, or damaged weights of LPIPS.
+            ValueError: crops that are not whole patches and latent cells, guidance without text,
+                a baseline that the encoder or the file does not allow, or damaged weights of
+                LPIPS.
             OSError: pretrained weights are not available.
         """
         if data is not None and stage != "predict":
             self.denoiser.check_size(data.image_size, data.image_size)
         if data is not None and stage == "fit":
             self.image_size = data.image_size
+        guided = self.evaluation.guidance_scale != 1
+        if guided and self.denoiser.text_embedding is None:
+            raise ValueError(
+                f"evaluation.guidance_scale: {self.evaluation.guidance_scale} guides by text, but "
+                "this network has no text stream; set it to 1."
+            )
         if stage in ("fit", "test"):  # a fit may end with a test, hours later
             read_baseline(self)
             lpips_network(self.evaluation.lpips)
@@ -199,7 +206,8 @@ class PiDModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the model description in the checkpoint."""
         checkpoint[weights.METADATA_KEY] = self.info.to_plain()
-        checkpoint[OPTIMIZER_KEY] = self.training_settings.optimizer
+        for name in OPTIMIZER_SETTINGS:
+            checkpoint[name] = getattr(self.training_settings, name)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model's checkpoint; adopt its student times and its average."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from pid_lightning.latent_files import check_channels
 from pid_lightning.modules.evaluation import add_test_noise, test_generators
 from pid_lightning.pictures import pad_picture, write_picture
+from pid_lightning.prediction_inputs import PredictionInputs
 
 if TYPE_CHECKING:
     from pid_lightning.modules.base import PiDModule
@@ -24,11 +26,16 @@ class PredictionWriter:
 
     Args:
         module: decodes; its outputs go to `predictions/` in the run's folder.
+
+    Raises:
+        ValueError: some inputs are latents of another family.
     """
 
     def __init__(self, module: PiDModule) -> None:
         self.module = module
         trainer = module.trainer
+        for path, shape in _latent_shapes(trainer.predict_dataloaders):
+            check_channels(path, shape, module.encoder.latent_space, module.encoder.latent_channels)
         self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "predictions"
         if trainer.is_global_zero:
             print(f"writing pictures to {self.folder}")
@@ -37,7 +44,6 @@ class PredictionWriter:
         """Decode one batch of `PredictionInputs`: pictures of one size, or latents.
 
         Raises:
-            ValueError: latents of another family.
             FileExistsError: an output would overwrite that of another input or other weights.
         """
         module, settings = self.module, self.module.evaluation
@@ -53,8 +59,6 @@ class PredictionWriter:
             latents, latent_sigma = add_test_noise(module, latents, sigma, numbers)
         else:  # latents may be noisy already; the sigma only states the level
             latents = batch["latents"]
-            space, channels = module.encoder.latent_space, module.encoder.latent_channels
-            check_channels(batch["path"][0], latents, space, channels)
             text = module.text_encoder.encode(batch["caption"])
             latent_sigma = torch.full((len(latents),), sigma, device=latents.device)
             size = tuple(side * module.encoder.latent_stride for side in latents.shape[-2:])
@@ -84,6 +88,12 @@ class PredictionWriter:
             "family": type(module).__name__,
             "scale": module.scale,
         }
+
+
+def _latent_shapes(loader: Any) -> Iterable[tuple[Path, torch.Size]]:
+    """Files of latents in a loader of `PredictionInputs`, and their shapes (C, h, w)."""
+    inputs = getattr(loader, "dataset", None)
+    return inputs.latent_shapes.items() if isinstance(inputs, PredictionInputs) else ()
 
 
 def _check_replaceable(path: Path, origin: dict[str, str | None]) -> None:

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from pid_lightning.modules.base import PiDModule
 
 CRITICS = ("fake_score.", "discriminator.")  # attached to a module by DMD2
-OPTIMIZER_KEY = "optimizer"  # in checkpoints: training.optimizer
+# Settings that shape the optimiser's state, stored in checkpoints.
+OPTIMIZER_SETTINGS = ("optimizer", "train")
 
 
 def check_checkpoint(module: PiDModule, checkpoint: dict[str, Any]) -> ModelInfo:
@@ -48,12 +49,13 @@ def prepare_restoring(module: PiDModule, checkpoint: dict[str, Any]) -> None:
     averaged = any(name.startswith(AVERAGE) for name in state)
     if module._trainer is not None and module.trainer.state.fn == "fit":  # None: loaded by hand
         _check_callbacks(module, theirs.student_times, averaged)
-        set_here, stored = module.training_settings.optimizer, checkpoint.get(OPTIMIZER_KEY)
-        if stored not in (None, set_here):  # None: written before it was stored
-            raise ValueError(
-                f"ckpt_path: this run trains with {stored}, here training.optimizer is {set_here}; "
-                f"set it to {stored} to resume."
-            )
+        for name in OPTIMIZER_SETTINGS:
+            set_here, stored = getattr(module.training_settings, name), checkpoint.get(name)
+            if stored not in (None, set_here):  # None: written before it was stored
+                raise ValueError(
+                    f"ckpt_path: training.{name} of this run is {stored}, here {set_here}; set it "
+                    f"to {stored} to resume, or start a new run with --model.init_from."
+                )
     else:
         ours = module.state_dict()
         critics = {k: v for k, v in ours.items() if k.startswith(CRITICS)}
