@@ -22,7 +22,7 @@ from pid_lightning.checkpointing import AtomicCheckpointIO
 from pid_lightning.files import make_folder
 from pid_lightning.freed_memory import keep_freed_memory
 from pid_lightning.hub import find_last_checkpoint
-from pid_lightning.mistakes import check_at_least, parser_sentence, raised_here
+from pid_lightning.mistakes import check_at_least, parser_sentence, raised_here, why_not_built
 from pid_lightning.modules.base import PiDModule
 from pid_lightning.modules.restoring import check_checkpoint
 from pid_lightning.tensor_files import read_torch_file
@@ -229,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             | {name: {"exit_on_error": False} for name in PiDCLI.subcommands()},
         )
     except (ArgumentError, MisconfigurationException, ValueError, OSError) as error:
-        mistake = raised_here(error)
+        mistake = raised_here(error) or why_not_built(error)
         if mistake is None and not isinstance(error, (ArgumentError, MisconfigurationException)):
             raise  # a bug
         print(f"pid: {mistake or parser_sentence(str(error))}", file=sys.stderr)

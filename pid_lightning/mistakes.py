@@ -50,12 +50,35 @@ def raised_here(error: BaseException | None) -> BaseException | None:
     return None
 
 
+def why_not_built(error: BaseException) -> BaseException | None:
+    """The first cause of jsonargparse's failure to build an object from its class and arguments;
+    None if this is no such failure."""
+    if not str(error).startswith("Does not validate against any of the Union subtypes"):
+        return None
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
+
+
 def parser_sentence(message: str) -> str:
     """Condense jsonargparse's multi-line message to one sentence.
 
     Args:
         message: lists an error for each type that a value could have had.
     """
+    option = re.match(r'Parser key "([^"]*)"', message)
+    unknown = re.search(r"Expected a dot import path string: (\S+)", message)
+    if option and unknown:
+        return (
+            f"{option[1]}: there is no class {unknown[1]!r}; check its spelling, or give its "
+            "import path, as in package.module.Class."
+        )
+    nested = re.search(r"(?s)is abstract.*NestedArg\(key='(\w+)'", message)
+    if option and nested:
+        return (
+            f"{option[1]}.{nested[1]}: no class is set that takes it; name one first, as in "
+            f"--{option[1]} CLASS."
+        )
     noise = (
         r"(- )?(Does not validate|Subtypes:|Errors:|Subclass types|a class path|a dict|"
         r"Given value type)"

@@ -109,6 +109,15 @@ def forbid_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--trainer.val_check_interval=0"], "val_check_interval: 0 must be a number of batches"),
         (["--trainer.check_val_every_n_epoch=0"], "check_val_every_n_epoch: 0 must be at least 1"),
         (["--trainer.devices=two"], "trainer: "),
+        (
+            ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_epochs=-1"],
+            "Invalid value for every_n_epochs=-1",
+        ),
+        (["--model=VAEPid"], "model: there is no class 'VAEPid'; check its spelling"),
+        (
+            ["--trainer.logger=null", "--trainer.logger.name=a"],
+            "trainer.logger.name: no class is set that takes it; name one first",
+        ),
         (["--trainer.callbacks+=EMA", "--trainer.callbacks+=EMA"], "trainer: "),
         (["--model.evaluation.guidance_scale=3"], "guidance_scale: 3.0 guides by text"),
         (
