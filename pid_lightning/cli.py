@@ -22,7 +22,12 @@ from pid_lightning.checkpointing import AtomicCheckpointIO
 from pid_lightning.files import make_folder
 from pid_lightning.freed_memory import keep_freed_memory
 from pid_lightning.hub import find_last_checkpoint
-from pid_lightning.mistakes import check_at_least, parser_sentence, raised_here, why_not_built
+from pid_lightning.mistakes import (
+    check_at_least,
+    parser_sentence,
+    raised_here,
+    raised_in,
+)
 from pid_lightning.modules.base import PiDModule
 from pid_lightning.modules.restoring import check_checkpoint
 from pid_lightning.tensor_files import read_torch_file
@@ -93,8 +98,8 @@ class PiDCLI(LightningCLI):
         if config.ckpt_path is not None and Path(config.ckpt_path).is_file():
             if Path(config.ckpt_path).suffix == ".safetensors":
                 raise ValueError(
-                    f"ckpt_path: {config.ckpt_path} is a model file, not a run's checkpoint; give "
-                    "it to --model.init_from."
+                    f"ckpt_path: {config.ckpt_path} is a model file, not a run's checkpoint; a "
+                    "PiD takes it as --model.init_from."
                 )
             read_torch_file(config.ckpt_path)
         if not isinstance(config.seed_everything, bool):
@@ -106,12 +111,18 @@ class PiDCLI(LightningCLI):
             ("gradient_clip_val", 0),
             ("check_val_every_n_epoch", 1),
         ):
-            value = config.trainer[name]
-            check_at_least(f"trainer.{name}", least if value is None else value, least)
-        if config.trainer.val_check_interval == 0:
+            if config.trainer[name] is not None:
+                check_at_least(f"trainer.{name}", config.trainer[name], least)
+        interval = config.trainer.val_check_interval
+        if interval == 0:
             raise ValueError(
-                "trainer.val_check_interval: 0 must be a number of batches, or a fraction of an "
-                "epoch; to validate never, set trainer.limit_val_batches to 0."
+                "trainer.val_check_interval: 0 must be above 0; to validate never, set "
+                "trainer.limit_val_batches to 0."
+            )
+        if isinstance(interval, float) and config.trainer.check_val_every_n_epoch is None:
+            raise ValueError(
+                f"trainer.val_check_interval: {interval} is a fraction of an epoch, which needs "
+                "trainer.check_val_every_n_epoch 1; set it, or give a number of batches."
             )
 
     def before_instantiate_classes(self) -> None:
@@ -124,7 +135,6 @@ class PiDCLI(LightningCLI):
         folder = None
         if logger and not isinstance(logger, list) and "save_dir" in logger.init_args:
             folder = Path(logger.init_args.save_dir)
-            make_folder("trainer.logger.save_dir", folder)
             folder /= logger.init_args.get("name") or ""
         if config.ckpt_path == "last":
             found = find_last_checkpoint(folder) if folder is not None else None
@@ -143,6 +153,8 @@ class PiDCLI(LightningCLI):
                 f"pid {self.subcommand} needs a trained network: give --ckpt_path FILE, "
                 "--ckpt_path last for this config's newest run, or --model.init_from FILE."
             )
+        if folder is not None:
+            make_folder("trainer.logger.save_dir", Path(logger.init_args.save_dir))
         if config.ckpt_path is None:
             return
         given = Path(config.ckpt_path)
@@ -177,11 +189,18 @@ class PiDCLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
+            if not raised_in(error, "lightning"):
+                raise
             raise ValueError(f"trainer: {error}") from error
         trainer.callbacks.append(LastCheckpoint())  # last, so that EMA has followed the step
         if type(trainer.strategy.checkpoint_io).__name__ == "TorchCheckpointIO":
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
+
+    def before_fit(self) -> None:
+        """Where the fit ends with a test, open its pictures now: mistakes surface before."""
+        if self.config.fit.test_after_fit and self.datamodule is not None:
+            self.datamodule.setup("test")
 
     def after_fit(self) -> None:
         """Run the test where `test_after_fit` asks for it."""
@@ -208,6 +227,17 @@ def _move_baseline(config: Any) -> None:
     config.baseline = None
 
 
+def _building_error(error: BaseException | None) -> BaseException | None:
+    """What a class said of its arguments when jsonargparse failed to build it; None if it said
+    nothing or it is a bug."""
+    if not str(error).startswith("Does not validate against any of the Union subtypes"):
+        return None
+    while error is not None and raised_in(error, "jsonargparse"):
+        error = error.__cause__ or error.__context__
+    told = (ValueError, OSError, ModuleNotFoundError, MisconfigurationException)
+    return error if isinstance(error, told) else None
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is one sentence and exit status 2."""
     keep_freed_memory()
@@ -229,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             | {name: {"exit_on_error": False} for name in PiDCLI.subcommands()},
         )
     except (ArgumentError, MisconfigurationException, ValueError, OSError) as error:
-        mistake = raised_here(error) or why_not_built(error)
+        mistake = raised_here(error) or _building_error(error)
         if mistake is None and not isinstance(error, (ArgumentError, MisconfigurationException)):
             raise  # a bug
         print(f"pid: {mistake or parser_sentence(str(error))}", file=sys.stderr)

@@ -115,6 +115,7 @@ def export(arguments: Sequence[str]) -> None:
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="Of the weights.")
     parser.add_argument("--description", default="", help="Text to store in the file.")
     given = parser.parse_args(arguments)
+    from pid_lightning.files import make_folder
     from pid_lightning.hub import find_model
     from pid_lightning.weights import DTYPES, check_model_path, load_model, save_model
 
@@ -122,6 +123,7 @@ def export(arguments: Sequence[str]) -> None:
     if not Path(given.run).exists():
         raise FileNotFoundError(f"{given.run}: no such run; name its folder or a .ckpt.")
     path = find_model(given.run)
+    make_folder("out", Path(given.out).parent)
     denoiser, info = load_model(path)
     save_model(denoiser, info, given.out, DTYPES[given.dtype], given.description)
     kind = "teacher" if info.student_times is None else "student"

@@ -132,8 +132,6 @@ class ImageData(LightningDataModule):
                 )
             self._to_decode = PredictionInputs(self.inputs)
             return
-        if stage == "fit" and self.test_path is not None:  # a fit may end with a test, hours later
-            self._open_test_path()
         names = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
         for name in names.get(stage, ("train", "val", "test")):
@@ -142,11 +140,11 @@ class ImageData(LightningDataModule):
                 self._pictures[name] = split and Pictures(
                     split, self.image_size, name == "train", self.resize, self.flip, seed
                 )
-            if self._pictures[name] is None and stage in ("validate", "test"):
-                raise ValueError(
-                    f"data.num_val: {self.num_val} leaves no pictures to {stage} on; hold some "
-                    "out, or give data.test_path."
-                )
+        if stage in ("validate", "test") and self._pictures[name] is None:
+            raise ValueError(
+                f"data.num_val: {self.num_val} leaves no pictures for {name}; hold some out, or "
+                f"add a split named {name}."
+            )
 
     def train_dataloader(self) -> ResumableLoader:
         """Random crops; a resumed run continues after its last trained batch."""
@@ -196,8 +194,7 @@ class ImageData(LightningDataModule):
 
     def _split(self, name: str) -> Split | None:
         if name == "test" and self.test_path is not None:
-            parts = self._open_test_path()
-            return parts[next(n for n in ("test", "val", "train") if n in parts)]()
+            return self._open_test_path()
         self._parts = self._parts or self._open(self.path)
         candidates = {"train": (), "val": ("val", "test"), "test": ("test", "val")}[name]
         for part in candidates:
@@ -226,11 +223,13 @@ class ImageData(LightningDataModule):
             self._loaded[part] = self._parts[part]()
         return self._loaded[part]
 
-    def _open_test_path(self) -> dict[str, Callable[[], Split]]:
+    def _open_test_path(self) -> Split:
         try:
-            return self._open(self.test_path)
+            parts = self._open(self.test_path)
+            return parts[next(n for n in ("test", "val", "train") if n in parts)]()
         except (OSError, ValueError) as error:
-            raise ValueError(str(error).replace("data.path", "data.test_path")) from error
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(str(error).replace("data.path", "data.test_path")) from error
 
     def _open(self, path: str) -> dict[str, Callable[[], Split]]:
         return open_source(

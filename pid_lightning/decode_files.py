@@ -68,14 +68,14 @@ def decode_files(
     if taken and not settings.overwrite:
         raise FileExistsError(f"{taken[0]} exists already: give another --output, or --overwrite.")
     own = {file.resolve() for file in files}
-    for path in results:
+    for path in paths:
         if path.resolve() in own:
-            raise ValueError(f"{path} would overwrite an input: give another --output.")
-    for path in set(paths) & set(comparisons):
-        raise ValueError(
-            f"{path} would be both a result and a comparison: rename an input, or leave out "
-            "--compare."
-        )
+            raise ValueError(f"{path} would overwrite the input: give another --output.")
+        if settings.compare and _comparison(path) in paths:
+            raise ValueError(
+                f"{_comparison(path)} would be both a result and a comparison: rename an input, or "
+                "leave out --compare."
+            )
     decoder = open_decoder(model, settings)
     described = describe(decoder, model, settings)  # before its weights are converted
     if decoder.info.student_times is not None:

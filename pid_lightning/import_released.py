@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pid_lightning.files import make_folder
 from pid_lightning.mistakes import check_choice
 from pid_lightning.released import build_from_arguments, from_released
 from pid_lightning.sampling import STUDENT_TIMES
@@ -127,6 +128,7 @@ def import_released(
     # Only some files hold the RGB head, which is used in training alone.
     arguments["lq_aux_rgb_head"] = any("lq_aux_rgb_head" in name for name in released)
     _check_kind(released, family, version, arguments, path)
+    make_folder("out", Path(out).parent)
     with torch.device("meta"):
         denoiser = build_from_arguments(arguments)
     try:

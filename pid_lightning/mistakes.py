@@ -43,21 +43,16 @@ def exit_on_mistake() -> Iterator[None]:
 def raised_here(error: BaseException | None) -> BaseException | None:
     """The first of an error and its causes that was raised directly in this package's code."""
     while error is not None:
-        frames = traceback.extract_tb(error.__traceback__)
-        if frames and PACKAGE in Path(frames[-1].filename).parents:
+        if raised_in(error, PACKAGE.name):
             return error
         error = error.__cause__ or error.__context__
     return None
 
 
-def why_not_built(error: BaseException) -> BaseException | None:
-    """The first cause of jsonargparse's failure to build an object from its class and arguments;
-    None if this is no such failure."""
-    if not str(error).startswith("Does not validate against any of the Union subtypes"):
-        return None
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    return error
+def raised_in(error: BaseException, package: str) -> bool:
+    """Whether an error was raised directly in a package's code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and package in Path(frames[-1].filename).parts
 
 
 def parser_sentence(message: str) -> str:
@@ -67,6 +62,8 @@ def parser_sentence(message: str) -> str:
         message: lists an error for each type that a value could have had.
     """
     option = re.match(r'Parser key "([^"]*)"', message)
+    if "Problem with given class_path" in message:  # of an argument inside of it
+        option = None
     unknown = re.search(r"Expected a dot import path string: (\S+)", message)
     if option and unknown:
         return (

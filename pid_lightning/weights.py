@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pid_lightning.files import make_folder, replaced_file
+from pid_lightning.files import replaced_file
 from pid_lightning.fixed_times import has_fixed_times
 from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
 from pid_lightning.quantisation import is_quantised
@@ -131,16 +131,9 @@ def save_model(
 
 
 def check_model_path(path: str | Path) -> None:
-    """Check that a model file can be written, before any work; missing folders are created.
-
-    Raises:
-        ValueError: it cannot have this name.
-        OSError: its folder cannot be written to.
-    """
-    path = Path(path)
-    if path.suffix != ".safetensors":
+    """Raise ValueError unless a model file can have this name."""
+    if Path(path).suffix != ".safetensors":
         raise ValueError(f"{path}: the file name must end in .safetensors.")
-    make_folder(str(path), path.parent)
 
 
 def load_model(path: str | Path) -> tuple[PiD, ModelInfo]:

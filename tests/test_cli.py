@@ -106,9 +106,13 @@ def forbid_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--trainer.logger.save_dir=/proc/no"], "save_dir: cannot write to folder /proc/no"),
         (["--seed_everything=99999999999"], "seed_everything: 99999999999 must be below 2^32"),
         (["--trainer.gradient_clip_val=-1"], "gradient_clip_val: -1 must be at least 0"),
-        (["--trainer.val_check_interval=0"], "val_check_interval: 0 must be a number of batches"),
+        (["--trainer.val_check_interval=0"], "val_check_interval: 0 must be above 0"),
         (["--trainer.check_val_every_n_epoch=0"], "check_val_every_n_epoch: 0 must be at least 1"),
-        (["--trainer.devices=two"], "trainer: "),
+        (
+            ["--trainer.val_check_interval=0.5", "--trainer.check_val_every_n_epoch=null"],
+            "val_check_interval: 0.5 is a fraction of an epoch, which needs",
+        ),
+        (["--trainer.devices=two"], "trainer: `devices` selected with"),
         (
             ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_epochs=-1"],
             "Invalid value for every_n_epochs=-1",
@@ -118,7 +122,10 @@ def forbid_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
             ["--trainer.logger=null", "--trainer.logger.name=a"],
             "trainer.logger.name: no class is set that takes it; name one first",
         ),
-        (["--trainer.callbacks+=EMA", "--trainer.callbacks+=EMA"], "trainer: "),
+        (
+            ["--trainer.callbacks+=EMA", "--trainer.callbacks+=EMA"],
+            "more than one stateful",
+        ),
         (["--model.evaluation.guidance_scale=3"], "guidance_scale: 3.0 guides by text"),
         (
             ["--ckpt_path=a_model.safetensors"],
@@ -143,6 +150,43 @@ def test_a_wrong_setting_is_one_sentence_before_data_is_opened(
         Path(name).write_text("something")
     Path("a_picture.png").write_bytes(b"\x89PNG")
     assert told in mistake(capsys, "fit", f"--config={runs / 'tiny.yaml'}", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [("test_path=nowhere", "data.test_path: 'nowhere' is no"), ("num_val=0", "no pictures for t")],
+)
+def test_a_test_that_cannot_follow_is_told_before_the_fit(
+    setting: str, told: str, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = (f"--config={runs / 'tiny.yaml'}", "--data.path", str(runs / "photos"))
+    if not (runs / "photos").exists():
+        (runs / "photos").mkdir()
+        for i in range(4):
+            Image.new("RGB", (64, 64)).save(runs / f"photos/{i}.png")
+    said = mistake(capsys, "fit", *given, f"--data.{setting}", "--test_after_fit=true")
+    assert told in said
+
+
+class BuggyCallback(pl.Callback):
+    """What a user might write."""
+
+    def __init__(self, number: str = "0") -> None:
+        try:
+            self.number = int(number)
+        except ValueError as error:
+            raise ValueError(f"number: {number} is none; give one, as in 5.") from error
+        self.half = {"a": 1}["b"]  # the bug
+
+
+def test_a_callbacks_sentence_is_told_and_its_bug_keeps_its_traceback(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = f"--config={runs / 'tiny.yaml'}", f"--trainer.callbacks+={__name__}.BuggyCallback"
+    said = mistake(capsys, "fit", *given, "--trainer.callbacks.number=x")
+    assert said == "pid: number: x is none; give one, as in 5."
+    with pytest.raises(ValueError, match="Does not validate"):
+        main(["fit", *given])
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "text", "small"])

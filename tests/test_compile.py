@@ -100,6 +100,17 @@ def test_more_sizes_than_graphs_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     decoder.decode(draw_latents(2, 2), seed=0, progress=False)  # its graph is still there
 
 
+def test_inference_mode_takes_a_graph_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pid_lightning.compilation.MAX_GRAPHS", 1)
+    torch._dynamo.reset()
+    network = OneProduct()
+    compile_for_inference(network)
+    with torch.no_grad():
+        network(torch.ones(1, 2))
+    with torch.inference_mode(), pytest.raises(ValueError, match="at most 1 are compiled"):
+        network(torch.ones(1, 2))
+
+
 @pytest.mark.parametrize("named", [False, True])
 def test_a_size_is_that_of_all_inputs(monkeypatch: pytest.MonkeyPatch, named: bool) -> None:
     """A caption's length counts too, and the way the inputs are given does not matter."""

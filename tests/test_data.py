@@ -203,7 +203,8 @@ def test_held_out_pictures_are_spread_and_never_trained_on(tmp_path):
     assert set(names(data.train_dataloader())) == {f"p{i:02d}" for i in range(10)} - set(held)
     assert ready(str(tmp_path), num_val=0).val_dataloader() == []
     for stage in ("validate", "test"):
-        with pytest.raises(ValueError, match=rf"num_val: 0 leaves no pictures to {stage} on"):
+        name = {"validate": "val", "test": "test"}[stage]
+        with pytest.raises(ValueError, match=rf"num_val: 0 leaves no pictures for {name};"):
             ready(str(tmp_path), stage, num_val=0)
 
 
@@ -214,8 +215,8 @@ def test_one_of_val_and_test_serves_for_both(tmp_path):
     assert names(data.val_dataloader()) == names(data.test_dataloader()) == ["p00", "p01"]
     other = fill(tmp_path / "other", 4)
     assert len(names(ready(str(tmp_path), "test", test_path=other).test_dataloader())) == 4
-    with pytest.raises(ValueError, match=r"^data.test_path: 'nowhere' is no folder"):
-        ready(str(tmp_path), "fit", test_path="nowhere")  # before a training that it would end
+    with pytest.raises(FileNotFoundError, match=r"^data.test_path: 'nowhere' is no folder"):
+        ready(str(tmp_path), "test", test_path="nowhere")
 
 
 def test_bundled_photographs_are_read():

@@ -23,7 +23,7 @@ from pid_lightning.modules.initialisation import initialise_from
 from pid_lightning.modules.objective import FlowMatching, Objective, draw_sample
 from pid_lightning.modules.optimizers import freeze_untrained, make_optimizer, make_schedule
 from pid_lightning.modules.prediction import PredictionWriter
-from pid_lightning.modules.restoring import OPTIMIZER_SETTINGS, prepare_restoring
+from pid_lightning.modules.restoring import OPTIMIZER_SETTINGS, TRAINING_KEY, prepare_restoring
 from pid_lightning.modules.settings import Evaluation, Training
 from pid_lightning.modules.side_stream import SideStream
 from pid_lightning.nn import PiD, PiDConfig
@@ -172,7 +172,7 @@ class PiDModule(LightningModule):
         if data is not None and stage == "fit":
             self.image_size = data.image_size
         guided = self.evaluation.guidance_scale != 1
-        if guided and self.denoiser.text_embedding is None:
+        if guided and stage != "validate" and self.denoiser.text_embedding is None:
             raise ValueError(
                 f"evaluation.guidance_scale: {self.evaluation.guidance_scale} guides by text, but "
                 "this network has no text stream; set it to 1."
@@ -206,8 +206,8 @@ class PiDModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the model description in the checkpoint."""
         checkpoint[weights.METADATA_KEY] = self.info.to_plain()
-        for name in OPTIMIZER_SETTINGS:
-            checkpoint[name] = getattr(self.training_settings, name)
+        settings = dataclasses.asdict(self.training_settings)
+        checkpoint[TRAINING_KEY] = {name: settings[name] for name in OPTIMIZER_SETTINGS}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model's checkpoint; adopt its student times and its average."""

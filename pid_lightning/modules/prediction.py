@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +33,11 @@ class PredictionWriter:
     def __init__(self, module: PiDModule) -> None:
         self.module = module
         trainer = module.trainer
-        for path, shape in _latent_shapes(trainer.predict_dataloaders):
-            check_channels(path, shape, module.encoder.latent_space, module.encoder.latent_channels)
+        loaders, encoder = trainer.predict_dataloaders, module.encoder
+        for loader in loaders if isinstance(loaders, list) else [loaders]:
+            if isinstance(getattr(loader, "dataset", None), PredictionInputs):
+                for path, shape in loader.dataset.latent_shapes.items():
+                    check_channels(path, shape, encoder.latent_space, encoder.latent_channels)
         self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "predictions"
         if trainer.is_global_zero:
             print(f"writing pictures to {self.folder}")
@@ -88,12 +90,6 @@ class PredictionWriter:
             "family": type(module).__name__,
             "scale": module.scale,
         }
-
-
-def _latent_shapes(loader: Any) -> Iterable[tuple[Path, torch.Size]]:
-    """Files of latents in a loader of `PredictionInputs`, and their shapes (C, h, w)."""
-    inputs = getattr(loader, "dataset", None)
-    return inputs.latent_shapes.items() if isinstance(inputs, PredictionInputs) else ()
 
 
 def _check_replaceable(path: Path, origin: dict[str, str | None]) -> None:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pid_lightning.modules.base import PiDModule
 
 CRITICS = ("fake_score.", "discriminator.")  # attached to a module by DMD2
-# Settings that shape the optimiser's state, stored in checkpoints.
+TRAINING_KEY = "pid_training"  # in checkpoints: settings that shape the optimiser's state
 OPTIMIZER_SETTINGS = ("optimizer", "train")
 
 
@@ -49,9 +49,9 @@ def prepare_restoring(module: PiDModule, checkpoint: dict[str, Any]) -> None:
     averaged = any(name.startswith(AVERAGE) for name in state)
     if module._trainer is not None and module.trainer.state.fn == "fit":  # None: loaded by hand
         _check_callbacks(module, theirs.student_times, averaged)
-        for name in OPTIMIZER_SETTINGS:
-            set_here, stored = getattr(module.training_settings, name), checkpoint.get(name)
-            if stored not in (None, set_here):  # None: written before it was stored
+        for name, stored in checkpoint.get(TRAINING_KEY, {}).items():
+            set_here = getattr(module.training_settings, name)
+            if stored != set_here:
                 raise ValueError(
                     f"ckpt_path: training.{name} of this run is {stored}, here {set_here}; set it "
                     f"to {stored} to resume, or start a new run with --model.init_from."
