@@ -10,6 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
+import lightning
 from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -22,12 +24,7 @@ from pid_lightning.checkpointing import AtomicCheckpointIO
 from pid_lightning.files import make_folder
 from pid_lightning.freed_memory import keep_freed_memory
 from pid_lightning.hub import find_last_checkpoint
-from pid_lightning.mistakes import (
-    check_at_least,
-    parser_sentence,
-    raised_here,
-    raised_in,
-)
+from pid_lightning.mistakes import check_at_least, parser_sentence, raised_here, raised_in
 from pid_lightning.modules.base import PiDModule
 from pid_lightning.modules.restoring import check_checkpoint
 from pid_lightning.tensor_files import read_torch_file
@@ -189,7 +186,7 @@ class PiDCLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
-            if not raised_in(error, "lightning"):
+            if not raised_in(error, Path(lightning.__file__).parent):
                 raise
             raise ValueError(f"trainer: {error}") from error
         trainer.callbacks.append(LastCheckpoint())  # last, so that EMA has followed the step
@@ -232,7 +229,7 @@ def _building_error(error: BaseException | None) -> BaseException | None:
     nothing or it is a bug."""
     if not str(error).startswith("Does not validate against any of the Union subtypes"):
         return None
-    while error is not None and raised_in(error, "jsonargparse"):
+    while error is not None and raised_in(error, Path(jsonargparse.__file__).parent):
         error = error.__cause__ or error.__context__
     told = (ValueError, OSError, ModuleNotFoundError, MisconfigurationException)
     return error if isinstance(error, told) else None

@@ -43,16 +43,16 @@ def exit_on_mistake() -> Iterator[None]:
 def raised_here(error: BaseException | None) -> BaseException | None:
     """The first of an error and its causes that was raised directly in this package's code."""
     while error is not None:
-        if raised_in(error, PACKAGE.name):
+        if raised_in(error, PACKAGE):
             return error
         error = error.__cause__ or error.__context__
     return None
 
 
-def raised_in(error: BaseException, package: str) -> bool:
-    """Whether an error was raised directly in a package's code."""
+def raised_in(error: BaseException, package: Path) -> bool:
+    """Whether an error was raised directly in the code under a package's folder."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and package in Path(frames[-1].filename).parts
+    return bool(frames) and package in Path(frames[-1].filename).parents
 
 
 def parser_sentence(message: str) -> str:

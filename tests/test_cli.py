@@ -22,7 +22,7 @@ from pid_lightning.callbacks import LastCheckpoint, turns
 from pid_lightning.cli import PiDCLI, main
 from pid_lightning.commands import COMMANDS
 from pid_lightning.hub import find_last_checkpoint
-from pid_lightning.mistakes import parser_sentence
+from pid_lightning.mistakes import parser_sentence, raised_here
 
 NUM_STEPS = 14
 STATE = ("state_dict", "optimizer_states", "lr_schedulers", "pid", "global_step")
@@ -539,3 +539,13 @@ def test_measuring_time_changes_nothing(
     monkeypatch.setattr(turns.Turns, "timed", lambda self, network: nullcontext())
     main(["fit", f"--config={config}", f"--trainer.max_steps={NUM_STEPS}"])
     assert_ends_equal(tmp_path / "runs/tiny/version_0/checkpoints/last.ckpt", end)
+
+
+def test_a_folder_named_like_the_package_hides_no_bug(tmp_path: Path) -> None:
+    """As a library's in the virtual environment of a clone named pid_lightning."""
+    library = tmp_path / "pid_lightning/.venv/library.py"
+    library.parent.mkdir(parents=True)
+    library.write_text("int('x')")
+    with pytest.raises(ValueError, match="invalid literal") as raised:
+        exec(compile(library.read_text(), str(library), "exec"))
+    assert raised_here(raised.value) is None
