@@ -18,7 +18,6 @@ _HOMES = {
     "Evaluation": "modules",
     "ImageData": "data",
     "LanguageModelText": "text",
-    "NoText": "text",
     "PiD": "nn",
     "PiDAutoencoder": "diffusers_vae",
     "PiDConfig": "nn",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-LIGHT_COMMANDS = ("bench", "decode", "export", "import")
+from pid_lightning import commands
+from pid_lightning.mistakes import exit_on_mistake
+
 HELP = """usage: pid COMMAND [options]; pid COMMAND --help lists them
 
   decode    upscale pictures or decode latents
@@ -20,15 +22,15 @@ HELP = """usage: pid COMMAND [options]; pid COMMAND --help lists them
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `pid`: commands that need no Lightning by `commands`, the others by `cli`."""
+    """Run `pid`: commands that need no Lightning by `commands`, the others by `cli`. A user's
+    mistake is one sentence and exit status 2."""
     given = sys.argv[1:] if arguments is None else arguments
     if not given or given[0] in ("-h", "--help"):
         print(HELP, end="")
         sys.exit(0 if given else 2)
-    if given[0] in LIGHT_COMMANDS:
-        from pid_lightning import commands
-
-        commands.run(given[0], given[1:])
+    if given[0] in commands.COMMANDS:
+        with exit_on_mistake():
+            commands.COMMANDS[given[0]](given[1:])
     else:
         from pid_lightning import cli
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pid_lightning.freed_memory import keep_freed_memory
-from pid_lightning.mistakes import exit_on_mistake
 
 # Each command imports what it uses, so that help and argument errors are quick.
 if TYPE_CHECKING:
@@ -67,12 +66,6 @@ class DecodeSettings:
         for name in ("text_model", "text_prefix", "text_cache"):
             if getattr(self, name) and self.prompt is None:
                 raise ValueError(f"{name}: only used with a prompt; give one, or leave it out.")
-
-
-def run(name: str, arguments: Sequence[str]) -> None:
-    """Run one of `COMMANDS`; a user's mistake is one sentence and exit status 2."""
-    with exit_on_mistake():
-        COMMANDS[name](arguments)
 
 
 def decode(arguments: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pid_lightning import decoding, hub, memory, tile_choice
 from pid_lightning.compilation import check_not_frozen, compile_for_inference
@@ -16,7 +17,6 @@ from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.families import build_encoder
 from pid_lightning.fixed_times import fix_times
 from pid_lightning.nn import PiD
-from pid_lightning.progress import progress_bar
 from pid_lightning.quantisation import is_quantised, quantise
 from pid_lightning.randomness import sample_generators
 from pid_lightning.sampling import Generators
@@ -110,8 +110,7 @@ class PiDDecoder:
         """Upload what `save_pretrained` writes and return the URL of the commit."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            options = {"private": private, "token": token, "commit_message": commit_message}
-            return hub.push_folder(folder, repo_id, **options)
+            return hub.push_folder(folder, repo_id, private, token, commit_message)
 
     # Properties and placement.
 
@@ -295,7 +294,8 @@ class PiDDecoder:
             generator: the source of noise, one or one per sample.
             seed: instead of a generator: sample i draws its noise on the CPU from (seed, i), so
                 its picture depends neither on the rest of the batch nor on the device. Without
-                seed and generator, torch's global generator is used.
+                seed and generator, torch's global generator is used. Large pictures on a GPU
+                are faster with a generator of the GPU, which draws their noise there.
             tile: side of tiles in output pixels; ``"auto"`` takes tiles of the trained size for
                 larger pictures, and smaller ones if memory is short; None decodes without tiles.
             progress: whether to show a progress bar.
@@ -327,7 +327,7 @@ class PiDDecoder:
             num_tiles = len(tiles)
             label += f" in {num_tiles} tiles of {side}"
         total = num_steps * num_tiles * (1 if guidance_scale == 1.0 else 2)
-        with progress_bar(total, label, progress) as on_forward:
+        with tqdm(total=total, desc=label, disable=not progress, leave=False) as bar:
             return decoding.decode_latents(
                 self.denoiser,
                 latents.to(self.device),
@@ -340,7 +340,7 @@ class PiDDecoder:
                 guidance_scale=guidance_scale,
                 generator=generator,
                 tile=side,
-                on_forward=on_forward,
+                on_forward=bar.update,
             )
 
     def output_size(self, latents: Tensor) -> tuple[int, int]:

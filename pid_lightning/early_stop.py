@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pid_lightning.diffusers_vae import PiDAutoencoder
 from pid_lightning.mistakes import check_at_least
-from pid_lightning.noising import from_exploding
 
 # Schedulers by the form of their latents between steps, at noise level `sigma` of their schedule.
 FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
@@ -128,16 +127,13 @@ def to_frame(latents: Tensor, signal: float, noise: float, frame: str) -> tuple[
 
     Args:
         latents: of any shape; computed in fp32, returned in their own dtype.
-        signal: coefficient of the clean latents, above 0.
+        signal: coefficient of the clean latents.
         noise: coefficient of the noise.
         frame: ``"flow"`` or ``"variance_preserving"``.
     """
-    if frame == "flow":
-        spread = signal + noise
-        return (latents.float() / spread).to(latents.dtype), noise / spread
-    sigma = torch.full((len(latents),), noise / signal, device=latents.device)
-    converted, level = from_exploding(latents.float() / signal, sigma)
-    return converted.to(latents.dtype), float(level[0])
+    # A frame's signal and noise sum to 1, or their squares do.
+    spread = signal + noise if frame == "flow" else math.hypot(signal, noise)
+    return (latents.float() / spread).to(latents.dtype), noise / spread
 
 
 def _discrete(scheduler: Any, timestep: int, kind: str) -> tuple[float, float]:

@@ -73,5 +73,5 @@ def sample_times(
     """Training times (B,): logit-normal(0, std), then shifted (arXiv 2403.03206, section 3.1).
     Drawn on the generator's device, or on the CPU without one."""
     device = generator.device if generator is not None else "cpu"
-    logits = std * torch.randn(batch_size, generator=generator, device=device)
+    logits = std * torch.randn(batch_size, generator=generator, dtype=torch.float32, device=device)
     return shift_time(logits.sigmoid(), shift)

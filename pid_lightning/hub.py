@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,13 +20,20 @@ BUNDLED_MODELS: dict[str, Path] = {
 }
 
 
-def find_model(name: str | Path, **hub_options: Any) -> Path:
+def find_model(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
     """Path of a model's file.
 
     Args:
         name: a ``.safetensors`` model, a run's ``.ckpt``, a folder that `save_folder` wrote, a
             run's folder (its newest checkpoint), a bundled name, or a hub id ``owner/name``.
-        hub_options: `revision`, `token`, `cache_dir`, `local_files_only` of `hf_hub_download`.
+        revision, token, cache_dir, local_files_only: options of `hf_hub_download`.
 
     Raises:
         FileNotFoundError: no local model has that name.
@@ -53,7 +59,26 @@ def find_model(name: str | Path, **hub_options: Any) -> Path:
             f"model {name} was not found: give a {' or '.join(MODEL_SUFFIXES)} file, a folder, a "
             f"hub id owner/name, or a bundled name ({bundled})."
         )
-    return _download(str(name), hub_options)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        file = hf_hub_download(
+            str(name),
+            MODEL_FILE,
+            library_name="pid_lightning",
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise OSError(
+            f"model {str(name)!r} is no local file or folder, and the hub does not provide its "
+            f"{MODEL_FILE} ({reason}): check the name and the connection."
+        ) from error
+    return Path(file)
 
 
 def find_last_checkpoint(folder: Path) -> Path | None:
@@ -66,20 +91,6 @@ def find_last_checkpoint(folder: Path) -> Path | None:
     return max(found, key=lambda path: (path.stat().st_mtime, path.name), default=None)
 
 
-def _download(repo_id: str, options: dict[str, Any]) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        return Path(hf_hub_download(repo_id, MODEL_FILE, library_name="pid_lightning", **options))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise OSError(
-            f"model {repo_id!r} is no local file or folder, and the hub does not provide its "
-            f"{MODEL_FILE} ({reason}): check the name and the connection."
-        ) from error
-
-
 def save_folder(denoiser: PiD, info: ModelInfo, folder: str | Path, dtype: torch.dtype) -> None:
     """Write the model file, its metadata as ``config.json``, and a model card."""
     folder = Path(folder)
@@ -90,22 +101,27 @@ def save_folder(denoiser: PiD, info: ModelInfo, folder: str | Path, dtype: torch
         temporary.write_text(model_card(denoiser, info), encoding="utf-8")
 
 
-def push_folder(folder: str | Path, repo_id: str, **options: Any) -> str:
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    private: bool | None,
+    token: str | bool | None,
+    commit_message: str,
+) -> str:
     """Upload a folder written by `save_folder` to the hub; returns the URL of the commit.
 
     Args:
         folder: what to upload.
         repo_id: ``owner/name``, created if missing.
-        options: `private`, `token` and `commit_message`.
+        private, token, commit_message: options of the hub.
     """
     from huggingface_hub import HfApi
 
-    api = HfApi(token=options["token"], library_name="pid_lightning")
-    repo_id = api.create_repo(repo_id, private=options["private"], exist_ok=True).repo_id
-    commit = api.upload_folder(
-        repo_id=repo_id, folder_path=folder, commit_message=options["commit_message"]
+    api = HfApi(token=token, library_name="pid_lightning")
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return str(
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
     )
-    return str(commit)
 
 
 def model_card(denoiser: PiD, info: ModelInfo) -> str:

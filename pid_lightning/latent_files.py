@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
+
+from pid_lightning.tensor_files import read_tensors
 
 
 def read_latents(path: Path) -> Tensor:
@@ -17,10 +17,7 @@ def read_latents(path: Path) -> Tensor:
         ValueError: the file is damaged, or does not hold exactly one finite tensor "latents" of
             shape (C, h, w) or (1, C, h, w).
     """
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as latents ({error}); write it again.") from error
+    tensors = read_tensors(path)
     if list(tensors) != ["latents"]:
         raise ValueError(
             f"{path} holds {len(tensors)} tensor(s), the first named {min(tensors, default='')!r}; "

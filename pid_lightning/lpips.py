@@ -15,8 +15,8 @@ class LPIPS(nn.Module):
     """Learned perceptual distance, version 0.1 with AlexNet (Zhang et al., arXiv 1801.03924).
 
     Squared differences of the channel-normalised features after each ReLU, weighted by a 1 x 1
-    head, averaged over space, summed over the five layers. Equals torchmetrics' network, which
-    cannot be built without downloading. Parameter names: ``features.{0,3,6,8,10}`` as in
+    head, averaged over space, summed over the five layers. Equals torchmetrics' network, whose
+    public class downloads its weights. Parameter names: ``features.{0,3,6,8,10}`` as in
     torchvision, ``lin{0..4}.weight``.
     """
 

@@ -8,14 +8,18 @@ import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pid_lightning.files import replaced_file
 from pid_lightning.freed_memory import return_freed_memory
 from pid_lightning.lpips import LPIPS
 from pid_lightning.pictures import reduce_picture
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 # (row key, column heading, value format)
 _COLUMNS = (
@@ -32,32 +36,29 @@ _COLUMNS = (
 TABLE_WIDTH = 100
 
 
-class PictureMetrics(nn.Module):
+class PictureMetrics:
     """Means of every measure over pictures, separately for each row: (method, latent_sigma).
 
-    Nothing is saved: the state is not persistent, and the LPIPS network is held outside the
-    module tree, hidden from checkpoints, optimisers and averages. torchmetrics accumulates and
-    reduces over processes.
+    torchmetrics accumulates and reduces over processes.
 
     Args:
         lpips: the network from `lpips_network`, or None.
         lpips_missing: reason to report in the LPIPS column when there is no network.
+        device: where pictures are measured.
     """
 
-    def __init__(self, lpips: LPIPS | None, lpips_missing: str = "") -> None:
-        super().__init__()
+    def __init__(
+        self,
+        lpips: LPIPS | None,
+        lpips_missing: str = "",
+        device: torch.device | str = "cpu",
+    ) -> None:
         if lpips is None and not lpips_missing:
             raise ValueError("lpips_missing: must say why LPIPS is missing; give a reason.")
-        self._lpips = (lpips,)
+        self._lpips = None if lpips is None else lpips.to(device)
         self._lpips_missing = lpips_missing
-        # Moves with the module, so that a process without pictures knows its device.
-        self.register_buffer("_device_of", torch.zeros(()), persistent=False)
-        self.reset()
-
-    def reset(self) -> None:
-        """Drop all rows."""
-        self._index: dict[tuple[str, float], int] = {}
-        self._rows = nn.ModuleList()
+        self._device = device
+        self._rows: dict[tuple[str, float], dict[str, Metric]] = {}
 
     @torch.no_grad()
     def update(
@@ -96,7 +97,7 @@ class PictureMetrics(nn.Module):
             prediction = prediction.float().clamp(-1, 1)
             target = target.float().clamp(-1, 1)
             measures = self._measure(prediction, target, low_resolution.float(), scale)
-        metrics = self._row(row, prediction.device)
+        metrics = self._row(row)
         for name, values in measures.items():
             metrics[name].update(values)
         metrics["seconds"].update(seconds / len(prediction), weight=len(prediction))
@@ -116,9 +117,8 @@ class PictureMetrics(nn.Module):
             ),
             "consistency": psnr(reduce_picture(prediction, scale), low_resolution),
         }
-        (lpips,) = self._lpips
-        if lpips is not None:
-            measures["lpips"] = lpips.to(prediction.device)(prediction, target)
+        if self._lpips is not None:
+            measures["lpips"] = self._lpips(prediction, target)
         return measures
 
     def _check_shapes(
@@ -132,32 +132,31 @@ class PictureMetrics(nn.Module):
                 f"shape and low-resolution images {wanted}, not {tuple(target.shape)} and "
                 f"{tuple(low_resolution.shape)}."
             )
-        smallest = 11 if self._lpips[0] is None else LPIPS.smallest_side
+        smallest = 11 if self._lpips is None else LPIPS.smallest_side
         if min(height, width) < smallest:
             raise ValueError(
                 f"pictures of {height} x {width} pixels are too small to measure; "
                 f"both sides must be at least {smallest}."
             )
 
-    def _row(self, row: tuple[str, float], device: torch.device) -> nn.ModuleDict:
+    def _row(self, row: tuple[str, float]) -> dict[str, Metric]:
         from torchmetrics import MaxMetric, MeanMetric, SumMetric
 
-        if row not in self._index:
-            lpips = () if self._lpips[0] is None else ("lpips",)
-            means = ("psnr", "ssim", "consistency", "seconds", *lpips)
-            metrics = nn.ModuleDict({name: MeanMetric(nan_strategy="error") for name in means})
-            metrics["peak_mebibytes"] = MaxMetric(nan_strategy="error")
-            metrics["num_pictures"] = SumMetric(nan_strategy="error")
-            self._index[row] = len(self._rows)
-            self._rows.append(metrics.to(device))
-        return self._rows[self._index[row]]
+        if row not in self._rows:
+            lpips = () if self._lpips is None else ("lpips",)
+            kinds = dict.fromkeys(("psnr", "ssim", "consistency", "seconds", *lpips), MeanMetric)
+            kinds |= {"peak_mebibytes": MaxMetric, "num_pictures": SumMetric}
+            self._rows[row] = {
+                name: kind(nan_strategy="error").to(self._device) for name, kind in kinds.items()
+            }
+        return self._rows[row]
 
     def _all_rows(self) -> list[tuple[str, float]]:
         """Rows of all processes in a common order, which the reduction relies on."""
-        known = [list(self._index)]
+        known = [list(self._rows)]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             known = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(known, list(self._index))
+            torch.distributed.all_gather_object(known, list(self._rows))
         return sorted({row for rows in known for row in rows}, key=lambda row: (row[1], row[0]))
 
     def compute(self) -> list[dict[str, str | float | int]]:
@@ -169,8 +168,8 @@ class PictureMetrics(nn.Module):
         """
         rows = []
         for row in self._all_rows():
-            unseen = row not in self._index  # measured on another process only: joins with weight 0
-            metrics = self._row(row, self._device_of.device)
+            unseen = row not in self._rows  # measured on another process only: joins with weight 0
+            metrics = self._row(row)
             for name, metric in metrics.items() if unseen else ():
                 sums = name in ("peak_mebibytes", "num_pictures")
                 metric.update(0.0) if sums else metric.update(0.0, weight=0.0)

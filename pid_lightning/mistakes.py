@@ -41,9 +41,9 @@ def exit_on_mistake() -> Iterator[None]:
 
 
 def raised_here(error: BaseException | None) -> BaseException | None:
-    """The first of an error and its causes that was raised directly in this package's code."""
+    """The first of an error and its causes that this package's code raised on purpose."""
     while error is not None:
-        if raised_in(error, PACKAGE):
+        if raised_in(error, PACKAGE) and (isinstance(error, OSError) or _by_statement(error)):
             return error
         error = error.__cause__ or error.__context__
     return None
@@ -53,6 +53,11 @@ def raised_in(error: BaseException, package: Path) -> bool:
     """Whether an error was raised directly in the code under a package's folder."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and package in Path(frames[-1].filename).parents
+
+
+def _by_statement(error: BaseException) -> bool:
+    """Whether a `raise` raised it: a builtin, which has no frame of its own, fails by a bug."""
+    return (traceback.extract_tb(error.__traceback__)[-1].line or "").startswith("raise ")
 
 
 def parser_sentence(message: str) -> str:

@@ -23,7 +23,7 @@ def sample_latent_sigma(
 ) -> Tensor:
     """Training noise levels (B,): uniform on [0, maximum] with `probability`, else 0."""
     device = generator.device if generator is not None else "cpu"
-    sigma, draw = torch.rand(2, batch_size, generator=generator, device=device)
+    sigma, draw = torch.rand(2, batch_size, generator=generator, dtype=torch.float32, device=device)
     return torch.where(draw < probability, sigma * maximum, 0.0)
 
 
@@ -46,19 +46,3 @@ def add_latent_noise(
     sigma = per_sample(latent_sigma, latents)
     signal = 1 - sigma if frame == "flow" else (1 - sigma.square()).sqrt()
     return signal * latents + sigma * eps
-
-
-def from_exploding(latents: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Convert latents `z + sigma_e eps` (SDXL pipelines) to the variance-preserving frame.
-
-    Both the latents and the level are divided by `sqrt(sigma_e^2 + 1)`.
-
-    Args:
-        latents: (B, C, h, w) with added noise of standard deviation `sigma`.
-        sigma: (B,), at least 0.
-
-    Returns:
-        The latents and their `latent_sigma` in [0, 1).
-    """
-    spread = (sigma.square() + 1).sqrt()
-    return latents / per_sample(spread, latents), sigma / spread

@@ -41,7 +41,7 @@ def draw_noise(shape: Sequence[int], generator: Generators, device: torch.device
             )
         return torch.cat([draw_noise((1, *shape[1:]), g, device) for g in generator])
     drawn_on = generator.device if generator is not None else device
-    noise = torch.randn(tuple(shape), generator=generator, device=drawn_on)
+    noise = torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device=drawn_on)
     if noise.device.type == "cpu" and torch.device(device).type == "cuda":
         # From pinned memory the copy does not make the CPU wait for the GPU's previous step.
         return noise.pin_memory().to(device, non_blocking=True)

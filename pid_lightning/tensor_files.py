@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 
@@ -35,6 +37,26 @@ def read_torch_file(path: str | Path, mapped: bool = True) -> Any:
         ) from error
 
 
+@contextmanager
+def opened_safetensors(path: str | Path) -> Iterator[safe_open]:
+    """Open a ``.safetensors`` file, whose `metadata` and `get_tensor` read only what is asked for.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; check the path.")
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} cannot be read: it is truncated or not a safetensors file ({error}); take "
+            "another copy."
+        ) from error
+
+
 def read_tensors(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
     """Read the tensors of a ``.safetensors`` or torch file to the CPU.
 
@@ -47,19 +69,10 @@ def read_tensors(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
         FileNotFoundError: no such file.
         ValueError: the file is damaged, or holds no dictionary of tensors.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(str(path), framework="pt", device="cpu") as file:
-                names = _names_under(prefix, file.keys())
-                return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} cannot be read: it is truncated or not a safetensors file ({error}); "
-                "take another copy."
-            ) from error
+    if Path(path).suffix == ".safetensors":
+        with opened_safetensors(path) as file:
+            names = _names_under(prefix, file.keys())
+            return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
     tensors = read_torch_file(path, mapped=False)
     for wrapper in ("state_dict", "model"):
         if isinstance(tensors, dict) and isinstance(tensors.get(wrapper), dict):

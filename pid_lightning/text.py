@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pid_lightning.files import replaced_file
+from pid_lightning.tensor_files import opened_safetensors, read_tensors
 
 
 class TextEncoder(nn.Module, ABC):
@@ -45,16 +46,10 @@ class TextEncoder(nn.Module, ABC):
 
 
 class NoText(TextEncoder):
-    """No captions: the denoiser uses its learned null for every sample.
+    """No captions: the denoiser uses its learned null for every sample."""
 
-    Args:
-        text_width: width of the denoiser's text stream, for captions in a later run.
-    """
-
-    def __init__(self, text_width: int = 2304) -> None:
-        super().__init__()
-        self.text_width = text_width
-        self.description = "none"
+    text_width = 0
+    description = "none"
 
     def load(self) -> None:
         """Do nothing."""
@@ -89,7 +84,6 @@ def cache_captions(
     Raises:
         ValueError: the folder holds another encoder's features, or `encoder` makes none.
     """
-    from safetensors import safe_open
     from safetensors.torch import save_file
 
     missing = []
@@ -98,7 +92,7 @@ def cache_captions(
         if not file.exists():
             missing.append(caption)
             continue
-        with safe_open(file, "pt") as stored:
+        with opened_safetensors(file) as stored:
             found = stored.metadata()["encoder"]
         if found != encoder.description:
             raise ValueError(
@@ -164,15 +158,13 @@ class CachedText(TextEncoder):
         return torch.stack(features).to(self.place.device)
 
     def _read(self, caption: str) -> Tensor:
-        from safetensors.torch import load_file
-
         file = cache_file(self.path, caption)
         if not file.exists():
             raise FileNotFoundError(
                 f"caption {caption!r} is not in the text cache {self.path}: add it with "
                 "pid_lightning.text.cache_captions(encoder, captions, path)."
             )
-        return load_file(file)["features"]
+        return read_tensors(file)["features"]
 
 
 def encode_prompts(
@@ -269,7 +261,7 @@ class LanguageModelText(TextEncoder):
             raise OSError(
                 f"language model {self.model!r} is not available ({str(error).splitlines()[0]}): "
                 "give a local folder with its weights and tokenizer, log in to the hub where its "
-                "licence requires it, or train without captions (NoText)."
+                "licence requires it, or train without captions (text: null)."
             ) from error
         if transformer.config.hidden_size != self.text_width:
             raise ValueError(

@@ -19,7 +19,7 @@ from pid_lightning.files import replaced_file
 from pid_lightning.fixed_times import has_fixed_times
 from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
 from pid_lightning.quantisation import is_quantised
-from pid_lightning.tensor_files import read_torch_file
+from pid_lightning.tensor_files import opened_safetensors, read_tensors, read_torch_file
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 METADATA_KEY = "pid"  # in safetensors metadata and in training checkpoints
@@ -168,26 +168,15 @@ def load_model(path: str | Path) -> tuple[PiD, ModelInfo]:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; name a .safetensors model or a .ckpt.")
-    try:
-        with safe_open(path, "pt") as opened:
-            metadata = opened.metadata() or {}
-        state = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated or not a safetensors file ({error}); take another copy."
-        ) from error
+    with opened_safetensors(path) as file:
+        metadata = file.metadata() or {}
     if METADATA_KEY not in metadata:
         raise ValueError(
             f"{path} has no {METADATA_KEY!r} metadata, so pid_lightning did not write it; convert "
             "published weights with `pid import`."
         )
     try:
-        return state, json.loads(metadata[METADATA_KEY])
+        return read_tensors(path), json.loads(metadata[METADATA_KEY])
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} has damaged metadata ({error}); take another copy.") from error
 
@@ -216,7 +205,8 @@ def denoiser_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def fingerprint(denoiser: PiD) -> str:
-    """Short hash of a network's weights; the same in every dtype that holds them exactly."""
+    """Short hash of a sample of every weight tensor, which tells trained networks apart; the same
+    in every dtype that holds the weights exactly."""
     digest = hashlib.sha256()
     for name, tensor in sorted(denoiser.state_dict().items()):
         values = (tensor.dequantize() if is_quantised(tensor) else tensor.detach()).flatten()

@@ -22,7 +22,8 @@ from pid_lightning.callbacks import LastCheckpoint, turns
 from pid_lightning.cli import PiDCLI, main
 from pid_lightning.commands import COMMANDS
 from pid_lightning.hub import find_last_checkpoint
-from pid_lightning.mistakes import parser_sentence, raised_here
+from pid_lightning.mistakes import PACKAGE, parser_sentence, raised_here, raised_in
+from pid_lightning.nn import Discriminator
 
 NUM_STEPS = 14
 STATE = ("state_dict", "optimizer_states", "lr_schedulers", "pid", "global_step")
@@ -548,4 +549,13 @@ def test_a_folder_named_like_the_package_hides_no_bug(tmp_path: Path) -> None:
     library.write_text("int('x')")
     with pytest.raises(ValueError, match="invalid literal") as raised:
         exec(compile(library.read_text(), str(library), "exec"))
+    assert raised_here(raised.value) is None
+
+
+def test_a_builtin_that_fails_in_the_package_is_a_bug() -> None:
+    """Written in C it has no frame of its own: the last one is the package's."""
+    network = Discriminator(width=8, num_taps=2)
+    with pytest.raises(ValueError, match="shorter") as raised:
+        network([torch.zeros(1, 8, 4, 4)])
+    assert raised_in(raised.value, PACKAGE)
     assert raised_here(raised.value) is None

@@ -169,8 +169,20 @@ def test_clipping_bounds_the_step(teacher: Path, tmp_path: Path) -> None:
     assert max(norms) <= 1e-3 * 1.01
 
 
-def test_trains_in_mixed_bf16(teacher: Path, tmp_path: Path) -> None:
-    fitted = tiny.fit(tmp_path, 4, distillation(teacher), EMA(), precision="bf16-mixed")
+def test_all_of_the_student_learns_in_mixed_bf16(teacher: Path, tmp_path: Path) -> None:
+    """Also after a rollout without gradient in the same autocast."""
+    without_gradient = []
+
+    class Watch(tiny.pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            if objective.turns.is_student(trainer.global_step):
+                learning = pl_module.denoiser.named_parameters()
+                lacking = [n for n, p in learning if p.requires_grad and p.grad is None]
+                without_gradient.append(lacking)
+
+    objective = distillation(teacher, student_steps="last")
+    fitted = tiny.fit(tmp_path, 4, objective, EMA(), Watch(), precision="bf16-mixed")
+    assert without_gradient == [[], []]
     assert all(torch.isfinite(p).all() for p in fitted.parameters())
 
 

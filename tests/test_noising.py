@@ -38,16 +38,6 @@ def test_variance_preserving_keeps_the_variance() -> None:
     assert (noisy.flatten(1).std(1) - 1).abs().max() < 0.03
 
 
-def test_exploding_frame_becomes_variance_preserving() -> None:
-    z, eps = latents(), latents(1)
-    exploding = torch.tensor([0.0, 0.5, 3.0, 14.6], dtype=torch.float64)
-    held = z + exploding.view(-1, 1, 1, 1) * eps
-    moved, sigma = noising.from_exploding(held, exploding)
-    assert ((sigma >= 0) & (sigma < 1)).all()
-    expected = noising.add_latent_noise(z, eps, sigma, "variance_preserving")
-    assert torch.allclose(moved, expected, rtol=0, atol=1e-12)
-
-
 def test_bf16_latents_are_noised_in_fp32() -> None:
     z, eps = latents().bfloat16(), latents(1).bfloat16()
     noisy = noising.add_latent_noise(z, eps, SIGMA.float())

@@ -217,7 +217,7 @@ def test_an_output_is_replaced_by_the_same_input_alone(tmp_path):
         (
             lambda d: [write(d / "z.safetensors", b"text")],
             ValueError,
-            "z.safetensors cannot be read as latents",
+            "z.safetensors cannot be read: it is truncated",
         ),
         (
             lambda d: [tensors(d, latent=torch.zeros(4, 2, 2))],

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor
 
 from pid_lightning import (
     EMA,
@@ -19,12 +22,15 @@ from pid_lightning import (
     PictureGrids,
     Training,
     VAEPiD,
+    flow,
+    noising,
+    sampling,
     weights,
 )
 from pid_lightning.checkpointing import AtomicCheckpointIO
 from pid_lightning.modules import initialisation
 from pid_lightning.modules.objective import draw_sample
-from pid_lightning.text import NoText
+from pid_lightning.text import CachedText, NoText
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +88,43 @@ def test_trains_and_validates_in_bf16(precision: str, tmp_path: Path) -> None:
     )
     trainer.fit(fitted, tiny.data())
     assert torch.isfinite(trainer.callback_metrics["validate/loss"])
+
+
+def test_draws_are_in_fp32_whatever_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in bf16-true, where Lightning changes the default: a bf16 time near 1 has 8 bits."""
+
+    def draw() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        return [
+            flow.sample_times(3, generator=generator),
+            noising.sample_latent_sigma(3, generator=generator),
+            sampling.draw_noise((1, 3, 2, 2), generator, "cpu"),
+        ]
+
+    usual = draw()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        drawn = draw()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, drawn, usual))
+
+
+def test_fsdp_is_refused(tmp_path: Path) -> None:
+    fitted, strategy = tiny.module(), object.__new__(FSDPStrategy)
+    fitted._trainer = SimpleNamespace(strategy=strategy)
+    with pytest.raises(ValueError, match=r"trainer\.strategy: FSDP would shard"):
+        fitted.setup("fit")
+
+
+def test_a_null_that_no_sample_reads_is_frozen() -> None:
+    """Or DDP would wait for its gradient."""
+    text = CachedText("cache", text_width=8)
+    for dropout, learns in ((0.0, False), (0.1, True)):
+        fitted = tiny.module(Training(caption_dropout=dropout), text)
+        assert fitted.denoiser.text_embedding.null.requires_grad == learns
+    silent = tiny.module(Training(caption_dropout=0.0), text_width=8, text_length=3)
+    assert silent.denoiser.text_embedding.null.requires_grad
 
 
 def test_only_adapter_and_gates_move(tmp_path: Path) -> None:
@@ -220,6 +263,7 @@ def test_published_weights_can_be_trained_with_captions_only(tmp_path: Path) -> 
     for text in (None, NoText()):
         with pytest.raises(ValueError, match="without a learned null, as in the published weights"):
             tiny.module(text=text, text_length=3, learned_null=False)
+    assert tiny.module(text=NoText(), text_length=3).text_encoder.encode(["a fox"]) is None
 
 
 def test_a_sample_depends_on_its_number_alone() -> None:

@@ -154,7 +154,7 @@ def test_no_such_file(tmp_path: Path) -> None:
 def test_a_truncated_model_is_refused(saved: Path, kept: float) -> None:
     content = saved.read_bytes()
     saved.write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(ValueError, match=rf"{saved.name} is truncated or not a safetensors file"):
+    with pytest.raises(ValueError, match=rf"{saved.name} cannot be read: it is truncated or not"):
         load_model(saved)
 
 

@@ -26,7 +26,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def table(rows: int, columns: int, text_length: int) -> tuple[Tensor, Tensor]:
     angles = torch.cat((text_angles(text_length, 12), patch_angles(rows, columns, 12)))
-    return rotation(angles, torch.float64)
+    return rotation(angles)
 
 
 def network(text_length: int, num_blocks: int = 2) -> PiD:

@@ -58,6 +58,8 @@ def describe_machine(device: torch.device, rates: Mapping[str, Any]) -> dict[str
         "threads": torch.get_num_threads(),
         "rates": dict(rates),
         "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),  # attention's kernels depend on it
         "pid_lightning": __version__,
     }
 

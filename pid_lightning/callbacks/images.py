@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pid_lightning.decoding import TEACHER_STEPS, decode_latents
 from pid_lightning.modules.base import PiDModule
-from pid_lightning.modules.evaluation import add_test_noise, test_generators
+from pid_lightning.modules.evaluation import add_evaluation_noise, evaluation_generators
 from pid_lightning.nn import SigmaGate
 from pid_lightning.pictures import enlarge_picture, picture_grid, reduce_picture
 
@@ -82,8 +82,8 @@ class PictureGrids(Callback):
         if module.encoder.has_decoder:
             found["native 0"] = enlarge_picture(module.encoder.decode(clean), module.scale)
         for sigma in self.latent_sigmas:
-            latents, latent_sigma = add_test_noise(module, clean, sigma, numbers)
-            generators = test_generators(module, "pixels", numbers)
+            latents, latent_sigma = add_evaluation_noise(module, clean, sigma, numbers)
+            generators = evaluation_generators(module, "pixels", numbers)
             found[f"PiD {sigma:g}"] = module.decode(
                 latents, latent_sigma, text, generators, self.steps
             )
@@ -96,7 +96,7 @@ class PictureGrids(Callback):
         denoiser, found = module.averaged_denoiser, {}
         t = torch.full((len(x0),), 0.5, device=x0.device)
         for sigma in self.latent_sigmas:
-            latents, latent_sigma = add_test_noise(module, clean, sigma, numbers)
+            latents, latent_sigma = add_evaluation_noise(module, clean, sigma, numbers)
             condition = denoiser.condition(latents, latent_sigma, text)
             openings: list[float] = []
             hooks = [gate.register_forward_hook(_record(openings)) for gate in denoiser.gates]
@@ -145,12 +145,12 @@ class DistillationGrids(PictureGrids):
                 time_shift=module.training_settings.time_shift,
                 steps=steps,
                 text=text,
-                generator=test_generators(module, "pixels", numbers),
+                generator=evaluation_generators(module, "pixels", numbers),
             )
         for steps in self.student_steps:
             if steps > len(module.student_times):
                 continue
-            generators = test_generators(module, "pixels", numbers)
+            generators = evaluation_generators(module, "pixels", numbers)
             found[f"student {steps}"] = module.decode(clean, latent_sigma, text, generators, steps)
         return found
 

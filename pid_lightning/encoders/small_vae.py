@@ -13,7 +13,7 @@ from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.pretrained import check_images, check_loaded
 from pid_lightning.files import replaced_file
 from pid_lightning.nn.autoencoder import SmallAutoencoder
-from pid_lightning.tensor_files import fill, read_tensors
+from pid_lightning.tensor_files import fill, opened_safetensors, read_tensors
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "autoencoder.safetensors"
 
@@ -73,14 +73,12 @@ class SmallVAE(Encoder):
 
 def _read_sizes(path: Path) -> dict[str, int]:
     """Constructor arguments of the network, from the file's metadata; the weights are not read."""
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise FileNotFoundError(f"vae: {path} does not exist; {_cure(path)}.")
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with opened_safetensors(path) as file:
             return json.loads((file.metadata() or {})["config"])
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (KeyError, ValueError) as error:
         raise ValueError(
             f"vae: {path} is no autoencoder of this package ({error}); {_cure(path)}."
         ) from error

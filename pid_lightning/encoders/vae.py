@@ -63,7 +63,6 @@ class VAEEncoder(Encoder):
     def __init__(self, vae: str, pretrained: bool = True) -> None:
         super().__init__()
         self.vae = vae
-        self.pretrained = pretrained
         self.source = find_vae(vae)
         self.loaded = not pretrained
         with torch.device("meta") if pretrained else random_weights():

@@ -8,18 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pid_lightning.encoders.pretrained import unreachable_weights
-from pid_lightning.latent_spaces import QWEN_MEAN, QWEN_STD, SUPPORTED_CLASSES
-
-# Shared by SD3, FLUX.1 and SDXL: the architecture of Stable Diffusion's autoencoder.
-_KL: Mapping[str, Any] = {
-    "_class_name": "AutoencoderKL",
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-    "sample_size": 1024,
-}
-_KL16 = {**_KL, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+from pid_lightning.latent_spaces import KNOWN_SPACES, QWEN_MEAN, QWEN_STD, SUPPORTED_CLASSES
 
 
 class VAESource(NamedTuple):
@@ -30,21 +19,32 @@ class VAESource(NamedTuple):
     config: Mapping[str, Any]
 
 
+def _kl(name: str, **more: Any) -> dict[str, Any]:
+    """Configuration of an `AutoencoderKL` of Stable Diffusion's architecture with a known space."""
+    space = KNOWN_SPACES[name]
+    return {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 2,
+        "sample_size": 1024,
+        "latent_channels": space.channels,
+        "scaling_factor": space.scale[0],
+        "shift_factor": space.shift[0],
+        **more,
+    }
+
+
+_UNQUANTISED = {"use_quant_conv": False, "use_post_quant_conv": False}
+
 # Configurations of the known names, so that building a network downloads nothing.
 KNOWN_VAES: Mapping[str, VAESource] = {
     "sd3": VAESource(
-        "stabilityai/stable-diffusion-3-medium-diffusers",
-        "vae",
-        {**_KL16, "scaling_factor": 1.5305, "shift_factor": 0.0609},
+        "stabilityai/stable-diffusion-3-medium-diffusers", "vae", _kl("sd3", **_UNQUANTISED)
     ),
-    "flux": VAESource(
-        "black-forest-labs/FLUX.1-schnell",
-        "vae",
-        {**_KL16, "scaling_factor": 0.3611, "shift_factor": 0.1159},
-    ),
-    "sdxl": VAESource(
-        "stabilityai/sdxl-vae", None, {**_KL, "latent_channels": 4, "scaling_factor": 0.13025}
-    ),
+    "flux": VAESource("black-forest-labs/FLUX.1-schnell", "vae", _kl("flux", **_UNQUANTISED)),
+    "sdxl": VAESource("stabilityai/sdxl-vae", None, _kl("sdxl")),
     "flux2": VAESource(
         "black-forest-labs/FLUX.2-klein-4B",
         "vae",

@@ -87,8 +87,9 @@ class PiDModule(LightningModule):
         self.has_own_weights = False
         self._batch_end: float | None = None
         self._side_stream: SideStream | None = None
+        silent = isinstance(self.text_encoder, NoText)
         needs = denoiser.text_width
-        if text is not None and denoiser.text_length and text.text_width != needs:
+        if not silent and denoiser.text_length and text.text_width != needs:
             raise ValueError(
                 f"text: its features are {text.text_width} wide, but the denoiser's text_width is "
                 f"{needs}; set model.denoiser.text_width to {text.text_width}."
@@ -100,13 +101,12 @@ class PiDModule(LightningModule):
                 f"text: {length} tokens a caption, but the learned null has text_length "
                 f"{denoiser.text_length}; set model.denoiser.text_length to {length}."
             )
-        silent = isinstance(self.text_encoder, NoText)
         if silent and denoiser.text_length and not denoiser.learned_null:
             raise ValueError(
                 "text: a denoiser without a learned null, as in the published weights, needs "
                 "caption features; give model.text, or set model.denoiser.learned_null to true."
             )
-        freeze_untrained(self.denoiser, training.train)
+        self._freeze_untrained()
         self.register_load_state_dict_post_hook(_forgive_frozen)
 
     # Description and setup.
@@ -135,7 +135,16 @@ class PiDModule(LightningModule):
         return self.denoiser_ema if self.denoiser_ema is not None else self.denoiser
 
     def setup(self, stage: str) -> None:
-        """Check sizes and load pretrained weights, so that failures come before any work."""
+        """Check sizes and load pretrained weights, so that failures come before any work.
+
+        Raises:
+            ValueError: see `prepare`; or FSDP.
+        """
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            raise ValueError(
+                "trainer.strategy: FSDP would shard the networks that EMA and DMD2 compare tensor "
+                "by tensor; use ddp, with training.activation_checkpointing if memory is short."
+            )
         self.prepare(self.trainer.datamodule, stage)
         if stage == "fit":
             self._drop_what_no_callback_keeps()
@@ -156,7 +165,12 @@ class PiDModule(LightningModule):
         if isinstance(self.objective, Callback) and self.objective not in self.trainer.callbacks:
             self.objective, self.student_times = FlowMatching(), None
             del self.fake_score, self.discriminator, self.teacher
-            freeze_untrained(self.denoiser, self.training_settings.train)  # DMD2 froze more
+            self._freeze_untrained()  # DMD2 froze more
+
+    def _freeze_untrained(self) -> None:
+        settings = self.training_settings
+        reads_null = isinstance(self.text_encoder, NoText) or settings.caption_dropout > 0
+        freeze_untrained(self.denoiser, settings.train, reads_null)
 
     def prepare(self, data: Any, stage: str) -> None:
         """The part of `setup` that needs no trainer: the command line runs it before opening data.
@@ -185,8 +199,7 @@ class PiDModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Log description and settings as hyper-parameters; compile if requested."""
-        # Not with FSDP, which gathers the encoder's weights on the training stream.
-        if self.device.type == "cuda" and not isinstance(self.trainer.strategy, FSDPStrategy):
+        if self.device.type == "cuda":
             self._side_stream = SideStream(self.device)
         if self.training_settings.compile:
             self.denoiser.compile(dynamic=False, fullgraph=True)
@@ -291,9 +304,6 @@ class PiDModule(LightningModule):
         Lightning refuses to clip for fused optimisers, which unscale fp16 gradients themselves;
         here they are only used when gradients are not scaled.
         """
-        if isinstance(self.trainer.strategy, FSDPStrategy):
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
         learning = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None])
         is_own = any(p is learning[0] for p in self.denoiser.parameters())

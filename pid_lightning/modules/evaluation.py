@@ -30,13 +30,15 @@ if TYPE_CHECKING:
 NUM_GRID_ROWS = 4  # pictures in the test grid
 
 
-def test_generators(module: PiDModule, purpose: str, numbers: list[int]) -> list[torch.Generator]:
+def evaluation_generators(
+    module: PiDModule, purpose: str, numbers: list[int]
+) -> list[torch.Generator]:
     """One generator per picture, from the run's seed, the purpose and the picture's number."""
     seed = module.training_settings.seed
     return sample_generators(seed, f"test {purpose}", numbers, module.device)
 
 
-def add_test_noise(
+def add_evaluation_noise(
     module: PiDModule, clean: Tensor, sigma: float, numbers: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Latents (B, C, h, w) at one noise level, and that level for each sample (B,).
@@ -44,7 +46,7 @@ def add_test_noise(
     A picture gets the same noise at every level.
     """
     latent_sigma = torch.full((len(clean),), sigma, device=clean.device)
-    eps = draw_noise(clean.shape, test_generators(module, "latents", numbers), clean.device)
+    eps = draw_noise(clean.shape, evaluation_generators(module, "latents", numbers), clean.device)
     frame = module.training_settings.noise_frame
     return add_latent_noise(clean, eps, latent_sigma, frame), latent_sigma
 
@@ -78,7 +80,7 @@ class Report:
         self.module = module
         check_steps(module.student_times, module.evaluation.steps)
         lpips, missing = lpips_network(module.evaluation.lpips)
-        self.metrics = PictureMetrics(lpips, missing).to(module.device)
+        self.metrics = PictureMetrics(lpips, missing, module.device)
         upscaler = read_baseline(module)
         self.upscaler = None if upscaler is None else upscaler.to(module.device)
         self.grid_rows: list[list[Tensor]] = []
@@ -99,8 +101,8 @@ class Report:
         # Copies on the CPU: whole batches kept on the device would add to the next peak.
         kept: dict[str, list[Tensor]] = {}
         for sigma in module.evaluation.latent_sigmas:
-            latents, latent_sigma = add_test_noise(module, clean, sigma, numbers)
-            generators = test_generators(module, "pixels", numbers)
+            latents, latent_sigma = add_evaluation_noise(module, clean, sigma, numbers)
+            generators = evaluation_generators(module, "pixels", numbers)
             for method, decode in self._methods(latent_sigma, text, generators).items():
                 with PeakMemory(x0.device) as cost:
                     prediction = decode(latents)

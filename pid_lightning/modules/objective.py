@@ -85,7 +85,7 @@ def draw_sample(module: PiDModule, batch: dict[str, Any], purpose: str) -> Sampl
             noising.sample_latent_sigma(
                 1, settings.latent_sigma_max, settings.latent_sigma_probability, generator
             ),
-            torch.rand(2, 1, generator=generator),
+            torch.rand(2, 1, generator=generator, dtype=torch.float32),
         )
         for generator in scalars
     ]

@@ -120,8 +120,13 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     return x.T if is_tall else x
 
 
-def freeze_untrained(denoiser: PiD, train: str) -> None:
+def freeze_untrained(denoiser: PiD, train: str, reads_null: bool) -> None:
     """Freeze all parts except those that `Training.train` names, whatever was frozen before.
+
+    Args:
+        denoiser: the network.
+        train: ``"all"``, ``"adapter"`` or ``"rgb_head"``.
+        reads_null: whether some samples have no caption, so that a learned null learns.
 
     Raises:
         ValueError: the RGB head is to be trained, but the adapter has none.
@@ -130,6 +135,9 @@ def freeze_untrained(denoiser: PiD, train: str) -> None:
         denoiser.requires_grad_(True)
         for block in denoiser.patch_blocks:
             block.freeze_unread()
+        text = denoiser.text_embedding
+        if text is not None and text.null is not None:
+            text.null.requires_grad_(reads_null)  # DDP waits for every gradient it expects
         return
     denoiser.requires_grad_(False)
     denoiser.adapter.requires_grad_(True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pid_lightning.latent_files import check_channels
-from pid_lightning.modules.evaluation import add_test_noise, test_generators
+from pid_lightning.modules.evaluation import add_evaluation_noise, evaluation_generators
 from pid_lightning.pictures import pad_picture, write_picture
 from pid_lightning.prediction_inputs import PredictionInputs
 
@@ -58,13 +58,13 @@ class PredictionWriter:
             # Whole cells for the encoder, whole patches for the output.
             images = pad_picture(batch["image"], module.denoiser.alignment // module.scale)
             latents, text = module.encode(images, batch["caption"])
-            latents, latent_sigma = add_test_noise(module, latents, sigma, numbers)
+            latents, latent_sigma = add_evaluation_noise(module, latents, sigma, numbers)
         else:  # latents may be noisy already; the sigma only states the level
             latents = batch["latents"]
             text = module.text_encoder.encode(batch["caption"])
             latent_sigma = torch.full((len(latents),), sigma, device=latents.device)
             size = tuple(side * module.encoder.latent_stride for side in latents.shape[-2:])
-        generators = test_generators(module, "pixels", numbers)
+        generators = evaluation_generators(module, "pixels", numbers)
         height, width = (side * module.scale for side in size)
         pictures = module.decode(latents, latent_sigma, text, generators)[..., :height, :width]
         for i, path in enumerate(paths):

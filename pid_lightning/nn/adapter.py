@@ -274,7 +274,8 @@ class LatentAdapter(nn.Module):
     def features(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """All heads in one matmul: tokens (B, h, w, width) to one (B, h*w, D) per injection."""
         heads = self.heads(self.head_norm(tokens.flatten(1, 2)))
-        return heads.chunk(self.num_injections, dim=-1)
+        # Copied apart: CUDA graphs would copy each view of the rows with the whole rows' extent.
+        return tuple(head.contiguous() for head in heads.chunk(self.num_injections, dim=-1))
 
     def _to_patch_grid(self, latents: Tensor) -> Tensor:
         unpacked = rearrange(

@@ -102,7 +102,7 @@ def position_tables(
     pixel_head_dim = config.pixel_attention_width // config.pixel_num_heads
     pixel = rope.patch_angles(*grid, pixel_head_dim, reference)
     columns, rows = (_sine_cosine(side, config.pixel_width // 2) for side in (width, height))
-    tables = (rope.rotation(joint, dtype), rope.rotation(pixel, dtype), columns, rows)
+    tables = (rope.rotation(joint), rope.rotation(pixel), columns, rows)
     return tree_map(lambda table: table.to(dtype).to(device), tables)
 
 

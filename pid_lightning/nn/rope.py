@@ -57,9 +57,9 @@ def text_angles(length: int, head_dim: int) -> Tensor:
     return positions[:, None] * _frequencies(head_dim // 2, THETA)
 
 
-def rotation(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of angles (N, d/2), each (N, d/2) in `dtype`."""
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+def rotation(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of angles (N, d/2), each (N, d/2)."""
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
