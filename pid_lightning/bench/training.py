@@ -89,5 +89,7 @@ def move_average(networks: Networks) -> None:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Mixed precision, disabled for fp32."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    """Mixed precision as Lightning sets it, without a cache of casts; disabled for fp32."""
+    return torch.autocast(
+        device.type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False
+    )

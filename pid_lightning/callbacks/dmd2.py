@@ -342,9 +342,6 @@ class DMD2(Callback):
             x_t = flow.add_noise(sample.x0, noise, t)
         else:
             x_t = self._roll_out(module, sample, condition, noise, step)
-            # Before torch 2.11 autocast kept its casts of weights, here without a graph, and the
-            # evaluation that learns would have used them: no gradient for those weights.
-            torch.clear_autocast_cache()
         return flow.x0_from_velocity(x_t, module.denoiser(x_t, t, condition), t)
 
     @torch.no_grad()
