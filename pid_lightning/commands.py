@@ -70,6 +70,8 @@ class DecodeSettings:
 
 def decode(arguments: Sequence[str]) -> None:
     """Decode pictures or latents to larger pictures."""
+    from docstring_parser import parse  # as jsonargparse reads the help of all other options
+
     parser = _parser("decode", "Upscale pictures or decode latents, with a JSON beside each.")
     parser.add_argument("inputs", nargs="+", help="Pictures, .safetensors latents, folders.")
     parser.add_argument(
@@ -78,16 +80,11 @@ def decode(arguments: Sequence[str]) -> None:
         help="A .safetensors, a .ckpt, the folder of a run or model, a hub id or a bundled name.",
     )
     parser.add_argument("--output", default="decoded", help="Folder for the results.")
-    switches = {
-        "int8": "Keep linear layers in 8 bits, half the memory of bf16 (needs torchao).",
-        "compile": "Compile the network, once per size it sees; with tiles that is once in all.",
-        "compare": "Also write NAME_compare, the native decode beside PiD's.",
-        "match_colour": "Take low frequencies from the native decode.",
-        "overwrite": "Replace existing results.",
-    }
-    for name, text in switches.items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
-    parser.add_class_arguments(DecodeSettings, skip=set(switches))
+    told = {one.arg_name: one.description for one in parse(DecodeSettings.__doc__).params}
+    switches = {field.name for field in fields(DecodeSettings) if field.default is False}
+    for name in sorted(switches):
+        parser.add_argument(f"--{name}", action="store_true", help=told[name])
+    parser.add_class_arguments(DecodeSettings, skip=switches)
     given = parser.parse_args(arguments)
     settings = DecodeSettings(**{field.name: given[field.name] for field in fields(DecodeSettings)})
     from pid_lightning.decode_files import decode_files
