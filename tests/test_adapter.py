@@ -255,34 +255,6 @@ def test_only_a_sigma_plane_tells_the_adapter_the_noise_level(upsampling: str) -
         assert torch.equal(noisy[1], clean[1]) != sigma_plane
 
 
-# --------------------------------------------------------------- published sizes
-
-
-@pytest.mark.parametrize(
-    ("config", "channels", "stride", "millions"),
-    [
-        (AdapterConfig(), 16, 8, 59.9),
-        (
-            AdapterConfig(
-                width=1024, gate="token", padding="replicate", inject_pixels=True, rgb_head=True
-            ),
-            16,
-            8,
-            98.8,
-        ),
-    ],
-    ids=["v1", "v1.5"],
-)
-def test_published_parameter_counts(
-    config: AdapterConfig, channels: int, stride: int, millions: float
-) -> None:
-    with torch.device("meta"):
-        network = PiD(PiDConfig(adapter=config), channels, stride, scale=4)
-    parts = (network.adapter, network.gates)
-    count = sum(p.numel() for part in parts for p in part.parameters())
-    assert count / 1e6 == pytest.approx(millions, abs=0.06)
-
-
 def test_a_head_norm_keeps_features_in_bounds_whatever_the_convolutions_grow_to() -> None:
     config = dataclasses.replace(V1, num_res_blocks=0, head_norm=True)
     latents = torch.randn(1, 4, 2, 2, dtype=torch.float64)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -444,13 +442,3 @@ def test_mistakes_are_one_sentence(
 def test_without_the_tests_folder_there_is_no_baseline(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="run from a clone"):
         baseline.load_plain(tmp_path / "tests" / "plain.py")
-
-
-def test_decoding_is_measured_without_lightning() -> None:
-    names = ("baseline", "estimate", "measure", "networks", "rates", "report", "work")
-    imports = "; ".join(f"import pid_lightning.bench.{name}" for name in names)
-    probe = f"import sys; sys.modules['lightning'] = None; {imports}"
-    done = subprocess.run(
-        [sys.executable, "-c", probe], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +30,7 @@ from pid_lightning.import_released import (
     import_released,
     released_arguments,
 )
+from pid_lightning.noising import add_latent_noise
 from pid_lightning.pictures import read_picture
 from pid_lightning.randomness import sample_generators
 from pid_lightning.released import build_from_arguments, from_released
@@ -161,14 +161,45 @@ def test_compiled_tiles_share_one_graph_whatever_the_pictures_sizes(
         assert (eager - compiled).abs().max() <= 2.01 / 255  # one step of 8 bits
 
 
-def test_sigma_adds_noise_to_pictures_and_is_told_for_latents(tmp_path: Path, model: Path) -> None:
-    source = draw(tmp_path / "picture.png", 16, 16)
-    outputs = []
-    for sigma in (0, 0.5):
-        out = tmp_path / f"{sigma}"
-        pid("decode", source, "--model", model, "--output", out, "--sigma", sigma)
-        outputs.append(read_picture(out / "picture.png"))
-    assert not torch.equal(*outputs)
+@pytest.mark.parametrize("student_times", [STUDENT_TIMES, None], ids=["student", "teacher"])
+def test_options_reach_the_decoder(tmp_path: Path, student_times: tuple[float, ...] | None) -> None:
+    sizes = {"text_width": 6, "text_length": 3}
+    make(latent_channels=16, student_times=student_times, sizes=sizes).save_pretrained(tmp_path)
+    source, out = draw(tmp_path / "picture.png", 32, 32), tmp_path / "out"
+    decoder = PiDDecoder.from_pretrained(tmp_path).attend_in_windows(32)
+    clean = decoder.encode(read_picture(source)[None])
+    save_file({"latents": clean}, tmp_path / "z.safetensors")
+    options = "--sigma .5 --seed 3 --steps 2 --window 32 --tile 64 --guidance_scale 2"
+    for name in ("picture.png", "z.safetensors"):
+        pid("decode", tmp_path / name, "--model", tmp_path, "--output", out, *options.split())
+    eps = draw_noise(clean.shape, sample_generators(3, "latents", [0]), "cpu")
+    noisy = add_latent_noise(clean, eps, torch.full((1,), 0.5))
+    for name, latents in (("picture.png", noisy), ("z.png", clean)):
+        same = {"seed": 3, "steps": 2, "tile": 64, "guidance_scale": 2.0, "progress": False}
+        (expected,) = decoder.decode(latents, 0.5, **same)
+        assert (read_picture(out / name) - expected).abs().max() <= 1.01 / 255, name
+
+
+def test_a_prompt_is_encoded_by_the_model_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(latent_channels=16, sizes={"text_width": 6, "text_length": 3}).save_pretrained(tmp_path)
+    built = []
+
+    def language_model(*arguments: object, **options: object) -> tiny.Text:
+        built.append((arguments, options))
+        return tiny.Text()
+
+    monkeypatch.setattr(decode_files, "LanguageModelText", language_model)
+    source = draw(tmp_path / "a.png", 16, 16)
+    words = ("--prompt", "a fox", "--text_model", "words", "--text_prefix", "so: ")
+    pid("decode", source, "--model", tmp_path, "--output", tmp_path / "out", *words)
+    assert built == [(("words", "so: "), {"length": 3, "text_width": 6})]
+    decoder = PiDDecoder.from_pretrained(tmp_path)
+    decoder.text_encoder = tiny.Text()
+    latents = decoder.encode(read_picture(source)[None])
+    (expected,) = decoder.decode(latents, prompt="a fox", seed=0, progress=False)
+    assert (read_picture(tmp_path / "out" / "a.png") - expected).abs().max() <= 1.01 / 255
 
 
 def test_comparison_and_colour(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture) -> None:
@@ -195,10 +226,10 @@ def test_ctrl_c_leaves_complete_files(
         draw(tmp_path / f"{name}.png", 16, 16)
     decode_one = decode_files._decode_file
 
-    def interrupted(decoder, model, file, path, settings) -> None:
+    def interrupted(decoder: PiDDecoder, file: Path, *rest: object) -> None:
         if file.stem == "b":
             raise KeyboardInterrupt
-        decode_one(decoder, model, file, path, settings)
+        decode_one(decoder, file, *rest)
 
     monkeypatch.setattr(decode_files, "_decode_file", interrupted)
     inputs = [tmp_path / "a.png", tmp_path / "b.png"]
@@ -221,8 +252,6 @@ def test_mistakes_are_told_before_the_work(
     assert "does not exist" in refused(capsys, "decode", tmp_path / "none.png", *common)
     assert "was not found" in refused(capsys, "decode", good, "--model", "none.safetensors")
     assert "sigma: 2.0 must lie" in refused(capsys, "decode", good, *common, "--sigma", 2)
-    assert "steps: 9 must lie" in refused(capsys, "decode", good, *common, "--steps", 9)
-    assert "without text" in refused(capsys, "decode", good, *common, "--prompt", "a cat")
     save_file({"latents": torch.zeros(4, 2, 2)}, tmp_path / "z.safetensors")
     assert "have 4 channels" in refused(capsys, "decode", tmp_path / "z.safetensors", *common)
     assert not out.exists()
@@ -247,14 +276,15 @@ def test_a_comparison_overwrites_nothing(
     assert not out.exists()
 
 
-def test_help_is_quick_and_brings_no_library() -> None:
+@pytest.mark.parametrize(("command", "told"), [("'decode', ", "--match_colour"), ("", "bench")])
+def test_help_is_quick_and_brings_no_library(command: str, told: str) -> None:
     code = (
         "import sys; from pid_lightning.__main__ import main\n"
-        "try: main(['decode', '--help'])\n"
+        f"try: main([{command}'--help'])\n"
         "except SystemExit: print([m for m in ('torch', 'lightning') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "--match_colour" in done.stdout
+    assert told in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -390,32 +420,6 @@ def test_what_is_not_exactly_the_released_network_is_refused(tmp_path: Path) -> 
     assert "holds v1.5 weights (their gates are one value a token), not v1" in told("flux", "v1")
     path.write_bytes(path.read_bytes()[:1000])
     assert "truncated" in told("flux", "v1.5")
-
-
-class Trap:
-    """Runs code where a pickle of it is loaded carelessly."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.mark,)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_that_runs_code_is_refused_unrun(
-    tmp_path: Path, zipped: bool, capsys: pytest.CaptureFixture
-) -> None:
-    path, mark = tmp_path / "released.pth", tmp_path / "mark"
-    if zipped:
-        torch.save({"net.a": Trap(mark)}, path)
-    else:
-        path.write_bytes(pickle.dumps({"net.a": Trap(mark)}))
-    out = tmp_path / "ours.safetensors"
-    options = ("--family", "flux", "--version", "v1")
-    assert "nothing of it was executed" in refused(capsys, "import", path, out, *options)
-    assert not mark.exists()
-    assert not out.exists()
 
 
 def test_import_says_what_it_wants(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -137,13 +137,6 @@ def test_evaluation_takes_the_centre_of_the_upright_picture(tmp_path):
         torch.testing.assert_close(batch["image"][batch["name"].index("turned")], want)
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
-def test_every_mode_becomes_three_channels(tmp_path, mode):
-    picture(0, mode=mode).save(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"))
-    data = ready(str(tmp_path), num_val=0, batch_size=1)
-    assert next(iter(data.train_dataloader()))["image"].shape == (1, 3, 16, 16)
-
-
 def test_16_bit_pictures_train_as_they_are_decoded(tmp_path):
     greys = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     Image.fromarray(greys).save(tmp_path / "grey.png")
@@ -378,14 +371,11 @@ def test_mistakes_are_one_sentence_before_training(
     assert "\n" not in str(caught.value)
 
 
-def test_transparency_is_composited_over_white_as_in_decoding(tmp_path):
-    clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
-    for name in ("a", "b", "c"):
-        clear.save(tmp_path / f"{name}.png")
-    for cache_bytes in (0, 2**20):
-        data = ready(str(tmp_path), num_val=1, batch_size=2, cache_bytes=cache_bytes)
-        assert (next(iter(data.train_dataloader()))["image"] == 1).all()
-    assert (read_picture(tmp_path / "a.png") == 1).all()
+def test_an_epoch_is_one_pass_over_all_processes(tmp_path):
+    data = ready(fill(tmp_path, 9), num_val=0, batch_size=2)
+    assert len(data.train_dataloader()) == 5
+    data.trainer = SimpleNamespace(world_size=2, global_rank=0)
+    assert len(data.train_dataloader()) == 3
 
 
 # ---- order, reproducibility, resuming

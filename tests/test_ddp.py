@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from pid_lightning import DMD2, EMA, weights
-from pid_lightning.cli import main
 
 NUM_STEPS = 4
 GLOBAL_BATCH = 4
@@ -141,18 +140,3 @@ def test_distilling_without_finding_unused_parameters_is_refused(
         assert "pid: trainer.strategy: DMD2 alternates networks" in said
         assert "ddp_find_unused_parameters_true" in said
         assert "Traceback" not in said
-
-
-def test_fsdp_on_a_cpu_is_refused_by_lightning(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Lightning supports FSDP on GPUs only, so there is nothing to compare here."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["pid"])
-    config = processes.write_config(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        main(["fit", f"--config={config}", "--trainer.strategy=fsdp"])
-    assert stopped.value.code == 2
-    (message,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("pid: "))
-    assert "fsdp" in message.lower()
-    assert "GPU accelerator" in message

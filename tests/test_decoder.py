@@ -20,9 +20,13 @@ from torch import Tensor
 from pid_lightning import hub, tile_choice
 from pid_lightning.colour import colour_shift, match_colour
 from pid_lightning.decoder import PiDDecoder
+from pid_lightning.decoding import decode_latents
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.families import build_encoder
+from pid_lightning.flow import resolution_shift
+from pid_lightning.memory import free_memory
 from pid_lightning.nn import PiD
+from pid_lightning.randomness import sample_generators
 from pid_lightning.text import TextEncoder
 from pid_lightning.weights import ModelInfo, fingerprint, load_model
 
@@ -51,11 +55,7 @@ def make_info(**changes) -> ModelInfo:
 def make(**changes) -> PiDDecoder:
     """A decoder with random weights, so that the output depends on every input."""
     info = make_info(**changes)
-    denoiser = info.build()
-    generator = torch.Generator().manual_seed(0)
-    for weight in denoiser.parameters():
-        weight.data = 0.1 * torch.randn(weight.shape, generator=generator)
-    return PiDDecoder(denoiser, info)
+    return PiDDecoder(tiny.randomise(info.build()), info)
 
 
 def noise(*shape: int, seed: int = 1) -> Tensor:
@@ -346,13 +346,28 @@ def test_families_that_are_not_ours_have_no_encoder() -> None:
         build_encoder(make_info(family="OwnPiD"))
 
 
-def test_decoding_brings_no_lightning() -> None:
-    code = (
-        "import sys, pid_lightning.decoder, pid_lightning.decode_files;"
-        "print([m for m in ('lightning', 'diffusers', 'timm', 'datasets') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+@pytest.mark.parametrize("tile", [None, 64])
+def test_a_teacher_is_sampled_with_its_own_shift(tile: int | None) -> None:
+    """That of its training, or that of the size which the network sees."""
+    for time_shift in (6.0, None):
+        decoder = make(student_times=None, time_shift=time_shift)
+        latents, sigma = noise(1, 4, 4, 4), torch.zeros(1)
+        ours = decode(decoder, latents, steps=3, tile=tile)
+        seen = resolution_shift(tile or 128, tile or 128)
+        expected = decode_latents(
+            decoder.denoiser,
+            latents,
+            sigma,
+            student_times=None,
+            steps=3,
+            time_shift=time_shift or seen,
+            generator=sample_generators(0, "decode", [0]),
+            tile=tile,
+        )
+        assert torch.equal(ours, expected)
+        assert not torch.equal(
+            ours, decode(make(student_times=None, time_shift=2.0), latents, steps=3, tile=tile)
+        )
 
 
 # ------------------------------------------------------------------- memory and colour
@@ -423,3 +438,25 @@ def test_colour_is_matched_and_detail_kept() -> None:
     )
     with pytest.raises(ValueError, match="cannot be matched"):
         match_colour(picture, native[:, :40])
+
+
+def test_a_cast_of_half_a_picture_is_seen_and_matched() -> None:
+    native = torch.zeros(3, 64, 128)
+    sides = torch.where(torch.arange(512) < 256, 0.2, -0.2).expand(3, 256, -1)
+    shift = colour_shift(sides, native)
+    assert shift.mean == pytest.approx((0, 0, 0), abs=1e-3)
+    assert shift.largest == pytest.approx(25.5, abs=1e-3)
+    matched = match_colour(sides, native)
+    away = torch.cat((matched[..., :192], matched[..., 320:]), dim=-1)
+    assert away.abs().max() < 1e-4
+    fine = 0.2 * (-1.0) ** (torch.arange(512) // 32).expand(3, 256, -1)  # 8 native pixels: detail
+    assert torch.allclose(match_colour(fine, native), fine, atol=1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_free_memory_is_part_of_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < free_memory(torch.device("cpu")) <= physical
+    monkeypatch.setattr(tile_choice, "free_memory", lambda device: 0)
+    with pytest.warns(UserWarning, match="Memory is short"):
+        assert make().choose_tile(512, 512, "auto") == 64  # two cells: tiles get no smaller

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,10 +11,21 @@ import tiny
 import torch
 from torch import Tensor
 
-from pid_lightning import DMD2, EMA, DistillationGrids, Training, flow, losses, weights
+from pid_lightning import (
+    DMD2,
+    EMA,
+    DistillationGrids,
+    Training,
+    flow,
+    losses,
+    sampling,
+    weights,
+)
 from pid_lightning.callbacks.turns import Turns
+from pid_lightning.decoding import decode_latents
 from pid_lightning.modules.objective import Sample
 from pid_lightning.nn import Discriminator
+from pid_lightning.randomness import sample_generators
 from pid_lightning.sampling import STUDENT_TIMES
 
 
@@ -43,7 +55,7 @@ class Watch(tiny.pl.Callback):
 
     def __init__(self) -> None:
         self.moved: list[set[str]] = []
-        self.steps: list[tuple[int, int, int]] = []
+        self.steps: list[tuple[int, int]] = []
         self.logged: set[str] = set()
 
     def _state(self, module) -> dict[str, Tensor]:
@@ -61,7 +73,7 @@ class Watch(tiny.pl.Callback):
         after = self._state(pl_module)
         self.moved.append({k for k in after if not torch.equal(after[k], self.before[k])})
         objective = pl_module.objective
-        self.steps.append((trainer.global_step, objective.num_student_updates, _[-1]))
+        self.steps.append((trainer.global_step, objective.num_student_updates))
         self.logged |= trainer.callback_metrics.keys()
         assert all(p.grad is None for p in pl_module.parameters())  # no leftover gradients
 
@@ -74,7 +86,7 @@ def test_one_batch_is_one_step_of_one_side(
     fitted = tiny.fit(tmp_path, 6, dmd2, EMA(), watch)
     critics, student = {"fake_score", "discriminator"}, {"denoiser", "denoiser_ema"}
     assert watch.moved == [critics, critics, student] * 2
-    assert [(g, s) for g, s, _ in watch.steps] == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 1), (6, 2)]
+    assert watch.steps == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 1), (6, 2)]
     source, _ = weights.load_model(teacher)
     tiny.assert_equal_states(
         fitted.teacher.float().state_dict(), source.bfloat16().float().state_dict()
@@ -381,6 +393,64 @@ def test_times_stay_within_the_clamp(teacher: Path) -> None:
     )
     assert free.min() < 0.4 < 0.6 < free.max()
     assert torch.equal(clamped, free.clamp(0.4, 0.6))
+
+
+def attached(dmd2: DMD2) -> tuple[tiny.VAEPiD, Sample]:
+    """A module with random networks as `dmd2` attaches them, and a sample."""
+    module = tiny.module()
+    module.trainer = SimpleNamespace(global_step=0)
+    module.fake_score, module.teacher = tiny.module().denoiser, tiny.module().denoiser
+    module.discriminator = Discriminator(32, 2)
+    for seed, name in enumerate(("denoiser", "fake_score", "teacher", "discriminator")):
+        tiny.randomise(getattr(module, name), seed)
+    x0 = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    latents = torch.ones(2, 16, 2, 2)
+    return module, Sample(x0, x0, latents, torch.zeros(2), None, None, None, [0, 1])
+
+
+def test_losses_are_the_weighted_sums_of_their_parts(teacher: Path) -> None:
+    dmd2 = distillation(teacher, generator_weight=0.3, generator_warmup=4, r1_weight=7.0)
+    module, sample = attached(dmd2)
+    for num_updates, warm in ((0, 0.25), (2, 0.75), (9, 1.0)):
+        dmd2.num_student_updates = num_updates
+        loss, parts = dmd2._student_loss(module, sample)
+        expected = parts["dmd_loss"] + 0.3 * warm * parts["generator_loss"]
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss, parts = dmd2._critic_loss(module, sample)
+    expected = parts["fake_score_loss"] + parts["discriminator_loss"] + 7 * parts["r1_loss"]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert parts["r1_loss"] > 0
+    dmd2.r1_noise = 0.0
+    assert dmd2._critic_loss(module, sample)[1]["r1_loss"] == 0
+
+
+def test_the_rollout_is_the_students_own_sampler(teacher: Path) -> None:
+    dmd2 = distillation(teacher)
+    module, sample = attached(dmd2)
+    condition, start = sample.condition(module.denoiser), torch.ones(2, 3, 64, 64)
+    x, seed = start, module.training_settings.seed
+    with torch.no_grad():
+        for i, (now, after) in enumerate(itertools.pairwise(dmd2.student_times)):
+            velocity = module.denoiser(x, torch.full((2,), now), condition)
+            generators = sample_generators(seed, f"rollout {i}", sample.numbers)
+            eps = sampling.draw_noise(x.shape, generators, "cpu")
+            x = (1 - after) * (x - now * velocity) + after * eps
+    torch.testing.assert_close(dmd2._roll_out(module, sample, condition, start, 3), x)
+
+
+def test_grids_show_what_their_columns_say(teacher: Path) -> None:
+    module, sample = attached(distillation(teacher))
+    module.student_times = (0.9, 0.5)
+    clean = sample.latents[:1]
+    columns = DistillationGrids().columns(module, clean, None, [0])
+
+    def decoded(network: torch.nn.Module, times: tuple[float, ...] | None, steps: int) -> Tensor:
+        generators = sample_generators(module.training_settings.seed, "test pixels", [0])
+        options = {"student_times": times, "steps": steps, "generator": generators}
+        return decode_latents(network, clean, torch.zeros(1), **options)
+
+    assert torch.equal(columns["teacher 4"], decoded(module.teacher, None, 4))
+    assert torch.equal(columns["student 1"], decoded(module.denoiser, (0.9, 0.5), 1))
 
 
 @pytest.mark.parametrize("student_input", ["rollout", "noised_data"])

@@ -89,7 +89,7 @@ def test_flow_matching_pipelines(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("noise_frame", noising.FRAMES)
-@pytest.mark.parametrize("name", SDXL_SCHEDULERS)
+@pytest.mark.parametrize("name", ["euler", "heun", "ddim", "dpm"])
 def test_sdxl_schedulers(name: str, noise_frame: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An analytic denoiser: always the eps that the latents were made with."""
     scheduler = SDXL_SCHEDULERS[name]()
@@ -107,7 +107,7 @@ def test_sdxl_schedulers(name: str, noise_frame: str, monkeypatch: pytest.Monkey
 
     # The level from diffusers' own table at the next timestep.
     kept = float(scheduler.alphas_cumprod[round(float(scheduler.timesteps[AT_STEP]))])
-    if name in ("euler_karras", "dpm_karras", "heun"):  # fractional timesteps: use the schedule
+    if name == "heun":  # visits timesteps twice: use the schedule
         kept = 1 / (1 + float(scheduler.sigmas[AT_STEP]) ** 2)
     signal, noise = kept**0.5, (1 - kept) ** 0.5
     sigma = noise if noise_frame == "variance_preserving" else noise / (signal + noise)
@@ -185,7 +185,7 @@ def test_schedulers_that_draw_fresh_noise(scheduler: Any) -> None:
     scheduler.set_timesteps(STEPS)
     latents = start(scheduler, z, eps) * scheduler.init_noise_sigma
     eta = {"eta": 1.0} if isinstance(scheduler, diffusers.DDIMScheduler) else {}
-    for timestep in scheduler.timesteps[:-1]:
+    for timestep in scheduler.timesteps:
         now = scheduler.scale_model_input(latents, timestep)
         kept = scheduler.alphas_cumprod[int(timestep)]
         predicted = now / (1 - kept).sqrt()  # z is 0, so all of it is noise
@@ -193,7 +193,7 @@ def test_schedulers_that_draw_fresh_noise(scheduler: Any) -> None:
             predicted, timestep, latents, generator=generator, **eta
         ).prev_sample
         _, noise = signal_and_noise(scheduler, timestep)
-        assert float(latents.std()) == pytest.approx(noise, rel=0.02)
+        assert float(latents.std()) == pytest.approx(noise, rel=0.02, abs=1e-3)
 
 
 def test_frames_agree_with_the_formulas() -> None:

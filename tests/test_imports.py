@@ -39,8 +39,10 @@ PLAIN_TORCH = (
     "encoders",
     "latent_spaces",
     "decoder",
+    "decode_files",
     "diffusers_vae",
     "early_stop",
+    *("bench/baseline", "bench/estimate", "bench/measure", "bench/networks", "bench/work"),
 )
 LAZY = ("timm", "open_clip", "transformers", "datasets", "diffusers", "torchmetrics")
 # Modules that the method's files may import at the top level; others only inside functions.
@@ -76,8 +78,8 @@ def heavy_imports(modules: list[str]) -> dict[str, list[str]]:
 
 
 def test_plain_torch_modules_import_nothing_heavy() -> None:
-    modules = ["pid_lightning", *(f"pid_lightning.{name}" for name in PLAIN_TORCH)]
-    imports = heavy_imports(modules)
+    names = (name.replace("/", ".") for name in PLAIN_TORCH)
+    imports = heavy_imports(["pid_lightning", *(f"pid_lightning.{name}" for name in names)])
     assert {module: names for module, names in imports.items() if names} == {}
 
 
@@ -98,6 +100,10 @@ def sources(*modules: str) -> list[Path]:
         folder = PACKAGE / module
         found += sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
     return found
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def imported(node: ast.AST) -> list[str]:
@@ -125,39 +131,31 @@ def head(tree: ast.Module) -> list[ast.AST]:
     return found
 
 
-@pytest.mark.parametrize("path", sources(*PLAIN_TORCH), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_plain_torch_modules_never_import_lightning(path: Path) -> None:
+def test_plain_torch_modules_never_import_lightning() -> None:
     forbidden = ("lightning", "pytorch_lightning", "lightning_fabric")
     above = tuple(f"pid_lightning.{module}" for module in ("modules", "callbacks", "cli"))
-    for node in ast.walk(ast.parse(path.read_text())):
-        for name in imported(node):
-            assert name.split(".")[0] not in forbidden, name
-            assert not name.startswith(above), name
+    for path in sources(*PLAIN_TORCH):
+        for name in (n for node in ast.walk(parsed(path)) for n in imported(node)):
+            assert name.split(".")[0] not in forbidden, (path, name)
+            assert not name.startswith(above), (path, name)
 
 
-@pytest.mark.parametrize(
-    "path",
-    sources("flow", "noising", "losses", "sampling", "randomness", "nn"),
-    ids=lambda p: str(p.relative_to(PACKAGE)),
-)
-def test_the_method_needs_torch_and_einops_only(path: Path) -> None:
-    for node in head(ast.parse(path.read_text())):
-        for name in imported(node):
-            assert name.split(".")[0] in METHOD, name
+def test_the_method_needs_torch_and_einops_only() -> None:
+    for path in sources("flow", "noising", "losses", "sampling", "randomness", "nn"):
+        for name in (n for node in head(parsed(path)) for n in imported(node)):
+            assert name.split(".")[0] in METHOD, (path, name)
 
 
-@pytest.mark.parametrize("path", sources("."), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_heavy_libraries_are_imported_where_they_are_used(path: Path) -> None:
-    for node in head(ast.parse(path.read_text())):
-        for name in imported(node):
-            assert name.split(".")[0] not in LAZY, name
+def test_heavy_libraries_are_imported_where_they_are_used() -> None:
+    for path in sources("."):
+        for name in (n for node in head(parsed(path)) for n in imported(node)):
+            assert name.split(".")[0] not in LAZY, (path, name)
 
 
-@pytest.mark.parametrize("path", sources("."), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_no_source_names_cuda_by_method_or_seeds_the_world(path: Path) -> None:
+def test_no_source_names_cuda_by_method_or_seeds_the_world() -> None:
     """`.cuda()` fixes the device; `torch.manual_seed` changes the global random state."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call):
+    for path in sources("."):
+        for node in (n for n in ast.walk(parsed(path)) if isinstance(n, ast.Call)):
             called = ast.unparse(node.func)
-            assert not called.endswith(".cuda"), called
-            assert called not in ("torch.manual_seed", "torch.random.manual_seed"), called
+            assert not called.endswith(".cuda"), (path, called)
+            assert called not in ("torch.manual_seed", "torch.random.manual_seed"), (path, called)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ import torch
 from PIL import Image
 
 from pid_lightning import pictures
-from pid_lightning.files import replaced_file
 from pid_lightning.pictures import (
     enlarge_picture,
     find_inputs,
@@ -131,16 +129,6 @@ def test_a_failed_write_keeps_the_previous_file(tmp_path, monkeypatch):
         write_picture(torch.ones(3, 4, 4), tmp_path / "a.png", {})
     assert (tmp_path / "a.png").read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "a.png"]
-
-
-def test_a_replaced_file_takes_the_usual_permissions(tmp_path):
-    (tmp_path / "plain").write_text("")
-    with replaced_file(tmp_path / "replaced") as temporary:
-        assert temporary.parent == tmp_path
-        temporary.write_text("")
-        assert not (tmp_path / "replaced").exists()
-    modes = [os.stat(tmp_path / name).st_mode for name in ("plain", "replaced")]
-    assert modes[0] == modes[1]
 
 
 @pytest.mark.parametrize("factor", [1, 2, 3, 4, 8])

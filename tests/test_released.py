@@ -163,11 +163,6 @@ def test_arguments_become_our_configuration() -> None:
     assert build_from_arguments({**V1, "rope_mode": "original"}).config.rope_reference is None
 
 
-def test_published_tensor_counts() -> None:
-    full = {**V1, "patch_depth": 14, "lq_num_res_blocks": 4, "lq_interval": 2}
-    assert len(dict(released_shapes(full))) == 456
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

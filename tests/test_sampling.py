@@ -302,24 +302,6 @@ def test_decoding_is_conditioning_then_sampling(student_times: tuple[float, ...]
     assert torch.equal(decoded, expected.clamp(-1, 1))
 
 
-def test_a_picture_does_not_depend_on_its_batch() -> None:
-    network, latents, sigma = tiny_network(), noise(3, 4, 2, 2), torch.tensor([0.0, 0.3, 0.8])
-
-    def decode(rows: list[int]) -> Tensor:
-        generators = sample_generators(0, "noise", rows)
-        return decode_latents(
-            network,
-            latents[rows],
-            sigma[rows],
-            student_times=sampling.STUDENT_TIMES,
-            generator=generators,
-        )
-
-    together = decode([0, 1, 2])
-    for row in range(3):
-        assert torch.allclose(decode([row])[0], together[row], atol=1e-4)
-
-
 def test_guided_decoding_weighs_text_against_null_text() -> None:
     network, latents, sigma = tiny_network(), noise(1, 4, 1, 1), torch.zeros(1)
     text, null = noise(1, 3, 6, seed=1), noise(1, 2, 6, seed=2)

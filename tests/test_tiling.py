@@ -113,10 +113,7 @@ def test_blended_velocity_has_no_jump_at_any_border() -> None:
 def network(seed: int = 0) -> PiD:
     """A network with random weights, so that the output depends on every input."""
     denoiser = PiD(tiny.config(), latent_channels=4, latent_stride=4, scale=4).eval()
-    generator = torch.Generator().manual_seed(seed)
-    for weight in denoiser.parameters():
-        weight.data = 0.15 * torch.randn(weight.shape, generator=generator)
-    return denoiser.requires_grad_(False)
+    return tiny.randomise(denoiser, seed, std=0.15).requires_grad_(False)
 
 
 def decode(denoiser: PiD, latents: Tensor, tile: int | None) -> Tensor:
@@ -185,6 +182,21 @@ def test_features_at_a_tiles_border_have_seen_the_margin() -> None:
     assert first_tile(latents).shape[1:3] == (4, 4)
     assert not torch.equal(first_tile(near), first_tile(latents))
     assert torch.equal(first_tile(far), first_tile(latents))
+
+
+@pytest.mark.parametrize("dim", [-2, -1])
+def test_features_have_seen_the_margin_before_a_tile_too(dim: int) -> None:
+    denoiser, latents = network(), noise(1, 4, 12, 12)
+    near, far = latents.clone(), latents.clone()
+    near.select(dim, 7).add_(1)  # the last tile of 64 pixels = 4 cells starts at cell 8
+    far.narrow(dim, 0, 6).add_(1)
+
+    def last_tile(latents: Tensor) -> Tensor:
+        tiles = Tiles(192, 192, 64, denoiser.alignment)
+        return adapt_tile(denoiser, latents, torch.zeros(1), tiles, [*tiles][-1])
+
+    assert not torch.equal(last_tile(near), last_tile(latents))
+    assert torch.equal(last_tile(far), last_tile(latents))
 
 
 def test_latents_pass_the_adapter_once_a_tile() -> None:

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
+from pid_lightning.files import replaced_file
 from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
 from pid_lightning.weights import (
     METADATA_KEY,
@@ -297,6 +298,7 @@ def test_a_failing_checkpoint_leaves_the_old_one(
     from pid_lightning.checkpointing import AtomicCheckpointIO
 
     path, writer = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    (tmp_path / ".last.ckpt.99.tmp").touch()  # of a process that was killed
     writer.save_checkpoint(checkpoint(), path)
 
     def full_disk(content: object, file: object) -> None:
@@ -314,6 +316,10 @@ def test_a_written_file_is_readable_by_others_as_any_new_file_is(tmp_path: Path)
     (tmp_path / "plain").touch()
 
     save_model(random_network(), INFO, tmp_path / "model.safetensors", torch.float32, "of a test")
+    with replaced_file(tmp_path / "replaced") as temporary:  # by a writer with its own idea of it
+        temporary.unlink()
+        temporary.touch(mode=0o600)
+        assert not (tmp_path / "replaced").exists()
     modes = {path.stat().st_mode for path in tmp_path.iterdir()}
     assert len(modes) == 1
     with safe_open(str(tmp_path / "model.safetensors"), framework="pt") as file:

@@ -16,8 +16,6 @@ from pid_lightning.nn.attention import attend, rotated
 from pid_lightning.nn.rope import patch_angles, rotation, text_angles
 from pid_lightning.nn.windows import Windows, attend_in_windows
 
-LENGTHS = list(itertools.product(range(1, 20), range(2, 9), (False, True)))
-
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -37,14 +35,13 @@ def network(text_length: int, num_blocks: int = 2) -> PiD:
     return denoiser
 
 
-@pytest.mark.parametrize(("length", "side", "shifted"), LENGTHS)
-def test_every_patch_is_in_one_window(length: int, side: int, shifted: bool) -> None:
-    windows = Windows(length, 3, side, shifted)
-    covered = torch.zeros(length, 3)
-    for rows, columns in windows:
-        assert 0 < rows.stop - rows.start <= side
-        covered[rows, columns] += 1
-    assert (covered == 1).all()
+def test_every_patch_is_in_one_window() -> None:
+    for length, side, shifted in itertools.product(range(1, 20), range(2, 9), (False, True)):
+        covered = torch.zeros(length, 3)
+        for rows, columns in Windows(length, 3, side, shifted):
+            assert 0 < rows.stop - rows.start <= side, (length, side, shifted)
+            covered[rows, columns] += 1
+        assert (covered == 1).all(), (length, side, shifted)
 
 
 @pytest.mark.parametrize("shifted", [False, True])

@@ -66,6 +66,14 @@ def module(
         )
 
 
+def randomise(network: torch.nn.Module, seed: int = 0, std: float = 0.1) -> torch.nn.Module:
+    """Redraw all weights, so that outputs depend on every input; returns the network."""
+    generator = torch.Generator().manual_seed(seed)
+    for weight in network.parameters():
+        weight.data = std * torch.randn(weight.shape, generator=generator)
+    return network
+
+
 def data(batch_size: int = 4, **changes: Any) -> ImageData:
     """Crops of the bundled photographs."""
     return ImageData(
