@@ -73,7 +73,7 @@ def test_tiles_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_tiles_are_near_the_whole() -> None:
-    """Half of the trained size in tiles against the whole, on clean latents: above 30 dB."""
+    """Half of the trained size in tiles against the whole, on clean latents: above 28 dB."""
     decoder = PiDDecoder.from_pretrained(NAME, torch.float32)
     photos = torch.cat([_centre(path) for path in sorted((BUNDLED_PHOTOS / "test").glob("*.jpg"))])
     latents = decoder.encode(reduce_picture(photos, decoder.scale))
@@ -83,7 +83,7 @@ def test_tiles_are_near_the_whole() -> None:
             decoder.decode(latents, seed=0, tile=tile, progress=False) for tile in (None, SIDE // 2)
         )
     assert not torch.equal(whole, tiled)
-    assert _psnr(whole, tiled) > 30
+    assert _psnr(whole, tiled) > 28
 
 
 def test_a_picture_is_enlarged_by_one_command(tmp_path: Path) -> None:
