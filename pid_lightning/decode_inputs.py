@@ -16,6 +16,9 @@ from pid_lightning.sampling import Generators, few_step_times
 from pid_lightning.tiling import check_tile
 from pid_lightning.weights import ModelInfo
 
+# Stack level of the user's own call to PiDDecoder.decode, seen from a warning in check_inputs.
+CALLER_LEVEL = 4
+
 
 def check_inputs(
     denoiser: PiD,
@@ -60,9 +63,9 @@ def check_inputs(
         warnings.warn(
             f"latent_sigma: {highest:g} is above {info.latent_sigma_max:g}, the highest level this "
             "model was trained for: expect invented content.",
-            stacklevel=4,
+            stacklevel=CALLER_LEVEL,
         )
-    warn_if_not_normalised(latents, info.latent_space)
+    warn_if_not_normalised(latents, info.latent_space, CALLER_LEVEL + 1)
     return sigma.expand(len(latents))
 
 

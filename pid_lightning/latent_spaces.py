@@ -216,12 +216,13 @@ def space_of(vae: nn.Module) -> LatentSpace:
     )
 
 
-def warn_if_not_normalised(latents: Tensor, space: str = "") -> None:
+def warn_if_not_normalised(latents: Tensor, space: str = "", stacklevel: int = 2) -> None:
     """Warn if the standard deviation of latents is far from 1.
 
     Args:
         latents: (B, C, h, w).
         space: name of the space they should be in, for the message.
+        stacklevel: of the call that the warning names, as in `warnings.warn`; 2 is the caller.
     """
     std = latents.detach().float().std().item()
     low, high = PLAUSIBLE_STD
@@ -240,7 +241,7 @@ def warn_if_not_normalised(latents: Tensor, space: str = "") -> None:
     warnings.warn(
         f"These {name} have a standard deviation of {std:.2f} instead of about 1, so colours will "
         f"be wrong: {cause}.",
-        stacklevel=2,
+        stacklevel=stacklevel,
     )
 
 

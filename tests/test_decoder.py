@@ -179,8 +179,9 @@ def test_mistakes_are_one_sentence(arguments: dict, sentence: str) -> None:
     ],
 )
 def test_what_is_outside_the_training_warns(latents: Tensor, options: dict, sentence: str) -> None:
-    with pytest.warns(UserWarning, match=sentence):
+    with pytest.warns(UserWarning, match=sentence) as told:
         decode(make(), latents, **options)
+    assert {warning.filename for warning in told} == {__file__}  # the user's own call
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         decode(make(), noise(1, 4, 4, 4), 0.8)
