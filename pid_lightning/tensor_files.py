@@ -69,7 +69,7 @@ def read_tensors(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
         FileNotFoundError: no such file.
         ValueError: the file is damaged, or holds no dictionary of tensors.
     """
-    if Path(path).suffix == ".safetensors":
+    if Path(path).suffix.lower() == ".safetensors":
         with opened_safetensors(path) as file:
             names = _names_under(prefix, file.keys())
             return {name.removeprefix(prefix): file.get_tensor(name) for name in names}

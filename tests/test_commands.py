@@ -101,11 +101,13 @@ def test_latents_decode_to_what_their_picture_does(tmp_path: Path, model: Path) 
     source = draw(tmp_path / "picture.png", 32, 16)
     latents = PiDDecoder.from_pretrained(model).encode(read_picture(source)[None])
     save_file({"latents": latents}, tmp_path / "z.safetensors")
-    out = tmp_path / "out"
-    pid("decode", source, tmp_path / "z.safetensors", "--model", model, "--output", out)
-    made, given = (read_picture(out / name) for name in ("picture.png", "z.png"))
+    save_file({"latents": latents}, tmp_path / "LOUD.SAFETENSORS")
+    files, out = (tmp_path / "z.safetensors", tmp_path / "LOUD.SAFETENSORS"), tmp_path / "out"
+    pid("decode", source, *files, "--model", model, "--output", out)
+    made, given, loud = (read_picture(out / f"{name}.png") for name in ("picture", "z", "LOUD"))
     assert given.shape == (3, 64, 128)
     assert torch.equal(given, made)
+    assert torch.equal(loud, made)
 
 
 @pytest.mark.parametrize(
