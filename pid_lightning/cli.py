@@ -24,7 +24,13 @@ from pid_lightning.checkpointing import AtomicCheckpointIO
 from pid_lightning.files import make_folder
 from pid_lightning.freed_memory import keep_freed_memory
 from pid_lightning.hub import find_last_checkpoint
-from pid_lightning.mistakes import check_at_least, parser_sentence, raised_here, raised_in
+from pid_lightning.mistakes import (
+    PACKAGE,
+    check_at_least,
+    parser_sentence,
+    raised_here,
+    raised_in,
+)
 from pid_lightning.modules.base import PiDModule
 from pid_lightning.modules.restoring import check_checkpoint
 from pid_lightning.tensor_files import read_torch_file
@@ -232,7 +238,8 @@ def _building_error(error: BaseException | None) -> BaseException | None:
     while error is not None and raised_in(error, Path(jsonargparse.__file__).parent):
         error = error.__cause__ or error.__context__
     told = (ValueError, OSError, ModuleNotFoundError, MisconfigurationException)
-    return error if isinstance(error, told) else None
+    is_bug = error is None or raised_in(error, PACKAGE)  # else `raised_here` had found it
+    return error if isinstance(error, told) and not is_bug else None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

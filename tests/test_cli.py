@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -558,3 +559,12 @@ def test_a_builtin_that_fails_in_the_package_is_a_bug() -> None:
         network([torch.zeros(1, 8, 4, 4)])
     assert raised_in(raised.value, PACKAGE)
     assert raised_here(raised.value) is None
+
+
+def test_such_a_bug_in_a_class_of_ours_keeps_its_traceback_too(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pid_lightning.callbacks.dmd2.Turns", partial(int, "x"))
+    given = ("--trainer.callbacks+=DMD2", "--trainer.callbacks.teacher=no.ckpt")
+    with pytest.raises(ValueError, match="Does not validate"):
+        main(["fit", f"--config={runs / 'tiny.yaml'}", *given])
