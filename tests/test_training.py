@@ -127,7 +127,7 @@ def test_draws_are_in_fp32_whatever_the_default(monkeypatch: pytest.MonkeyPatch)
 def test_fsdp_is_refused(tmp_path: Path) -> None:
     fitted, strategy = tiny.module(), object.__new__(FSDPStrategy)
     fitted._trainer = SimpleNamespace(strategy=strategy)
-    with pytest.raises(ValueError, match=r"trainer\.strategy: FSDP would shard"):
+    with pytest.raises(ValueError, match=r"trainer\.strategy: FSDP is not supported"):
         fitted.setup("fit")
 
 

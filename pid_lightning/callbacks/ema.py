@@ -19,7 +19,7 @@ class EMA(Callback):
     denoiser unchanged and do not count.
 
     The average is the module's submodule `denoiser_ema`, attached in `setup`, so that every
-    strategy moves, shards, saves and restores it.
+    strategy moves, saves and restores it.
 
     Args:
         power: 16.97 spans about 5 % of the run, 6.94 about 10 %.

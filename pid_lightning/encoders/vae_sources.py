@@ -19,8 +19,9 @@ class VAESource(NamedTuple):
     config: Mapping[str, Any]
 
 
-def _kl(name: str, **more: Any) -> dict[str, Any]:
-    """Configuration of an `AutoencoderKL` of Stable Diffusion's architecture with a known space."""
+def _kl(name: str, quant_conv: bool) -> dict[str, Any]:
+    """Configuration of an `AutoencoderKL` of Stable Diffusion's architecture with a known space.
+    SD3 and FLUX.1 have no convolutions between it and the latents."""
     space = KNOWN_SPACES[name]
     return {
         "_class_name": "AutoencoderKL",
@@ -32,19 +33,18 @@ def _kl(name: str, **more: Any) -> dict[str, Any]:
         "latent_channels": space.channels,
         "scaling_factor": space.scale[0],
         "shift_factor": space.shift[0],
-        **more,
+        "use_quant_conv": quant_conv,
+        "use_post_quant_conv": quant_conv,
     }
 
-
-_UNQUANTISED = {"use_quant_conv": False, "use_post_quant_conv": False}
 
 # Configurations of the known names, so that building a network downloads nothing.
 KNOWN_VAES: Mapping[str, VAESource] = {
     "sd3": VAESource(
-        "stabilityai/stable-diffusion-3-medium-diffusers", "vae", _kl("sd3", **_UNQUANTISED)
+        "stabilityai/stable-diffusion-3-medium-diffusers", "vae", _kl("sd3", quant_conv=False)
     ),
-    "flux": VAESource("black-forest-labs/FLUX.1-schnell", "vae", _kl("flux", **_UNQUANTISED)),
-    "sdxl": VAESource("stabilityai/sdxl-vae", None, _kl("sdxl")),
+    "flux": VAESource("black-forest-labs/FLUX.1-schnell", "vae", _kl("flux", quant_conv=False)),
+    "sdxl": VAESource("stabilityai/sdxl-vae", None, _kl("sdxl", quant_conv=True)),
     "flux2": VAESource(
         "black-forest-labs/FLUX.2-klein-4B",
         "vae",

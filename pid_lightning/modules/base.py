@@ -142,8 +142,9 @@ class PiDModule(LightningModule):
         """
         if isinstance(self.trainer.strategy, FSDPStrategy):
             raise ValueError(
-                "trainer.strategy: FSDP would shard the networks that EMA and DMD2 compare tensor "
-                "by tensor; use ddp, with training.activation_checkpointing if memory is short."
+                "trainer.strategy: FSDP is not supported, since it would cut the network and its "
+                "average at different places, and takes no frozen encoder in bf16; use ddp, with "
+                "training.activation_checkpointing if memory is short."
             )
         self.prepare(self.trainer.datamodule, stage)
         if stage == "fit":
