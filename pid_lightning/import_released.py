@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pid_lightning.files import make_folder
 from pid_lightning.mistakes import check_choice
-from pid_lightning.released import build_from_arguments, from_released
+from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
+from pid_lightning.released import from_released
 from pid_lightning.sampling import STUDENT_TIMES
 from pid_lightning.tensor_files import read_torch_file
 from pid_lightning.weights import ModelInfo, check_model_path, save_model
@@ -56,38 +57,13 @@ FAMILIES: dict[str, Family] = {
     "siglip": Family("SigLIPPiD", {}, "siglip2", 1152, 16, scale=8),
 }
 
-# Arguments of the published constructor, by its own names.
-BACKBONE = {
-    "hidden_size": 1536,
-    "num_groups": 24,
-    "patch_depth": 14,
-    "patch_size": 16,
-    "pixel_hidden_size": 16,
-    "pixel_attn_hidden_size": 1152,
-    "pixel_num_groups": 16,
-    "pixel_depth": 2,
-    "txt_embed_dim": 2304,
-    "txt_max_length": 300,
-    "rope_mode": "ntk_aware",
-    "lq_num_res_blocks": 4,
-    "lq_interval": 2,
-}
-VERSIONS: dict[str, dict[str, Any]] = {
-    "v1": {
-        "lq_hidden_dim": 512,
-        "lq_gate_type": "sigma_aware_per_token_per_dim",
-        "lq_conv_padding_mode": "zeros",
-        "rope_ref_h": 1024,
-        "rope_ref_w": 1024,
-    },
-    "v1.5": {
-        "lq_hidden_dim": 1024,
-        "lq_gate_type": "sigma_aware_per_token",
-        "lq_conv_padding_mode": "replicate",
-        "pit_lq_inject": True,
-        "rope_ref_h": 2048,
-        "rope_ref_w": 2048,
-    },
+VERSIONS = {
+    "v1": PiDConfig(learned_null=False),
+    "v1.5": PiDConfig(
+        learned_null=False,
+        rope_reference=(2048, 2048),
+        adapter=AdapterConfig(width=1024, gate="token", padding="replicate", inject_pixels=True),
+    ),
 }
 
 
@@ -100,7 +76,6 @@ def import_released(
     ema: bool = False,
     image_size: int = 2048,
     student_times: Sequence[float] | None = STUDENT_TIMES,
-    sizes: Mapping[str, Any] | None = None,
 ) -> ModelInfo:
     """Write a model file from published weights, in their stored dtype (that of the patch
     embedding, should a file mix several).
@@ -113,7 +88,6 @@ def import_released(
         ema: take ``net_ema.`` instead of ``net.``.
         image_size: side in pixels of the training outputs.
         student_times: sampling times of a distilled student; None for a teacher.
-        sizes: constructor arguments that override the released ones.
 
     Raises:
         FileNotFoundError: no such file.
@@ -124,13 +98,12 @@ def import_released(
     check_choice("version", version, VERSIONS)
     check_model_path(out)
     released = _without_prefix(read_released(path), AVERAGED if ema else NETWORK, path)
-    arguments = released_arguments(family, version) | dict(sizes or {})
-    # Only some files hold the RGB head, which is used in training alone.
-    arguments["lq_aux_rgb_head"] = any("lq_aux_rgb_head" in name for name in released)
-    _check_kind(released, family, version, arguments, path)
+    _check_kind(released, family, version, path)
     make_folder("out", Path(out).parent)
+    # Only some files hold the RGB head, which is used in training alone.
+    with_rgb_head = any("lq_aux_rgb_head" in name for name in released)
     with torch.device("meta"):
-        denoiser = build_from_arguments(arguments)
+        denoiser = released_network(family, version, with_rgb_head)
     try:
         state = from_released(released, denoiser)
     except ValueError as error:
@@ -154,17 +127,16 @@ def import_released(
     return info
 
 
-def released_arguments(family: str, version: str) -> dict[str, Any]:
-    """Arguments of the published constructor for released weights."""
-    kind = FAMILIES[family]
-    return {
-        **BACKBONE,
-        **VERSIONS[version],
-        "lq_latent_channels": kind.latent_channels,
-        "latent_spatial_down_factor": kind.latent_stride,
-        "sr_scale": kind.scale,
-        "lq_latent_unpatchify_factor": kind.unpack if version == "v1.5" else 1,
-    }
+def released_network(family: str, version: str, with_rgb_head: bool) -> PiD:
+    """An untrained network of the geometry of released weights."""
+    kind, config = FAMILIES[family], VERSIONS[version]
+    adapter = replace(config.adapter, unpack=_unpack(family, version), rgb_head=with_rgb_head)
+    return PiD(
+        replace(config, adapter=adapter),
+        latent_channels=kind.latent_channels,
+        latent_stride=kind.latent_stride,
+        scale=kind.scale,
+    )
 
 
 def read_released(path: str | Path) -> dict[str, Tensor]:
@@ -208,7 +180,6 @@ def _check_kind(
     released: Mapping[str, Tensor],
     family: str,
     version: str,
-    arguments: Mapping[str, Any],
     path: str | Path,
 ) -> None:
     """Refuse a version or family that the tensors' shapes contradict, naming the right ones."""
@@ -221,7 +192,7 @@ def _check_kind(
                 f"{'token' if found == 'v1.5' else 'channel'}), not {version}: give {found}."
             )
     stem = released.get("lq_proj.latent_proj.0.weight")
-    wanted = arguments["lq_latent_channels"] // arguments["lq_latent_unpatchify_factor"] ** 2
+    wanted = _stem_channels(family, version)
     if stem is not None and stem.shape[1] != wanted:
         fitting = [name for name in FAMILIES if _stem_channels(name, version) == stem.shape[1]]
         raise ValueError(
@@ -231,5 +202,8 @@ def _check_kind(
 
 
 def _stem_channels(family: str, version: str) -> int:
-    arguments = released_arguments(family, version)
-    return arguments["lq_latent_channels"] // arguments["lq_latent_unpatchify_factor"] ** 2
+    return FAMILIES[family].latent_channels // _unpack(family, version) ** 2
+
+
+def _unpack(family: str, version: str) -> int:
+    return FAMILIES[family].unpack if version == "v1.5" else 1

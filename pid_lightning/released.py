@@ -1,4 +1,4 @@
-"""Conversion of PiD's published layout (key names and constructor arguments) to this package's.
+"""Conversion of weights from PiD's published layout to this package's.
 
 This package's layout differs only for speed; the function computed is the same. Linear layers with
 the same input are fused into one matrix, RoPE pairs are (i, i + d/2) instead of (2i, 2i+1), and the
@@ -8,78 +8,16 @@ pixel blocks' modulation is ordered by part, then pixel.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from pid_lightning.mistakes import check_choice
 from pid_lightning.nn import PiD, PiDConfig
-from pid_lightning.nn.adapter import AdapterConfig
 
-GATES = {"sigma_aware_per_token_per_dim": "channel", "sigma_aware_per_token": "token"}
-ROPES = ("original", "ntk_aware")
 MATCHING = "use the family, version and sizes that they were trained with"  # the fix, in messages
 
 Entry = tuple[str, tuple[str, ...], Callable[..., Tensor]]
-
-
-def build_from_arguments(arguments: Mapping[str, Any]) -> PiD:
-    """An untrained network from the published constructor's arguments.
-
-    Args:
-        arguments: argument names and values; missing ones take the published defaults.
-
-    Raises:
-        ValueError: an option has a value that is not supported.
-    """
-    get = arguments.get
-    if get("lq_in_channels", 0) or not get("use_text_rope", True):
-        raise ValueError(
-            "lq_in_channels above 0 and use_text_rope: false are not supported because no released "
-            "weights use them; leave both at their defaults."
-        )
-    width = get("hidden_size", 1152)
-    num_heads = get("num_groups", 16)
-    rope_mode = get("rope_mode", "ntk_aware")
-    check_choice("rope_mode", rope_mode, ROPES)
-    gate = get("lq_gate_type", "sigma_aware_per_token_per_dim")
-    check_choice("lq_gate_type", gate, GATES)
-    rgb_head_block = get("lq_aux_rgb_head_latent_block_idx", -1)
-    config = PiDConfig(
-        width=width,
-        num_heads=num_heads,
-        num_blocks=get("patch_depth", 26),
-        patch_size=get("patch_size", 16),
-        pixel_width=get("pixel_hidden_size", 64),
-        pixel_attention_width=get("pixel_attn_hidden_size") or width,
-        pixel_num_heads=get("pixel_num_groups") or num_heads,
-        num_pixel_blocks=get("pixel_depth", 2),
-        text_width=get("txt_embed_dim", 4096),
-        text_length=get("txt_max_length", 1024),
-        learned_null=False,
-        rope_reference=(
-            (get("rope_ref_h", 1024), get("rope_ref_w", 1024)) if rope_mode == "ntk_aware" else None
-        ),
-        adapter=AdapterConfig(
-            width=get("lq_hidden_dim", 512),
-            num_res_blocks=get("lq_num_res_blocks", 4),
-            interval=get("lq_interval", 1),
-            gate=GATES[gate],
-            padding=get("lq_conv_padding_mode", "zeros"),
-            inject_pixels=get("pit_lq_inject", False),
-            rgb_head=get("lq_aux_rgb_head", False),
-            rgb_head_block=rgb_head_block if rgb_head_block > 0 else None,
-            unpack=get("lq_latent_unpatchify_factor", 1),
-        ),
-    )
-    return PiD(
-        config,
-        latent_channels=get("lq_latent_channels", 0),
-        latent_stride=get("latent_spatial_down_factor", 8),
-        scale=get("sr_scale", 4),
-    )
 
 
 def from_released(released: Mapping[str, Tensor], denoiser: PiD) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from published import build_from_arguments
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,7 +19,6 @@ from pid_lightning.bench.rates import Rates
 from pid_lightning.memory import estimate_working_memory, peak_bytes, weight_bytes
 from pid_lightning.nn import AdapterConfig, Discriminator, PiDConfig
 from pid_lightning.nn.attention import attend
-from pid_lightning.released import build_from_arguments
 from pid_lightning.sampling import STUDENT_TIMES
 from pid_lightning.weights import ModelInfo, save_model
 

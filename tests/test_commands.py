@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,24 +16,25 @@ from PIL import Image
 from plain import plain_velocity, random_released, released_shapes
 from safetensors.torch import save_file
 from test_decoder import make
-from test_released import V1, V15
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 from pid_lightning import decode_files
 from pid_lightning.__main__ import main
+from pid_lightning.bench.baseline import published_arguments
 from pid_lightning.decoder import PiDDecoder
 from pid_lightning.hub import find_model
 from pid_lightning.import_released import (
     FAMILIES,
     VERSIONS,
     import_released,
-    released_arguments,
+    released_network,
 )
+from pid_lightning.nn import PiD
 from pid_lightning.noising import add_latent_noise
 from pid_lightning.pictures import read_picture
 from pid_lightning.randomness import sample_generators
-from pid_lightning.released import build_from_arguments, from_released
+from pid_lightning.released import from_released
 from pid_lightning.sampling import STUDENT_TIMES, draw_noise, sample_few_steps
 from pid_lightning.weights import load_model
 
@@ -318,29 +319,33 @@ def test_a_run_is_exported_averaged(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 # ------------------------------------------------------------------- pid import
 
-SMALL = {k: v for k, v in V1.items() if not k.startswith(("lq_latent", "lq_gate", "sr", "latent"))}
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the released versions small."""
+    sizes = {"width": 16, "num_heads": 2, "num_blocks": 3, "text_width": 6, "text_length": 5}
+    sizes |= {"pixel_width": 4, "pixel_attention_width": 24, "pixel_num_heads": 3}
+    for version, config in VERSIONS.items():
+        adapter = dataclasses.replace(config.adapter, width=8, num_res_blocks=2)
+        changed = dataclasses.replace(config, adapter=adapter, **sizes)
+        monkeypatch.setitem(VERSIONS, version, changed)
 
 
-def release(path: Path, arguments: dict[str, Any], prefix: str = "net.", **others: Tensor) -> dict:
+def release(path: Path, network: PiD, prefix: str = "net.", **others: Tensor) -> dict[str, Tensor]:
     """A released file of random weights; returns its tensors without prefix."""
-    tensors = random_released(arguments, torch.Generator().manual_seed(0))
+    tensors = random_released(published_arguments(network), torch.Generator().manual_seed(0))
     torch.save({f"{prefix}{k}": v for k, v in tensors.items()} | others, path)
     return tensors
-
-
-def small(family: str, version: str, rgb_head: bool = False) -> dict[str, Any]:
-    return released_arguments(family, version) | SMALL | {"lq_aux_rgb_head": rgb_head}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_size_shapes_convert(family: str, version: str) -> None:
     """456 tensors of v1 and 461 of v1.5, as released, on the meta device."""
-    arguments = released_arguments(family, version)
     with torch.device("meta"):
-        shapes = released_shapes(arguments | {"lq_aux_rgb_head": False})
+        denoiser = released_network(family, version, with_rgb_head=False)
+        shapes = released_shapes(published_arguments(denoiser))
         released = {name: torch.empty(shape) for name, shape in shapes}
-        denoiser = build_from_arguments(arguments)
     assert len(released) == {"v1": 456, "v1.5": 461}[version]
     denoiser.load_state_dict(from_released(released, denoiser), assign=True)
     if family == "flux":
@@ -354,13 +359,14 @@ def test_full_size_shapes_convert(family: str, version: str) -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("family", ["flux", "flux2", "sdxl", "siglip"])
 def test_released_weights_decode_as_the_plain_method_does(
-    tmp_path: Path, family: str, version: str
+    small: None, tmp_path: Path, family: str, version: str
 ) -> None:
-    arguments = small(family, version, rgb_head=version == "v1.5") | {"patch_size": 16}
+    network = released_network(family, version, with_rgb_head=version == "v1.5")
+    arguments = published_arguments(network)
     path, out = tmp_path / "released.pth", tmp_path / "ours.safetensors"
     ignored = {"fake_score.a": torch.zeros(1), "discriminator.b": torch.zeros(1)}
-    tensors = release(path, arguments, **ignored)
-    info = import_released(path, out, family, version, sizes=SMALL | {"patch_size": 16})
+    tensors = release(path, network, **ignored)
+    info = import_released(path, out, family, version)
     decoder = PiDDecoder.from_pretrained(out)
     assert decoder.info == info
     assert info.student_times == (0.999, 0.866, 0.634, 0.342)
@@ -383,26 +389,26 @@ def test_released_weights_decode_as_the_plain_method_does(
     assert (ours - theirs).abs().max() < 1e-3 * max(1, theirs.abs().max())
 
 
-def test_the_average_is_taken_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_average_is_taken_when_asked(small: None, tmp_path: Path) -> None:
     path, out = tmp_path / "released.pth", tmp_path / "ours.safetensors"
-    release(path, small("flux", "v1"), "net_ema.")
-    info = import_released(path, out, "flux", "v1", ema=True, student_times=None, sizes=SMALL)
+    release(path, released_network("flux", "v1", False), "net_ema.")
+    info = import_released(path, out, "flux", "v1", ema=True, student_times=None)
     assert info.student_times is None
     with pytest.raises(ValueError, match=r"holds no tensors under net\., only net_ema\."):
-        import_released(path, out, "flux", "v1", sizes=SMALL)
+        import_released(path, out, "flux", "v1")
 
 
-def test_what_is_not_exactly_the_released_network_is_refused(tmp_path: Path) -> None:
+def test_what_is_not_exactly_the_released_network_is_refused(small: None, tmp_path: Path) -> None:
     path, out = tmp_path / "released.pth", tmp_path / "ours.safetensors"
 
     def told(family: str, version: str) -> str:
         with pytest.raises(ValueError, match=r"released\.pth") as error:
-            import_released(path, out, family, version, sizes=SMALL)
+            import_released(path, out, family, version)
         assert "\n" not in str(error.value)
         assert not out.exists()
         return str(error.value)
 
-    tensors = release(path, small("flux", "v1"))
+    tensors = release(path, released_network("flux", "v1", False))
     assert "holds v1 weights (their gates are one value a channel), not v1.5" in told(
         "flux", "v1.5"
     )
@@ -412,24 +418,27 @@ def test_what_is_not_exactly_the_released_network_is_refused(tmp_path: Path) -> 
     assert "128: it fits flux or sd3 or qwen" in told("flux2", "v1")
     torch.save({f"net.{k}": v for k, v in tensors.items() if k != "y_pos_embedding"}, path)
     assert "1 tensors missing (y_pos_embedding)" in told("flux", "v1")
-    release(path, small("flux", "v1"), **{"net.extra": torch.zeros(1)})
+    release(path, released_network("flux", "v1", False), **{"net.extra": torch.zeros(1)})
     assert "1 unknown (extra)" in told("flux", "v1")
-    release(path, small("flux", "v1"), **{"other.extra": torch.zeros(1)})
+    release(path, released_network("flux", "v1", False), **{"other.extra": torch.zeros(1)})
     assert "1 tensors besides the released ones, the first is other.extra" in told("flux", "v1")
     torch.save({"net.a": {"b": 1}}, path)
     assert "not the flat dict of tensors" in told("flux", "v1")
-    release(path, small("flux", "v1.5"))
+    release(path, released_network("flux", "v1.5", False))
     assert "holds v1.5 weights (their gates are one value a token), not v1" in told("flux", "v1")
     path.write_bytes(path.read_bytes()[:1000])
     assert "truncated" in told("flux", "v1.5")
 
 
-def test_import_says_what_it_wants(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_import_says_what_it_wants(
+    small: None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     options = ("--family", "flux", "--version", "v1")
     none, out = tmp_path / "none.pth", tmp_path / "out.safetensors"
     assert "no such file" in refused(capsys, "import", none, out, *options)
     assert "must end in .safetensors" in refused(capsys, "import", none, tmp_path / "o", *options)
-    release(none, V15)
+    network = released_network("sdxl", "v1.5", with_rgb_head=True)
+    torch.save({f"net.{k}": v for k, v in network.state_dict().items()}, none)
     assert "tensors missing" in refused(
         capsys, "import", none, out, "--family", "sdxl", "--version", "v1.5"
     )

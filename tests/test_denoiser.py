@@ -13,13 +13,14 @@ import pytest
 import torch
 from conftest import VECTORS
 from plain import PlainPiD, plain_features, plain_rgb, plain_tokens, plain_velocity, random_released
+from published import build_from_arguments
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pid_lightning.nn import PiD, PiDConfig
 from pid_lightning.nn.denoiser import MAX_CACHED_SIZES
-from pid_lightning.released import build_from_arguments, from_released
+from pid_lightning.released import from_released
 
 SMALL = {
     "num_groups": 2,

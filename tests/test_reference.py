@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from published import build_from_arguments
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pid_lightning import flow, losses, sampling
 from pid_lightning.nn import Discriminator, PiD
-from pid_lightning.released import build_from_arguments, from_released
+from pid_lightning.released import from_released
 
 TOLERANCE, GUIDED_TOLERANCE = 1e-4, 2e-3
 

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from plain import random_released, released_shapes
+from published import build_from_arguments
 from torch import Tensor
 
 from pid_lightning.nn import PiD
-from pid_lightning.released import build_from_arguments, from_released
+from pid_lightning.released import from_released
 
 V1 = {
     "num_groups": 2,
@@ -143,36 +144,3 @@ def test_other_sizes_are_refused() -> None:
     for change in ({"patch_depth": 4}, {"lq_num_res_blocks": 1}, {"hidden_size": 32}):
         with pytest.raises(ValueError, match="the weights do not match this network"):
             from_released(released, build_from_arguments({**V1, **change}))
-
-
-# ---------------------------------------------------------------------- arguments
-
-
-def test_arguments_become_our_configuration() -> None:
-    network = build_from_arguments({**V15, "lq_latent_unpatchify_factor": 2, "rope_ref_h": 512})
-    config = network.config
-    assert (config.width, config.num_heads, config.num_blocks) == (16, 2, 3)
-    assert config.rope_reference == (512, 1024)
-    assert not config.learned_null
-    assert config.adapter.gate == "token"
-    assert config.adapter.padding == "replicate"
-    assert config.adapter.unpack == 2
-    assert config.adapter.inject_pixels
-    assert config.adapter.rgb_head_block is None
-    assert (network.latent_channels, network.latent_stride, network.scale) == (4, 4, 4)
-    assert build_from_arguments({**V1, "rope_mode": "original"}).config.rope_reference is None
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"rope_mode": "yarn"}, r"^rope_mode: 'yarn' is not one of original, ntk_aware\.$"),
-        ({"lq_gate_type": "fixed"}, r"^lq_gate_type: 'fixed' is not one of "),
-        ({"lq_conv_padding_mode": "reflect"}, r"padding: 'reflect' is not one of "),
-        ({"lq_in_channels": 3}, "not supported"),
-        ({"use_text_rope": False}, "not supported"),
-    ],
-)
-def test_unsupported_options_give_one_sentence(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        build_from_arguments({**V1, **change})

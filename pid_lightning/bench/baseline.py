@@ -13,10 +13,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pid_lightning.nn import PiD
-from pid_lightning.released import GATES, from_released
+from pid_lightning.released import from_released
 from pid_lightning.weights import ModelInfo
 
 PLAIN = Path(__file__).parents[2] / "tests" / "plain.py"
+GATES = {"channel": "sigma_aware_per_token_per_dim", "token": "sigma_aware_per_token"}
 
 
 def load_plain(path: Path = PLAIN) -> ModuleType:
@@ -37,7 +38,7 @@ def load_plain(path: Path = PLAIN) -> ModuleType:
 
 
 def published_arguments(info: ModelInfo) -> dict[str, Any]:
-    """The published constructor's arguments, the inverse of `released.build_from_arguments`.
+    """The published constructor's arguments for a network.
 
     Raises:
         ValueError: the published layout cannot express the network.
@@ -49,7 +50,7 @@ def published_arguments(info: ModelInfo) -> dict[str, Any]:
         "adapter.upsampling: shuffle": adapter.upsampling != "nearest",
         "adapter.sigma_plane: true": adapter.sigma_plane,
         "adapter.head_norm: true": adapter.head_norm,
-        f"adapter.gate: {adapter.gate}": adapter.gate not in GATES.values(),
+        f"adapter.gate: {adapter.gate}": adapter.gate not in GATES,
     }
     if any(unsupported.values()):
         names = ", ".join(name for name, is_present in unsupported.items() if is_present)
@@ -75,7 +76,7 @@ def published_arguments(info: ModelInfo) -> dict[str, Any]:
         "lq_hidden_dim": adapter.width,
         "lq_num_res_blocks": adapter.num_res_blocks,
         "lq_interval": adapter.interval,
-        "lq_gate_type": next(name for name, gate in GATES.items() if gate == adapter.gate),
+        "lq_gate_type": GATES[adapter.gate],
         "lq_conv_padding_mode": adapter.padding,
         "pit_lq_inject": adapter.inject_pixels,
         "lq_aux_rgb_head": adapter.rgb_head,
