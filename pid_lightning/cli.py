@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from pid_lightning.callbacks.check_monitors import CheckMonitors
 from pid_lightning.callbacks.dmd2 import DMD2
 from pid_lightning.callbacks.last_checkpoint import LastCheckpoint
 from pid_lightning.checkpointing import AtomicCheckpointIO
@@ -31,7 +32,7 @@ from pid_lightning.mistakes import (
     raised_here,
     raised_in,
 )
-from pid_lightning.modules.base import PiDModule
+from pid_lightning.modules.base import PiDModule, check_strategy
 from pid_lightning.modules.restoring import check_checkpoint
 from pid_lightning.tensor_files import read_torch_file
 
@@ -178,6 +179,7 @@ class PiDCLI(LightningCLI):
         super().instantiate_classes()
         if self.subcommand is None or not isinstance(self.model, PiDModule):
             return
+        check_strategy(self.trainer.strategy)
         path = self.config[self.subcommand].ckpt_path
         if path is not None and Path(path).is_file():
             check_checkpoint(self.model, read_torch_file(path))
@@ -188,13 +190,14 @@ class PiDCLI(LightningCLI):
                     callback.open_teacher(self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add `LastCheckpoint`, which handles Ctrl-C too, and atomic checkpoint writing."""
+        """Add `LastCheckpoint`, which handles Ctrl-C too, `CheckMonitors`, and atomic checkpoints."""
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
             if not raised_in(error, Path(lightning.__file__).parent):
                 raise
             raise ValueError(f"trainer: {error}") from error
+        trainer.callbacks.insert(0, CheckMonitors())  # first, before others read their metrics
         trainer.callbacks.append(LastCheckpoint())  # last, so that EMA has followed the step
         if type(trainer.strategy.checkpoint_io).__name__ == "TorchCheckpointIO":
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()

@@ -73,6 +73,8 @@ def check_steps(student_times: Sequence[float] | None, steps: int | None) -> Non
     """Raise ValueError unless a student, or a teacher without times, can sample in `steps`."""
     if steps is None:
         return
+    if not isinstance(steps, int):
+        raise ValueError(f"steps: {steps!r} must be a whole number.")
     check_at_least("steps", steps, 1)
     if student_times is not None:
         few_step_times(student_times, steps)

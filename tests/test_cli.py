@@ -190,6 +190,18 @@ def test_a_callbacks_sentence_is_told_and_its_bug_keeps_its_traceback(
         main(["fit", *given])
 
 
+@pytest.mark.parametrize(("metric", "num_sanity"), [("validate/los", 1), ("train/los", 0)])
+def test_a_monitor_that_is_not_logged_is_told_at_the_first_validation(
+    metric: str, num_sanity: int, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watches = "--trainer.callbacks+=EarlyStopping", f"--trainer.callbacks.monitor={metric}"
+    sanity = f"--trainer.num_sanity_val_steps={num_sanity}"
+    said = mistake(capsys, "fit", f"--config={runs / 'tiny.yaml'}", *watches, sanity)
+    assert f"EarlyStopping.monitor: '{metric}' is not logged; choose one of " in said
+    assert ("train/loss" in said) == (num_sanity == 0)
+    assert "validate/loss" in said
+
+
 @pytest.mark.parametrize("kind", ["missing", "empty", "text", "small"])
 def test_unusable_data_is_one_sentence(
     kind: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

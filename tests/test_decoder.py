@@ -149,6 +149,7 @@ def test_steps_are_the_trained_ones_or_fewer() -> None:
     [
         ({"steps": 5}, r"^steps: 5 must lie between 1 and 4"),
         ({"steps": 0}, r"^steps: 0 "),
+        ({"steps": 1.5}, r"^steps: 1\.5 must be a whole number"),
         ({"latent_sigma": 1.2}, r"^latent_sigma: 1\.2 must be one number between 0"),
         ({"latent_sigma": [0.1, 0.2]}, r"^latent_sigma: .* or 1 of them"),
         ({"latent_sigma": float("nan")}, r"^latent_sigma: nan"),

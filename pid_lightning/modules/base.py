@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from torch import Tensor
 
 from pid_lightning import weights
@@ -138,14 +138,9 @@ class PiDModule(LightningModule):
         """Check sizes and load pretrained weights, so that failures come before any work.
 
         Raises:
-            ValueError: see `prepare`; or FSDP.
+            ValueError: see `prepare` and `check_strategy`.
         """
-        if isinstance(self.trainer.strategy, FSDPStrategy):
-            raise ValueError(
-                "trainer.strategy: FSDP is not supported, since it would cut the network and its "
-                "average at different places, and takes no frozen encoder in bf16; use ddp, with "
-                "training.activation_checkpointing if memory is short."
-            )
+        check_strategy(self.trainer.strategy)
         self.prepare(self.trainer.datamodule, stage)
         if stage == "fit":
             self._drop_what_no_callback_keeps()
@@ -391,6 +386,16 @@ class PiDModule(LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Path]:
         """Decode pictures or latents; returns the files written."""
         return self.writer.write(batch)
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Raise ValueError for FSDP."""
+    if isinstance(strategy, FSDPStrategy):
+        raise ValueError(
+            "trainer.strategy: FSDP is not supported, since it would cut the network and its "
+            "average at different places, and takes no frozen encoder in bf16; use ddp, with "
+            "training.activation_checkpointing if memory is short."
+        )
 
 
 def _forgive_frozen(module: PiDModule, incompatible: Any) -> None:
