@@ -190,7 +190,7 @@ class PiDCLI(LightningCLI):
                     callback.open_teacher(self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add `LastCheckpoint`, which handles Ctrl-C too, `CheckMonitors`, and atomic checkpoints."""
+        """Add `CheckMonitors`, `LastCheckpoint` (Ctrl-C too) and atomic checkpoint writing."""
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:

@@ -201,14 +201,15 @@ def format_table(rows: Sequence[dict[str, str | float | int]]) -> str:
             for key, _, form in _COLUMNS
         ]
         lines.append(cells)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])])
-        for cells in lines
-    ]
-    text.insert(1, "-" * len(text[0]))
-    text += [textwrap.fill(note, TABLE_WIDTH) for note in notes]
-    return "\n".join(text)
+    return "\n".join([align(lines), *(textwrap.fill(note, TABLE_WIDTH) for note in notes)])
+
+
+def align(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the first one of headings, as text: the first column to the left, the others
+    to the right."""
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    text = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in lines]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
 
 def write_csv(rows: Sequence[dict[str, str | float | int]], path: str | Path) -> None:

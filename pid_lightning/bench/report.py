@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pid_lightning.files import replaced_file
+from pid_lightning.metrics import align
 from pid_lightning.version import __version__
 
 Row = dict[str, Any]
@@ -43,10 +44,7 @@ def format_table(rows: Sequence[Row]) -> str:
     for row in rows:
         values = [(row.get(key), form) for key, _, form in shown]
         lines.append(["-" if value is None else form.format(value) for value, form in values])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(map(str.rjust, cells, widths)) for cells in lines]
-    text.insert(1, "-" * len(text[0]))
-    return "\n".join(text)
+    return align(lines)
 
 
 def describe_machine(device: torch.device, rates: Mapping[str, Any]) -> dict[str, Any]:

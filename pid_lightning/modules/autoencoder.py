@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from pid_lightning.encoders.small_vae import save_autoencoder
 from pid_lightning.files import make_folder
 from pid_lightning.metrics import psnr
 from pid_lightning.mistakes import check_at_least
+from pid_lightning.modules.optimizers import make_schedule
 from pid_lightning.nn.autoencoder import (
     PrincipalComponents,
     SmallAutoencoder,
@@ -36,7 +36,7 @@ class AutoencoderModule(pl.LightningModule):
         posterior_std: standard deviation of the noise on normalised latents during training.
         num_init_batches: training batches used to compute the principal components.
         learning_rate: peak learning rate of Adam.
-        warmup_steps: linear warm-up, multiplied by a cosine that ends at 0 with the last step.
+        warmup_steps: of linear warm-up, before a cosine that ends at 0 with the last step.
         export_path: file for `VAEPiD(vae=...)`, written when training ends.
 
     Raises:
@@ -133,13 +133,7 @@ class AutoencoderModule(pl.LightningModule):
             self.parameters(), lr=self.hparams.learning_rate, betas=(0.9, 0.99)
         )
         num_steps = self.trainer.estimated_stepping_batches
-        warmup_steps = self.hparams.warmup_steps
-
-        def factor(step: int) -> float:
-            cosine = 0.5 * (1 + math.cos(math.pi * min(step / num_steps, 1)))
-            return min((step + 1) / warmup_steps, 1) * cosine
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        schedule = make_schedule(optimizer, self.hparams.warmup_steps, num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

@@ -37,7 +37,7 @@ def make_optimizer(
 
 
 def make_schedule(
-    optimizer: torch.optim.Optimizer, warmup_steps: int, decay_steps: int | None
+    optimizer: torch.optim.Optimizer, warmup_steps: int, decay_steps: float | None
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Linear warm-up of the learning rate, then constant, or a cosine to 0 at `decay_steps`."""
 
@@ -46,7 +46,7 @@ def make_schedule(
             return (step + 1) / warmup_steps
         if decay_steps is None:
             return 1.0
-        span = decay_steps - warmup_steps
+        span = max(decay_steps - warmup_steps, 1)
         return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warmup_steps) / span))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
