@@ -30,7 +30,8 @@ def rotated(q: Tensor, k: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor,
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention over (B, heads, N, d); on a GPU torch picks a kernel by head size."""
+    """Softmax attention over (B, heads, N, d); on a GPU torch picks a kernel by card and head size
+    (on Hopper cuDNN's from torch 2.11 on, about twice as fast as the one it picks before)."""
     learns = torch.is_grad_enabled()
     if q.device.type == "cpu":
         # torch's bf16 kernels take twice the time.
