@@ -137,7 +137,7 @@ class PiDCLI(LightningCLI):
         _move_baseline(config)
         logger = config.trainer.logger
         folder = None
-        if logger and not isinstance(logger, list) and "save_dir" in logger.init_args:
+        if hasattr(logger, "init_args") and "save_dir" in logger.init_args:
             folder = Path(logger.init_args.save_dir)
             folder /= logger.init_args.get("name") or ""
         if config.ckpt_path == "last":

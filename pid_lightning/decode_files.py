@@ -110,7 +110,9 @@ def open_decoder(model: str, settings: DecodeSettings) -> PiDDecoder:
                 length=decoder.info.config.text_length,
                 text_width=decoder.info.config.text_width,
             )
-        decoder.encode_prompt([settings.prompt, ""], settings.text_cache)
+        guided = settings.guidance_scale != 1 and not decoder.info.config.learned_null
+        prompts = [settings.prompt, ""] if guided else settings.prompt
+        decoder.encode_prompt(prompts, settings.text_cache)
         decoder.text_encoder = None
     return decoder
 

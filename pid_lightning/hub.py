@@ -39,7 +39,7 @@ def find_model(
         FileNotFoundError: no local model has that name.
         OSError: the hub cannot provide it.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     if str(name) in BUNDLED_MODELS:
         return BUNDLED_MODELS[str(name)]
     if path.is_file():

@@ -72,7 +72,8 @@ def lpips_network(source: str | Path | None) -> tuple[LPIPS | None, str]:
     """
     if source is None:
         return _lpips_from_cache()
-    if not Path(source).is_file():
+    source = Path(source).expanduser()
+    if not source.is_file():
         raise FileNotFoundError(
             f"LPIPS weights {source} do not exist: give a .safetensors file of its "
             "AlexNet and heads, or none to look in torch's hub cache."

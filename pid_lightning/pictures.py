@@ -243,7 +243,7 @@ def find_inputs(paths: Iterable[str | Path]) -> list[Path]:
         elif not _is_input(path):
             raise ValueError(
                 f"input {path} is neither a picture ({', '.join(PICTURE_SUFFIXES)}) nor a "
-                f"{LATENTS_SUFFIX} file of latents."
+                f"{LATENTS_SUFFIX} file of latents, or it is hidden (its name begins with a dot)."
             )
         if not files:
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import io
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -106,6 +107,7 @@ def open_source(
         FileNotFoundError: `path` does not exist.
         ValueError: a folder is to be streamed, or no split has a known name.
     """
+    path = os.path.expanduser(path)
     root = BUNDLED_PHOTOS if path == "bundled" else Path(path)
     if root.is_dir() and not any(root.glob("*.parquet")):
         if streaming:

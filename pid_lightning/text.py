@@ -73,7 +73,7 @@ def cache_captions(
     one folder, and running it again resumes a stopped one.
 
     Args:
-        encoder: a loaded encoder that makes features, e.g. `LanguageModelText`.
+        encoder: makes features, e.g. `LanguageModelText`; loaded, unless all captions are stored.
         captions: what to encode; stored ones are skipped. Include "" for pictures without one.
         path: the folder, created if missing.
         batch_size: captions per batch.
@@ -184,19 +184,21 @@ def encode_prompts(
         device: where the encoder is moved and runs; None leaves it where it is.
 
     Raises:
-        ValueError: no encoder for a prompt that is not cached, or one of another width.
+        ValueError: no encoder for a prompt that is not cached, one of another width, or a cache of
+            another one.
     """
-    if cache is not None and all(cache_file(cache, prompt).exists() for prompt in prompts):
-        return CachedText(str(cache), text_width).encode(prompts)
-    if encoder is None:
+    missing = [p for p in prompts if cache is None or not cache_file(cache, p).exists()]
+    if missing and encoder is None:
         raise ValueError(
-            f"prompt: {prompts[0]!r} needs a language model: set decoder.text_encoder, e.g. to "
+            f"prompt: {missing[0]!r} needs a language model: set decoder.text_encoder, e.g. to "
             "pid_lightning.LanguageModelText, or give text features or a cache that has it."
         )
-    encoder.load()
-    encoder.to(device)
+    if missing:
+        encoder.load()
+        encoder.to(device)
     if cache is not None:
-        cache_captions(encoder, prompts, cache)
+        if encoder is not None:  # even if nothing is missing: it compares what made the features
+            cache_captions(encoder, prompts, cache)
         return CachedText(str(cache), text_width).encode(prompts)
     features = encoder.encode(prompts)
     if features is None or features.shape[-1] != text_width:

@@ -202,6 +202,16 @@ def test_a_monitor_that_is_not_logged_is_told_at_the_first_validation(
     assert "validate/loss" in said
 
 
+def test_validate_takes_the_callbacks_and_the_logger_of_any_run(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = runs / "runs/tiny/version_0/checkpoints/last.ckpt"
+    saver = "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=train/loss"
+    for given in (saver, ("--trainer.logger=true",)):
+        main(["validate", f"--config={runs / 'tiny.yaml'}", f"--ckpt_path={last}", *given])
+        assert "validate/loss" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["missing", "empty", "text", "small"])
 def test_unusable_data_is_one_sentence(
     kind: str, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -247,6 +247,13 @@ def test_another_text_encoder_is_asked_anew_and_a_cache_gets_what_is_remembered(
     assert torch.equal(make(sizes=TEXT).encode_prompt("a", tmp_path), features)
     decoder.text_encoder = None
     assert torch.equal(decoder.encode_prompt("a", tmp_path / "other"), features)
+    stranger = make(sizes=TEXT)
+    stranger.text_encoder = CountedText()
+    stranger.text_encoder.description = "third"
+    with pytest.raises(ValueError, match="holds caption features of second, not of third"):
+        stranger.encode_prompt("a", tmp_path)
+    with pytest.raises(ValueError, match=r"^prompt: 'b' needs a language model"):
+        make(sizes=TEXT).encode_prompt(["a", "b"], tmp_path)
 
 
 def test_guidance_takes_the_learned_null_or_an_empty_prompt() -> None:

@@ -322,7 +322,9 @@ def _measure_size(
     }
     figures = measure.measure(modes, device, given.repeat)
     flops = count_flops(name, info, size, batch_size)
-    flops_in_windows = count_flops(name, info, size, batch_size, given.window)
+    flops_in_windows = flops
+    if given.window is not None:
+        flops_in_windows = count_flops(name, info, size, batch_size, given.window)
     exact = picture = None
     if given.check and name == "forward":
         exact = measure.exact_velocity(gathered["eager"].denoiser, inputs)

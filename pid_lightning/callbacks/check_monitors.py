@@ -15,6 +15,8 @@ class CheckMonitors(Callback):
         Raises:
             ValueError: a metric was not logged; before training, those of training may be missing.
         """
+        if trainer.state.fn != "fit":  # which logs more than validation alone
+            return
         logged = trainer.callback_metrics
         known = {None, "epoch", "step", *logged}  # ModelCheckpoint counts the two itself
         for callback in trainer.callbacks:
