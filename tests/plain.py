@@ -9,8 +9,8 @@ rotations and the gate's alpha, as in the published network.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,42 @@ from torch import Tensor, nn
 
 Params = Mapping[str, Tensor]
 Arguments = Mapping[str, Any]
+
+
+GATES = {"channel": "sigma_aware_per_token_per_dim", "token": "sigma_aware_per_token"}
+
+
+def published_arguments(network: Any) -> dict[str, Any]:
+    """The published constructor's arguments for an `nn.PiD` or its `ModelInfo`."""
+    config, adapter = network.config, network.config.adapter
+    rope_height, rope_width = config.rope_reference or (1024, 1024)
+    return {
+        "hidden_size": config.width,
+        "num_groups": config.num_heads,
+        "patch_depth": config.num_blocks,
+        "patch_size": config.patch_size,
+        "pixel_hidden_size": config.pixel_width,
+        "pixel_attn_hidden_size": config.pixel_attention_width,
+        "pixel_num_groups": config.pixel_num_heads,
+        "pixel_depth": config.num_pixel_blocks,
+        "txt_embed_dim": config.text_width,
+        "txt_max_length": config.text_length,
+        "rope_mode": "original" if config.rope_reference is None else "ntk_aware",
+        "rope_ref_h": rope_height,
+        "rope_ref_w": rope_width,
+        "lq_hidden_dim": adapter.width,
+        "lq_num_res_blocks": adapter.num_res_blocks,
+        "lq_interval": adapter.interval,
+        "lq_gate_type": GATES[adapter.gate],
+        "lq_conv_padding_mode": adapter.padding,
+        "pit_lq_inject": adapter.inject_pixels,
+        "lq_aux_rgb_head": adapter.rgb_head,
+        "lq_aux_rgb_head_latent_block_idx": adapter.rgb_head_block or -1,
+        "lq_latent_unpatchify_factor": adapter.unpack,
+        "lq_latent_channels": network.latent_channels,
+        "latent_spatial_down_factor": network.latent_stride,
+        "sr_scale": network.scale,
+    }
 
 
 def plain_velocity(
@@ -71,23 +107,75 @@ def plain_rgb(params: Params, arguments: Arguments, latents: Tensor) -> Tensor:
     return rearrange(x, "b h w (c p q) -> b c (h p) (w q)", p=side, q=side)
 
 
+class PlainCondition(NamedTuple):
+    """The inputs that sampling steps share: nothing is computed before a call."""
+
+    latents: Tensor
+    latent_sigma: Tensor
+    text: Tensor
+    rgb: Tensor | None
+
+
 class PlainPiD(nn.Module):
-    """`plain_velocity` as a module, with fp32 parameters whatever the dtype of `params`."""
+    """`plain_velocity` behind the methods of `nn.PiD` by which networks are trained and sampled.
 
-    def __init__(self, params: Params, arguments: Arguments) -> None:
+    Args:
+        params: tensors under the published key names; parameters are fp32.
+        arguments: the published constructor's arguments.
+        config: the sizes that `nn.PiD` has, for code that asks for them.
+    """
+
+    def __init__(self, params: Params, arguments: Arguments, config: Any = None) -> None:
         super().__init__()
-        self.arguments = dict(arguments)
+        self.arguments, self.config = dict(arguments), config
+        self.scale = arguments["sr_scale"]
+        self.latent_stride = arguments["latent_spatial_down_factor"]
         # Parameter names must not contain a dot.
-        self.params = nn.ParameterDict(
-            {k.replace(".", "/"): v.detach().float().clone() for k, v in params.items()}
-        )
+        self.params = nn.ParameterDict({k.replace(".", "/"): v.float() for k, v in params.items()})
 
-    def forward(
-        self, x_t: Tensor, t: Tensor, text: Tensor, latents: Tensor, latent_sigma: Tensor
-    ) -> Tensor:
+    def check_size(self, height: int, width: int) -> None:
+        """Do nothing."""
+
+    def condition(
+        self,
+        latents: Tensor,
+        latent_sigma: Tensor,
+        text: Tensor,
+        keep_latents: Tensor | None = None,
+        keep_text: Tensor | None = None,
+        with_rgb: bool = False,
+    ) -> PlainCondition:
+        """Bundle the inputs; none are dropped."""
+        rgb = None
+        if with_rgb and self.arguments.get("lq_aux_rgb_head", False):
+            rgb = plain_rgb(self._params(), self.arguments, latents)
+        return PlainCondition(latents, latent_sigma, text, rgb)
+
+    def without_text(
+        self, condition: PlainCondition, null_text: Tensor | None = None
+    ) -> PlainCondition:
+        """The condition with `null_text`, or zeros by default."""
+        null = torch.zeros_like(condition.text) if null_text is None else null_text
+        return condition._replace(text=null)
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: PlainCondition) -> Tensor:
         """See `plain_velocity`."""
-        params = {k.replace("/", "."): v for k, v in self.params.items()}
-        return plain_velocity(params, self.arguments, x_t, t, text, latents, latent_sigma)
+        latents, latent_sigma, text, _ = condition
+        return plain_velocity(self._params(), self.arguments, x_t, t, text, latents, latent_sigma)
+
+    def features(
+        self, x_t: Tensor, t: Tensor, condition: PlainCondition, blocks: Sequence[int]
+    ) -> list[Tensor]:
+        """Patch tokens after the given blocks, each (B, D, H/P, W/P)."""
+        latents, latent_sigma, text, _ = condition
+        params, arguments = self._params(), self.arguments
+        features = plain_features(params, arguments, latents)
+        after = plain_tokens(params, arguments, x_t, t, text, features, latent_sigma)
+        rows = x_t.shape[-2] // arguments["patch_size"]
+        return [rearrange(after[i], "b (h w) d -> b d h w", h=rows) for i in blocks]
+
+    def _params(self) -> dict[str, Tensor]:
+        return {k.replace("/", "."): v for k, v in self.params.items()}
 
 
 # ------------------------------------------------------------------- patches

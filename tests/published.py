@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from plain import GATES
+
 from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
 
-GATES = {"sigma_aware_per_token_per_dim": "channel", "sigma_aware_per_token": "token"}
 ROPES = {"ntk_aware": True, "original": False}
 
 
@@ -18,6 +19,7 @@ def build_from_arguments(arguments: Mapping[str, Any]) -> PiD:
     assert get("use_text_rope", True)
     reference = (get("rope_ref_h", 1024), get("rope_ref_w", 1024))
     rgb_head_block = get("lq_aux_rgb_head_latent_block_idx", -1)
+    gates = {theirs: ours for ours, theirs in GATES.items()}
     width, num_heads = get("hidden_size", 1152), get("num_groups", 16)
     config = PiDConfig(
         width=width,
@@ -36,7 +38,7 @@ def build_from_arguments(arguments: Mapping[str, Any]) -> PiD:
             width=get("lq_hidden_dim", 512),
             num_res_blocks=get("lq_num_res_blocks", 4),
             interval=get("lq_interval", 1),
-            gate=GATES[get("lq_gate_type", "sigma_aware_per_token_per_dim")],
+            gate=gates[get("lq_gate_type", GATES["channel"])],
             padding=get("lq_conv_padding_mode", "zeros"),
             inject_pixels=get("pit_lq_inject", False),
             rgb_head=get("lq_aux_rgb_head", False),

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from plain import plain_velocity, random_released, released_shapes
+from plain import plain_velocity, published_arguments, random_released, released_shapes
 from safetensors.torch import save_file
 from test_decoder import make
 from torch import Tensor
@@ -21,7 +21,6 @@ from torch._dynamo.utils import counters
 
 from pid_lightning import decode_files
 from pid_lightning.__main__ import main
-from pid_lightning.bench.baseline import published_arguments
 from pid_lightning.decoder import PiDDecoder
 from pid_lightning.hub import find_model
 from pid_lightning.import_released import (

@@ -268,7 +268,8 @@ def test_plain_module_learns_and_keeps_fp32() -> None:
     case = make_case("v15")
     module = PlainPiD({k: v.bfloat16() for k, v in case.released.items()}, case.arguments)
     assert {p.dtype for p in module.parameters()} == {torch.float32}
-    velocity = module(*case.typed(torch.float32))
+    x_t, t, text, latents, latent_sigma = case.typed(torch.float32)
+    velocity = module(x_t, t, module.condition(latents, latent_sigma, text))
     assert relative_error(velocity, case.rounded().plain(torch.float32)) < 1e-6
     velocity.square().mean().backward()
     no_gradient = {k.replace("/", ".") for k, p in module.params.items() if p.grad is None}
@@ -499,7 +500,8 @@ def test_bf16_autocast_is_close_to_fp32(name: str) -> None:
     module = PlainPiD(case.released, case.arguments)
     with torch.autocast("cpu", torch.bfloat16):
         velocity = case.ours(torch.float32, network)
-        plain = module(*case.typed(torch.float32))
+        x_t, t, text, latents, latent_sigma = case.typed(torch.float32)
+        plain = module(x_t, t, module.condition(latents, latent_sigma, text))
     assert velocity.dtype == torch.float32
     assert relative_error(velocity, exact) < 2 * relative_error(plain, exact) < 0.2
     velocity.square().mean().backward()
