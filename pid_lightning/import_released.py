@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pid_lightning.files import make_folder
 from pid_lightning.mistakes import check_choice
-from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
+from pid_lightning.nn import AdapterConfig, PiDConfig
 from pid_lightning.released import from_released
 from pid_lightning.sampling import STUDENT_TIMES
 from pid_lightning.tensor_files import read_torch_file
@@ -22,47 +22,58 @@ NETWORK, AVERAGED = "net.", "net_ema."
 IGNORED = ("fake_score.", "discriminator.")
 
 
-@dataclass(frozen=True)
-class Family:
-    """A latent family that weights were released for; tensor shapes do not identify it.
-
-    Attributes:
-        module: name of the family's LightningModule.
-        encoder: arguments of its encoder.
-        latent_space, latent_channels, latent_stride, scale, noise_frame: see `ModelInfo`.
-        unpack: side of the packing that v1.5's adapter undoes.
-    """
-
-    module: str
-    encoder: dict[str, Any]
-    latent_space: str
-    latent_channels: int
-    latent_stride: int
-    scale: int = 4
-    noise_frame: str = "flow"
-    unpack: int = 1
-
-
-def _vae(name: str, channels: int, stride: int = 8, **changes: Any) -> Family:
-    return Family("VAEPiD", {"vae": name, "pretrained": True}, name, channels, stride, **changes)
-
-
-FAMILIES: dict[str, Family] = {
-    "flux": _vae("flux", 16),
-    "sd3": _vae("sd3", 16),
-    "flux2": _vae("flux2", 128, 16, unpack=2),
-    "sdxl": _vae("sdxl", 4, noise_frame="variance_preserving"),
-    "qwen": _vae("qwen", 16),
-    "dinov2": Family("DINOv2PiD", {}, "dinov2", 768, 16),
-    "siglip": Family("SigLIPPiD", {}, "siglip2", 1152, 16, scale=8),
-}
-
 VERSIONS = {
     "v1": PiDConfig(learned_null=False),
     "v1.5": PiDConfig(
         learned_null=False,
         rope_reference=(2048, 2048),
         adapter=AdapterConfig(width=1024, gate="token", padding="replicate", inject_pixels=True),
+    ),
+}
+FLUX = ModelInfo(
+    family="VAEPiD",
+    encoder={"vae": "flux", "pretrained": True},
+    latent_space="flux",
+    latent_channels=16,
+    latent_stride=8,
+    scale=4,
+    image_size=2048,
+    latent_sigma_max=0.8,
+    noise_frame="flow",
+    student_times=STUDENT_TIMES,
+    config=VERSIONS["v1"],
+)
+
+
+def _vae(name: str, latent_channels: int, **changes: Any) -> ModelInfo:
+    encoder = {"vae": name, "pretrained": True}
+    changes |= {"latent_space": name, "latent_channels": latent_channels}
+    return replace(FLUX, encoder=encoder, **changes)
+
+
+# The latent families that weights were released for; the shapes of tensors do not identify them.
+FAMILIES: dict[str, ModelInfo] = {
+    "flux": FLUX,
+    "sd3": _vae("sd3", 16),
+    "flux2": _vae("flux2", 128, latent_stride=16),
+    "sdxl": _vae("sdxl", 4, noise_frame="variance_preserving"),
+    "qwen": _vae("qwen", 16),
+    "dinov2": replace(
+        FLUX,
+        family="DINOv2PiD",
+        encoder={},
+        latent_space="dinov2",
+        latent_channels=768,
+        latent_stride=16,
+    ),
+    "siglip": replace(
+        FLUX,
+        family="SigLIPPiD",
+        encoder={},
+        latent_space="siglip2",
+        latent_channels=1152,
+        latent_stride=16,
+        scale=8,
     ),
 }
 
@@ -102,41 +113,27 @@ def import_released(
     make_folder("out", Path(out).parent)
     # Only some files hold the RGB head, which is used in training alone.
     with_rgb_head = any("lq_aux_rgb_head" in name for name in released)
+    info = replace(
+        released_info(family, version, with_rgb_head),
+        image_size=image_size,
+        student_times=None if student_times is None else tuple(student_times),
+    )
     with torch.device("meta"):
-        denoiser = released_network(family, version, with_rgb_head)
+        denoiser = info.build()
     try:
         state = from_released(released, denoiser)
     except ValueError as error:
         raise ValueError(f"{path} as {family} {version}: {error}") from error
     denoiser.load_state_dict(state, assign=True)
-    kind = FAMILIES[family]
-    info = ModelInfo(
-        family=kind.module,
-        encoder=kind.encoder,
-        latent_space=kind.latent_space,
-        latent_channels=denoiser.latent_channels,
-        latent_stride=denoiser.latent_stride,
-        scale=denoiser.scale,
-        image_size=image_size,
-        latent_sigma_max=0.8,
-        noise_frame=kind.noise_frame,
-        student_times=None if student_times is None else tuple(student_times),
-        config=denoiser.config,
-    )
     save_model(denoiser, info, out, denoiser.dtype)
     return info
 
 
-def released_network(family: str, version: str, with_rgb_head: bool) -> PiD:
-    """An untrained network of the geometry of released weights."""
-    kind, config = FAMILIES[family], VERSIONS[version]
+def released_info(family: str, version: str, with_rgb_head: bool) -> ModelInfo:
+    """The description of released students."""
+    config = VERSIONS[version]
     adapter = replace(config.adapter, unpack=_unpack(family, version), rgb_head=with_rgb_head)
-    return PiD(
-        replace(config, adapter=adapter),
-        latent_channels=kind.latent_channels,
-        latent_stride=kind.latent_stride,
-        scale=kind.scale,
-    )
+    return replace(FAMILIES[family], config=replace(config, adapter=adapter))
 
 
 def read_released(path: str | Path) -> dict[str, Tensor]:
@@ -206,4 +203,5 @@ def _stem_channels(family: str, version: str) -> int:
 
 
 def _unpack(family: str, version: str) -> int:
-    return FAMILIES[family].unpack if version == "v1.5" else 1
+    """Side of the packing of FLUX.2's latents, which v1.5's adapter undoes."""
+    return 2 if (family, version) == ("flux2", "v1.5") else 1

@@ -24,9 +24,9 @@ Arguments = Mapping[str, Any]
 GATES = {"channel": "sigma_aware_per_token_per_dim", "token": "sigma_aware_per_token"}
 
 
-def published_arguments(network: Any) -> dict[str, Any]:
-    """The published constructor's arguments for an `nn.PiD` or its `ModelInfo`."""
-    config, adapter = network.config, network.config.adapter
+def published_arguments(info: Any) -> dict[str, Any]:
+    """The published constructor's arguments for a network's `ModelInfo`."""
+    config, adapter = info.config, info.config.adapter
     rope_height, rope_width = config.rope_reference or (1024, 1024)
     return {
         "hidden_size": config.width,
@@ -51,9 +51,9 @@ def published_arguments(network: Any) -> dict[str, Any]:
         "lq_aux_rgb_head": adapter.rgb_head,
         "lq_aux_rgb_head_latent_block_idx": adapter.rgb_head_block or -1,
         "lq_latent_unpatchify_factor": adapter.unpack,
-        "lq_latent_channels": network.latent_channels,
-        "latent_spatial_down_factor": network.latent_stride,
-        "sr_scale": network.scale,
+        "lq_latent_channels": info.latent_channels,
+        "latent_spatial_down_factor": info.latent_stride,
+        "sr_scale": info.scale,
     }
 
 

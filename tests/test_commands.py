@@ -27,15 +27,14 @@ from pid_lightning.import_released import (
     FAMILIES,
     VERSIONS,
     import_released,
-    released_network,
+    released_info,
 )
-from pid_lightning.nn import PiD
 from pid_lightning.noising import add_latent_noise
 from pid_lightning.pictures import read_picture
 from pid_lightning.randomness import sample_generators
 from pid_lightning.released import from_released
 from pid_lightning.sampling import STUDENT_TIMES, draw_noise, sample_few_steps
-from pid_lightning.weights import load_model
+from pid_lightning.weights import ModelInfo, load_model
 
 # ------------------------------------------------------------------- pid decode
 
@@ -330,9 +329,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(VERSIONS, version, changed)
 
 
-def release(path: Path, network: PiD, prefix: str = "net.", **others: Tensor) -> dict[str, Tensor]:
+def release(
+    path: Path, info: ModelInfo, prefix: str = "net.", **others: Tensor
+) -> dict[str, Tensor]:
     """A released file of random weights; returns its tensors without prefix."""
-    tensors = random_released(published_arguments(network), torch.Generator().manual_seed(0))
+    tensors = random_released(published_arguments(info), torch.Generator().manual_seed(0))
     torch.save({f"{prefix}{k}": v for k, v in tensors.items()} | others, path)
     return tensors
 
@@ -342,8 +343,9 @@ def release(path: Path, network: PiD, prefix: str = "net.", **others: Tensor) ->
 def test_full_size_shapes_convert(family: str, version: str) -> None:
     """456 tensors of v1 and 461 of v1.5, as released, on the meta device."""
     with torch.device("meta"):
-        denoiser = released_network(family, version, with_rgb_head=False)
-        shapes = released_shapes(published_arguments(denoiser))
+        described = released_info(family, version, with_rgb_head=False)
+        denoiser = described.build()
+        shapes = released_shapes(published_arguments(described))
         released = {name: torch.empty(shape) for name, shape in shapes}
     assert len(released) == {"v1": 456, "v1.5": 461}[version]
     denoiser.load_state_dict(from_released(released, denoiser), assign=True)
@@ -360,11 +362,11 @@ def test_full_size_shapes_convert(family: str, version: str) -> None:
 def test_released_weights_decode_as_the_plain_method_does(
     small: None, tmp_path: Path, family: str, version: str
 ) -> None:
-    network = released_network(family, version, with_rgb_head=version == "v1.5")
-    arguments = published_arguments(network)
+    described = released_info(family, version, with_rgb_head=version == "v1.5")
+    arguments = published_arguments(described)
     path, out = tmp_path / "released.pth", tmp_path / "ours.safetensors"
     ignored = {"fake_score.a": torch.zeros(1), "discriminator.b": torch.zeros(1)}
-    tensors = release(path, network, **ignored)
+    tensors = release(path, described, **ignored)
     info = import_released(path, out, family, version)
     decoder = PiDDecoder.from_pretrained(out)
     assert decoder.info == info
@@ -390,7 +392,7 @@ def test_released_weights_decode_as_the_plain_method_does(
 
 def test_the_average_is_taken_when_asked(small: None, tmp_path: Path) -> None:
     path, out = tmp_path / "released.pth", tmp_path / "ours.safetensors"
-    release(path, released_network("flux", "v1", False), "net_ema.")
+    release(path, released_info("flux", "v1", False), "net_ema.")
     info = import_released(path, out, "flux", "v1", ema=True, student_times=None)
     assert info.student_times is None
     with pytest.raises(ValueError, match=r"holds no tensors under net\., only net_ema\."):
@@ -407,7 +409,7 @@ def test_what_is_not_exactly_the_released_network_is_refused(small: None, tmp_pa
         assert not out.exists()
         return str(error.value)
 
-    tensors = release(path, released_network("flux", "v1", False))
+    tensors = release(path, released_info("flux", "v1", False))
     assert "holds v1 weights (their gates are one value a channel), not v1.5" in told(
         "flux", "v1.5"
     )
@@ -417,13 +419,13 @@ def test_what_is_not_exactly_the_released_network_is_refused(small: None, tmp_pa
     assert "128: it fits flux or sd3 or qwen" in told("flux2", "v1")
     torch.save({f"net.{k}": v for k, v in tensors.items() if k != "y_pos_embedding"}, path)
     assert "1 tensors missing (y_pos_embedding)" in told("flux", "v1")
-    release(path, released_network("flux", "v1", False), **{"net.extra": torch.zeros(1)})
+    release(path, released_info("flux", "v1", False), **{"net.extra": torch.zeros(1)})
     assert "1 unknown (extra)" in told("flux", "v1")
-    release(path, released_network("flux", "v1", False), **{"other.extra": torch.zeros(1)})
+    release(path, released_info("flux", "v1", False), **{"other.extra": torch.zeros(1)})
     assert "1 tensors besides the released ones, the first is other.extra" in told("flux", "v1")
     torch.save({"net.a": {"b": 1}}, path)
     assert "not the flat dict of tensors" in told("flux", "v1")
-    release(path, released_network("flux", "v1.5", False))
+    release(path, released_info("flux", "v1.5", False))
     assert "holds v1.5 weights (their gates are one value a token), not v1" in told("flux", "v1")
     path.write_bytes(path.read_bytes()[:1000])
     assert "truncated" in told("flux", "v1.5")
@@ -436,7 +438,7 @@ def test_import_says_what_it_wants(
     none, out = tmp_path / "none.pth", tmp_path / "out.safetensors"
     assert "no such file" in refused(capsys, "import", none, out, *options)
     assert "must end in .safetensors" in refused(capsys, "import", none, tmp_path / "o", *options)
-    network = released_network("sdxl", "v1.5", with_rgb_head=True)
+    network = released_info("sdxl", "v1.5", with_rgb_head=True).build()
     torch.save({f"net.{k}": v for k, v in network.state_dict().items()}, none)
     assert "tensors missing" in refused(
         capsys, "import", none, out, "--family", "sdxl", "--version", "v1.5"

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pid_lightning.hub import find_model
+from pid_lightning.import_released import FLUX, VERSIONS
 from pid_lightning.mistakes import check_at_least
 from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
 from pid_lightning.weights import ModelInfo, load_model
 
+V15 = VERSIONS["v1.5"]
 CONFIGS = {
     "full": PiDConfig(),
-    "full_v15": PiDConfig(
-        rope_reference=(2048, 2048),
-        adapter=AdapterConfig(
-            width=1024, gate="token", padding="replicate", inject_pixels=True, rgb_head=True
-        ),
-    ),
+    "full_v15": replace(V15, learned_null=True, adapter=replace(V15.adapter, rgb_head=True)),
     "small": PiDConfig(
         width=384,
         num_heads=6,
@@ -36,20 +33,8 @@ CONFIGS = {
 
 
 def named(name: str) -> ModelInfo:
-    """One of `CONFIGS` for 16 latent channels at stride 8, 4x."""
-    return ModelInfo(
-        family="VAEPiD",
-        encoder={},
-        latent_space="flux",
-        latent_channels=16,
-        latent_stride=8,
-        scale=4,
-        image_size=None,
-        latent_sigma_max=0.8,
-        noise_frame="flow",
-        student_times=None,
-        config=CONFIGS[name],
-    )
+    """One of `CONFIGS` on FLUX.1's latents, as a teacher."""
+    return replace(FLUX, image_size=None, student_times=None, config=CONFIGS[name])
 
 
 def find(name: str, model: str | None) -> tuple[PiD | None, ModelInfo]:
