@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -13,13 +14,15 @@ from typing import Any
 import jsonargparse
 import lightning
 from jsonargparse import ArgumentError
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from pid_lightning.callbacks.check_monitors import CheckMonitors
 from pid_lightning.callbacks.dmd2 import DMD2
+from pid_lightning.callbacks.ema import EMA
+from pid_lightning.callbacks.images import PictureGrids
 from pid_lightning.callbacks.last_checkpoint import LastCheckpoint
 from pid_lightning.checkpointing import AtomicCheckpointIO
 from pid_lightning.files import make_folder
@@ -62,7 +65,7 @@ class SaveConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save once: resuming, testing and predicting keep the existing file."""
         folder = trainer.log_dir
-        if stage != "fit" or not folder:
+        if stage != "fit" or not folder or trainer.fast_dev_run:
             return
         # Rank 0 decides for all ranks, since it may write before the others have looked.
         if not trainer.strategy.broadcast((Path(folder) / self.config_filename).exists()):
@@ -129,6 +132,9 @@ class PiDCLI(LightningCLI):
                 "trainer.check_val_every_n_epoch 1; set it, or give a number of batches."
             )
 
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would replace what was given by a checkpoint's class and arguments."""
+
     def before_instantiate_classes(self) -> None:
         """Resolve `--ckpt_path last`, and continue in the folder of the checkpoint's run."""
         if self.subcommand is None:  # instantiated from Python without a subcommand
@@ -177,7 +183,10 @@ class PiDCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build everything, then make every check that needs no data."""
         super().instantiate_classes()
-        if self.subcommand is None or not isinstance(self.model, PiDModule):
+        if self.subcommand is None:
+            return
+        if not isinstance(self.model, PiDModule):
+            check_not_for_pid(self.subcommand, self.trainer.callbacks, type(self.model).__name__)
             return
         check_strategy(self.trainer.strategy)
         path = self.config[self.subcommand].ckpt_path
@@ -214,6 +223,18 @@ class PiDCLI(LightningCLI):
             self.trainer.test(self.model, self.datamodule, verbose=False)
             print(f"run      {self.trainer.log_dir}")
             print(f"curves   tensorboard --logdir {Path(self.trainer.log_dir).parent}")
+
+
+def check_not_for_pid(subcommand: str, callbacks: Sequence[Callback], model: str) -> None:
+    """Raise ValueError for what only a PiD has, in a run of another model."""
+    if subcommand in ("test", "predict"):
+        raise ValueError(f"pid {subcommand}: {model} is no PiD; use pid validate.")
+    for callback in callbacks:
+        if isinstance(callback, (DMD2, EMA, PictureGrids)):
+            raise ValueError(
+                f"trainer.callbacks: {type(callback).__name__} needs a PiD, not {model}; leave it "
+                "out."
+            )
 
 
 def _move_baseline(config: Any) -> None:
@@ -258,6 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            auto_configure_optimizers=False,
             save_config_callback=SaveConfig,
             seed_everything_default=0,
             args=arguments,
@@ -265,6 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser_kwargs={"exit_on_error": False}
             | {name: {"exit_on_error": False} for name in PiDCLI.subcommands()},
         )
+    except SIGTERMException:  # outside training, where `LastCheckpoint` handles it
+        sys.exit(128 + signal.SIGTERM)
     except (ArgumentError, MisconfigurationException, ValueError, OSError) as error:
         mistake = raised_here(error) or _building_error(error)
         if mistake is None and not isinstance(error, (ArgumentError, MisconfigurationException)):

@@ -16,15 +16,17 @@ import tiny
 import torch
 from PIL import Image
 
-from pid_lightning import DMD2, EMA, DINOv2PiD, SigLIPPiD
+from pid_lightning import DMD2, EMA, DINOv2PiD, ImageData, SigLIPPiD
 from pid_lightning.__main__ import main as pid
 from pid_lightning.callbacks import LastCheckpoint, turns
 from pid_lightning.cli import PiDCLI, main
 from pid_lightning.commands import COMMANDS
 from pid_lightning.hub import find_last_checkpoint
 from pid_lightning.mistakes import PACKAGE, parser_sentence, raised_here, raised_in
+from pid_lightning.modules.autoencoder import AutoencoderModule
 from pid_lightning.nn import Discriminator
 
+ROOT = Path(__file__).parent.parent
 NUM_STEPS = 14
 STATE = ("state_dict", "optimizer_states", "lr_schedulers", "pid", "global_step")
 
@@ -136,6 +138,7 @@ def forbid_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--model.evaluation.lpips=no.safetensors"], "LPIPS weights no.safetensors do not exist"),
         (["--trainer.callbacks+=DMD2", "--trainer.callbacks.teacher=no.ckpt"], "model no.ckpt was"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
+        (["--optimizer=SGD"], "optimizer"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -200,6 +203,57 @@ def test_a_monitor_that_is_not_logged_is_told_at_the_first_validation(
     assert f"EarlyStopping.monitor: '{metric}' is not logged; choose one of " in said
     assert ("train/loss" in said) == (num_sanity == 0)
     assert "validate/loss" in said
+
+
+def test_an_earlier_runs_checkpoint_is_not_replaced(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit = ["fit", f"--config={runs / 'tiny.yaml'}", "--trainer.logger=false"]
+    fit += ["--trainer.callbacks=null", "--trainer.max_steps=1"]
+    main(fit)
+    last = Path("checkpoints/last.ckpt")
+
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in Path().rglob("*.*")}
+
+    before = files()
+    said = mistake(capsys, *fit)
+    assert "last.ckpt is of an earlier run: resume that with --ckpt_path, or give this" in said
+    main([*fit, "--trainer.fast_dev_run=true"])
+    assert files() == before
+    main([*fit, "--trainer.max_steps=2", f"--ckpt_path={last}"])
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+
+
+def test_a_checkpoint_does_not_choose_what_is_trained(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"width": 8, "num_encoder_blocks": 1, "num_decoder_blocks": 1, "refine_width": 8}
+    autoencoder = AutoencoderModule(**sizes)
+    trainer = pl.Trainer(max_steps=1, logger=False, enable_progress_bar=False, accelerator="cpu")
+    data = ImageData(str(runs / "pictures"), image_size=64, batch_size=1)
+    trainer.fit(autoencoder, data)
+    trainer.save_checkpoint("autoencoder.ckpt")
+    given = f"--config={runs / 'tiny.yaml'}", "--ckpt_path=autoencoder.ckpt"
+    assert "not a checkpoint of a PiD run" in mistake(capsys, "fit", *given)
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "told"),
+    [
+        ("fit", "EMA", "trainer.callbacks: EMA needs a PiD, not AutoencoderModule; leave it out."),
+        ("fit", "PictureGrids", "trainer.callbacks: PictureGrids needs a PiD"),
+        ("test", None, "pid test: AutoencoderModule is no PiD; use pid validate."),
+    ],
+)
+def test_what_only_a_pid_has_is_refused_with_an_autoencoder(
+    command: str, more: str | None, told: str, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = runs / "runs/tiny/version_0/checkpoints/last.ckpt"
+    given = ["--config", str(ROOT / "configs/autoencoder.yaml"), "--data.path=bundled"]
+    given += ["--ckpt_path", str(last)] if command == "test" else []
+    given += [f"--trainer.callbacks+={more}"] if more else []
+    assert told in mistake(capsys, command, *given)
 
 
 def test_validate_takes_the_callbacks_and_the_logger_of_any_run(
@@ -479,17 +533,28 @@ def assert_ends_equal(one: Path, other: Path) -> None:
         tiny.assert_equal_states(*(state[part] for state in states), part)
 
 
-@pytest.mark.parametrize("kind", ["plain", "distilled"])
-def test_ctrl_c_finishes_the_step_and_resumes_exactly(
-    kind: str, uninterrupted: dict[str, tuple[Path, Path]], tmp_path: Path
+@pytest.mark.parametrize(
+    ("kind", "number", "status"),
+    [
+        ("plain", signal.SIGINT, 1),
+        ("distilled", signal.SIGINT, 1),
+        ("plain", signal.SIGTERM, 128 + signal.SIGTERM),
+    ],
+)
+def test_a_signal_finishes_the_step_and_resumes_exactly(
+    kind: str,
+    number: signal.Signals,
+    status: int,
+    uninterrupted: dict[str, tuple[Path, Path]],
+    tmp_path: Path,
 ) -> None:
     config, end = uninterrupted[kind]
     process = start_fit(tmp_path, config)
     wait_for_step(tmp_path, process, 4)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     process.join(60)
     log = tmp_path / "log"
-    assert process.exitcode == 1, log.read_text()[-2000:]
+    assert process.exitcode == status, log.read_text()[-2000:]
     assert "continue with --ckpt_path last" in log.read_text()
     assert "Traceback" not in log.read_text()
     last = tmp_path / "runs/tiny/version_0/checkpoints/last.ckpt"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from pid_lightning import weights
@@ -384,7 +385,13 @@ class PiDModule(LightningModule):
         self.writer = PredictionWriter(self)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Path]:
-        """Decode pictures or latents; returns the files written."""
+        """Decode pictures or latents; returns the files written.
+
+        Raises:
+            SIGTERMException: the process was asked to end.
+        """
+        if self.trainer.received_sigterm:  # Lightning asks in its other loops only
+            raise SIGTERMException
         return self.writer.write(batch)
 
 
