@@ -23,18 +23,22 @@ HELP = """usage: pid COMMAND [options]; pid COMMAND --help lists them
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `pid`: commands that need no Lightning by `commands`, the others by `cli`. A user's
-    mistake is one sentence and exit status 2."""
+    mistake is one sentence and exit status 2; Ctrl-C is 130."""
     given = sys.argv[1:] if arguments is None else arguments
     if not given or given[0] in ("-h", "--help"):
         print(HELP, end="")
         sys.exit(0 if given else 2)
-    if given[0] in commands.COMMANDS:
-        with exit_on_mistake():
-            commands.COMMANDS[given[0]](given[1:])
-    else:
-        from pid_lightning import cli
+    try:
+        if given[0] in commands.COMMANDS:
+            with exit_on_mistake():
+                commands.COMMANDS[given[0]](given[1:])
+        else:
+            from pid_lightning import cli
 
-        cli.main(arguments)  # None lets LightningCLI read sys.argv; given arguments make it warn
+            cli.main(arguments)  # None: LightningCLI reads sys.argv; given arguments make it warn
+    except KeyboardInterrupt:
+        print("\npid: stopped.", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

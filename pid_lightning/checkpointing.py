@@ -28,16 +28,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
             stale.unlink(missing_ok=True)  # left by a process that was killed while saving
-        try:
-            with replaced_file(path) as temporary, open(temporary, "wb") as file:
+        with replaced_file(path) as temporary, open(temporary, "wb") as file:
+            try:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            raise OSError(
-                f"{path} could not be saved ({error}): free space or choose another folder; the "
-                "previous checkpoint is intact."
-            ) from error
+            except RuntimeError as error:  # a full disk
+                raise OSError(error) from error
+            file.flush()
+            os.fsync(file.fileno())
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pid_lightning.freed_memory import keep_freed_memory
+from pid_lightning.mistakes import check_between
 
 # Each command imports what it uses, so that help and argument errors are quick.
 if TYPE_CHECKING:
@@ -61,8 +62,7 @@ class DecodeSettings:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sigma <= 1:
-            raise ValueError(f"sigma: {self.sigma} must lie between 0 (clean) and 1 (noise).")
+        check_between("sigma", self.sigma, 0, 1)
         for name in ("text_model", "text_prefix", "text_cache"):
             if getattr(self, name) and self.prompt is None:
                 raise ValueError(f"{name}: only used with a prompt; give one, or leave it out.")

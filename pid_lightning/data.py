@@ -18,7 +18,7 @@ from pid_lightning.draws import (
     StreamedDraws,
     make_loader,
 )
-from pid_lightning.mistakes import check_at_least
+from pid_lightning.mistakes import check_at_least, check_choice
 from pid_lightning.prediction_inputs import PredictionInputs
 from pid_lightning.sources import Split, hold_out, open_source
 
@@ -101,8 +101,12 @@ class ImageData(LightningDataModule):
             ("cache_bytes", cache_bytes, 0),
         ):
             check_at_least(f"data.{name}", value, minimum)
-        if resize not in ("none", "random"):
-            raise ValueError(f'data.resize: {resize!r} is unknown; use "none" or "random".')
+        check_choice("data.resize", resize, ("none", "random"))
+        for name, value in (("path", path), ("test_path", test_path)):
+            if value == "":
+                raise ValueError(
+                    f"data.{name}: an empty name; give a folder, a parquet file or a data set."
+                )
         if streaming and samples_per_epoch is None:
             raise ValueError(
                 "data.samples_per_epoch: a stream has no length, so None is not possible; set a "
@@ -180,8 +184,14 @@ class ImageData(LightningDataModule):
     def _num_trained_batches(self) -> int:
         # Lightning counts over all epochs, saves the count, and restores it before the first
         # iteration starts.
+        if self.trainer is None:
+            return 0
+        num_trained = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        # Overfitting repeats the same batches.
         return (
-            self.trainer.fit_loop.epoch_loop.batch_progress.total.processed if self.trainer else 0
+            num_trained % self.trainer.num_training_batches
+            if self.trainer.overfit_batches
+            else num_trained
         )
 
     def _evaluation(self, name: str) -> DataLoader | ResumableLoader | list[Any]:

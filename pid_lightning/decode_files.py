@@ -59,7 +59,7 @@ def decode_files(
         OSError: `folder` cannot be made.
         ValueError: an input or setting does not fit the model, or an input would be overwritten.
     """
-    model = model or next(iter(BUNDLED_MODELS))
+    model = next(iter(BUNDLED_MODELS)) if model is None else model
     files = find_inputs(inputs)
     paths = [folder / f"{file.stem}.{settings.format}" for file in files]
     comparisons = [_comparison(path) for path in paths] if settings.compare else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -10,10 +11,10 @@ from torch import Tensor
 
 from pid_lightning.decoding import output_size
 from pid_lightning.latent_spaces import warn_if_not_normalised
-from pid_lightning.mistakes import check_at_least
+from pid_lightning.mistakes import check_at_least, check_whole
 from pid_lightning.nn import PiD
 from pid_lightning.sampling import Generators, few_step_times
-from pid_lightning.tiling import check_tile
+from pid_lightning.tile_choice import TileChoice, check_tile_choice
 from pid_lightning.weights import ModelInfo
 
 # Stack level of the user's own call to PiDDecoder.decode, seen from a warning in check_inputs.
@@ -25,11 +26,10 @@ def check_inputs(
     info: ModelInfo,
     latents: Tensor,
     latent_sigma: float | Sequence[float] | Tensor,
-    steps: int | None,
     generator: Generators,
     seed: int | None,
 ) -> Tensor:
-    """Check all arguments of `PiDDecoder.decode` except its text.
+    """Check those arguments of `PiDDecoder.decode` that `check_options` does not.
 
     Returns:
         The noise levels (B,), on the network's device.
@@ -47,17 +47,21 @@ def check_inputs(
     if not latents.isfinite().all():
         raise ValueError("latents: some values are not finite; check what produced them.")
     denoiser.check_size(*output_size(denoiser, latents))
-    check_steps(info.student_times, steps)
     if generator is not None and seed is not None:
         raise ValueError("seed and generator were both given; give only one of them.")
-    sigma = (
-        torch.as_tensor(latent_sigma, dtype=torch.float32).to(denoiser.out.weight.device).flatten()
+    if seed is not None:
+        check_whole("seed", seed)
+    told = (
+        f"latent_sigma: {latent_sigma!r} must be one number between 0 (clean) and 1 (noise), or "
+        f"{len(latents)} of them, one per sample."
     )
+    try:
+        sigma = torch.as_tensor(latent_sigma, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(told) from error
+    sigma = sigma.to(denoiser.out.weight.device).flatten()
     if sigma.numel() not in (1, len(latents)) or not ((sigma >= 0) & (sigma <= 1)).all():
-        raise ValueError(
-            f"latent_sigma: {latent_sigma} must be one number between 0 (clean) and 1 (noise), "
-            f"or {len(latents)} of them, one per sample."
-        )
+        raise ValueError(told)
     highest = sigma.max().item()
     if highest > info.latent_sigma_max + 1e-6:
         warnings.warn(
@@ -73,8 +77,7 @@ def check_steps(student_times: Sequence[float] | None, steps: int | None) -> Non
     """Raise ValueError unless a student, or a teacher without times, can sample in `steps`."""
     if steps is None:
         return
-    if not isinstance(steps, int):
-        raise ValueError(f"steps: {steps!r} must be a whole number.")
+    check_whole("steps", steps)
     check_at_least("steps", steps, 1)
     if student_times is not None:
         few_step_times(student_times, steps)
@@ -84,8 +87,8 @@ def check_options(
     denoiser: PiD,
     info: ModelInfo,
     steps: int | None,
-    tile: int | str | None,
-    prompt: object,
+    tile: TileChoice,
+    prompt: str | list[str] | Tensor | None,
     guidance_scale: float,
 ) -> None:
     """Check what decoding depends on besides its input, before there is one.
@@ -94,19 +97,22 @@ def check_options(
         ValueError: one of the options does not fit the model.
     """
     check_steps(info.student_times, steps)
-    if isinstance(tile, int):
-        check_tile(tile, denoiser.alignment)
+    check_tile_choice(tile, denoiser.alignment)
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale: {guidance_scale} must be a finite number.")
     if (prompt is not None or guidance_scale != 1) and denoiser.text_embedding is None:
         raise ValueError(
             "prompt and guidance_scale: this model was trained without text; leave them out."
         )
+    if guidance_scale != 1 and prompt is None:
+        raise ValueError("guidance_scale: only used with a prompt; give one, or leave it out.")
 
 
 def text_features(text: Tensor, width: int, batch_size: int) -> Tensor:
     """Expand text features (L, D_text) or (B or 1, L, D_text) to (B, L, D_text).
 
     Raises:
-        ValueError: the shape does not fit.
+        ValueError: the shape does not fit, or values are not finite.
     """
     text = text[None] if text.ndim == 2 else text
     if text.ndim != 3 or text.shape[-1] != width or text.shape[0] not in (1, batch_size):
@@ -114,4 +120,6 @@ def text_features(text: Tensor, width: int, batch_size: int) -> Tensor:
             f"prompt: shape {tuple(text.shape)} does not fit; give one prompt or one per sample, "
             f"as features (L, {width}) or ({batch_size}, L, {width})."
         )
+    if not text.isfinite().all():
+        raise ValueError("prompt: some features are not finite; check what produced them.")
     return text.expand(batch_size, -1, -1)

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from pid_lightning import decoding, hub, memory, tile_choice
 from pid_lightning.compilation import check_not_frozen, compile_for_inference
-from pid_lightning.decode_inputs import check_inputs, text_features
+from pid_lightning.decode_inputs import check_inputs, check_options, text_features
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.families import build_encoder
 from pid_lightning.fixed_times import fix_times
@@ -145,13 +145,17 @@ class PiDDecoder:
         return self.denoiser.dtype
 
     def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        device: torch.device | str | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
     ) -> PiDDecoder:
-        """Move everything to a device; `dtype` applies to the denoiser only.
+        """Move everything to a device; `dtype` applies to the denoiser only, and may stand alone.
 
         Raises:
             ValueError: a dtype for weights that are in 8 bits or frozen.
         """
+        if isinstance(device, torch.dtype):  # `to(torch.bfloat16)`, as modules are cast
+            device, dtype = None, device
         if dtype is not None:
             check_not_frozen(self.denoiser, f"dtype: {dtype}")
         if dtype is not None and any(map(is_quantised, self.denoiser.parameters())):
@@ -236,7 +240,16 @@ class PiDDecoder:
         return self._encoder.to(self.device)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Encode pictures (B, 3, H, W) in [-1, 1] to clean normalised latents (B, C, h, w)."""
+        """Encode pictures (B, 3, H, W) in [-1, 1] to clean normalised latents (B, C, h, w).
+
+        Raises:
+            ValueError: integers, values out of range or not finite, or sides that do not fit.
+        """
+        if not images.is_floating_point() or not images.abs().max() <= 1 + 1e-3:
+            raise ValueError(
+                f"images: {images.dtype} from {images.min()} to {images.max()} are no pictures in "
+                "[-1, 1]; convert bytes by `bytes / 127.5 - 1`."
+            )
         return self.encoder.encode(images.to(self.device))
 
     def encode_prompt(self, prompt: str | list[str], cache: str | Path | None = None) -> Tensor:
@@ -255,7 +268,11 @@ class PiDDecoder:
         """
         if self.denoiser.text_embedding is None:
             raise ValueError("prompt: this model was trained without text; leave it out.")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
+            raise ValueError(f"prompt: {prompt!r} must be words, a list of words, or features.")
+        if not prompts:
+            raise ValueError("prompt: an empty list; give one prompt or one per sample, or None.")
         if self.text_encoder is not None and self.text_encoder.description != self._prompts_by:
             self._prompts.clear()
             self._prompts_by = self.text_encoder.description
@@ -305,11 +322,10 @@ class PiDDecoder:
             (B, 3, H, W) in [-1, 1], fp32, on the network's device.
 
         Raises:
-            ValueError: an argument does not fit the model.
+            ValueError: an argument does not fit the model, or its weights overflow in their dtype.
         """
-        sigma = check_inputs(
-            self.denoiser, self.info, latents, latent_sigma, steps, generator, seed
-        )
+        check_options(self.denoiser, self.info, steps, tile, prompt, guidance_scale)
+        sigma = check_inputs(self.denoiser, self.info, latents, latent_sigma, generator, seed)
         height, width = self.output_size(latents)
         side = self.choose_tile(height, width, tile, len(latents))
         text = null_text = None
@@ -319,7 +335,7 @@ class PiDDecoder:
         if guidance_scale != 1.0 and not self.info.config.learned_null:
             null_text = self.encode_prompt([""] * len(latents))
         if seed is not None:
-            generator = sample_generators(seed, "decode", range(len(latents)))
+            generator = sample_generators(int(seed), "decode", range(len(latents)))
         tiles = decoding.tiles_for(self.denoiser, height, width, side)
         num_steps = decoding.num_sampling_steps(self.info.student_times, steps)
         label, num_tiles = f"{width} x {height}", 1
@@ -328,7 +344,7 @@ class PiDDecoder:
             label += f" in {num_tiles} tiles of {side}"
         total = num_steps * num_tiles * (1 if guidance_scale == 1.0 else 2)
         with tqdm(total=total, desc=label, disable=not progress, leave=False) as bar:
-            return decoding.decode_latents(
+            pictures = decoding.decode_latents(
                 self.denoiser,
                 latents.to(self.device),
                 sigma,
@@ -342,6 +358,12 @@ class PiDDecoder:
                 tile=side,
                 on_forward=bar.update,
             )
+        if not pictures.isfinite().all():
+            raise ValueError(
+                f"The picture is not finite: {self.dtype} overflows with these weights; load them "
+                "with torch.bfloat16 or torch.float32."
+            )
+        return pictures
 
     def output_size(self, latents: Tensor) -> tuple[int, int]:
         """(height, width) in pixels of the pictures that latents (B, C, h, w) decode to."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pid_lightning.diffusers_vae import PiDAutoencoder
-from pid_lightning.mistakes import check_at_least
+from pid_lightning.mistakes import check_at_least, check_whole
 
 # Schedulers by the form of their latents between steps, at noise level `sigma` of their schedule.
 FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
@@ -82,7 +82,8 @@ def stop_early(pipe: Any, at_step: int = 24) -> EarlyStop:
     PiD receives the remaining noise level, which is the sigma of the next step. Latents in a
     different frame than the decoder was trained in (SDXL's `z + sigma eps`) are converted. With
     `output_type="latent"` the pipeline returns the converted latents, and `latent_sigma` of the
-    callback is their noise level.
+    callback is their noise level; the autoencoder takes the latents of its next `decode` to be
+    these, once, and `pipe.vae.pid_decoder.decode` takes latents and level at any time.
 
     Args:
         pipe: a diffusers pipeline whose `vae` is a `PiDAutoencoder`.
@@ -95,6 +96,7 @@ def stop_early(pipe: Any, at_step: int = 24) -> EarlyStop:
         ValueError: `vae` is not a `PiDAutoencoder`, the pipeline cannot be interrupted, the noise
             levels of its scheduler are not known, or `at_step` is less than 1.
     """
+    check_whole("at_step", at_step)
     check_at_least("at_step", at_step, 1)
     _check_pipeline(pipe)
     return EarlyStop(at_step)

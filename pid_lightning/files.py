@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 def make_folder(option: str, folder: Path) -> None:
     """Make the folder that an option names and write to it, before any work.
@@ -30,15 +32,23 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
 
     If the block raises, the temporary file is removed and `path` stays as it was. Missing folders
     are created.
+
+    Raises:
+        OSError: the disk is full or not writable.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode  # some writers create files readable by their owner only
         yield temporary
         temporary.chmod(mode)
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{path} could not be written ({error}): free space or choose another folder; what was "
+            "there before is intact."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)

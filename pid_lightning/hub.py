@@ -39,6 +39,8 @@ def find_model(
         FileNotFoundError: no local model has that name.
         OSError: the hub cannot provide it.
     """
+    if not str(name):
+        raise FileNotFoundError("model: no name was given; give one, or leave the option out.")
     path = Path(name).expanduser()
     if str(name) in BUNDLED_MODELS:
         return BUNDLED_MODELS[str(name)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from pid_lightning.files import make_folder
 from pid_lightning.mistakes import check_choice
 from pid_lightning.nn import AdapterConfig, PiDConfig
-from pid_lightning.released import from_released
+from pid_lightning.released import first_names, from_released
 from pid_lightning.sampling import STUDENT_TIMES
 from pid_lightning.tensor_files import read_torch_file
 from pid_lightning.weights import ModelInfo, check_model_path, save_model
@@ -159,9 +159,9 @@ def _without_prefix(
 ) -> dict[str, Tensor]:
     taken = {k.removeprefix(prefix): v for k, v in released.items() if k.startswith(prefix)}
     if not taken:
-        held = sorted({name.split(".")[0] + "." for name in released})
+        held = first_names(sorted({name.split(".")[0] + "." for name in released}))
         raise ValueError(
-            f"{path} holds no tensors under {prefix}, only {', '.join(held) or 'none'}; add "
+            f"{path} holds no tensors under {prefix}, only {held}; add "
             "or drop --ema, or take the published file."
         )
     strange = [k for k in released if not k.startswith((NETWORK, AVERAGED, *IGNORED))]

@@ -8,6 +8,7 @@ import traceback
 from argparse import ArgumentError
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
@@ -23,6 +24,18 @@ def check_at_least(name: str, value: float, least: float) -> None:
     """Raise ValueError if the option `name` is below its least value."""
     if value < least:
         raise ValueError(f"{name}: {value} must be at least {least}.")
+
+
+def check_whole(name: str, value: object) -> None:
+    """Raise ValueError unless the option `name` is a whole number."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{name}: {value!r} must be a whole number.")
+
+
+def check_between(name: str, value: float, least: float, most: float) -> None:
+    """Raise ValueError unless the option `name` lies between two values, both included."""
+    if not least <= value <= most:
+        raise ValueError(f"{name}: {value} must lie between {least} and {most}.")
 
 
 @contextmanager

@@ -40,6 +40,11 @@ def read_picture(path: str | Path) -> Tensor:
     try:
         with Image.open(path) as file:
             picture = to_rgb(file)
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{path} is too large: at most {2 * Image.MAX_IMAGE_PIXELS} pixels are read; reduce it "
+            "or cut it."
+        ) from error
     except PICTURE_DAMAGE as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise ValueError(
@@ -234,7 +239,10 @@ def find_inputs(paths: Iterable[str | Path]) -> list[Path]:
             two inputs share a name (outputs are named after inputs).
     """
     found: dict[Path, Path] = {}
-    for path in map(Path, paths):
+    for name in paths:
+        if not str(name):
+            raise ValueError("input: an empty name was given; name a picture, file or folder.")
+        path = Path(name)
         files = [path]
         if path.is_dir():
             files = [file for file in path.iterdir() if file.is_file() and _is_input(file)]

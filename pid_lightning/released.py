@@ -39,7 +39,8 @@ def from_released(released: Mapping[str, Tensor], denoiser: PiD) -> dict[str, Te
     if missing or unknown:
         raise ValueError(
             f"the weights do not match this network: {len(missing)} tensors missing "
-            f"({_first(missing)}), {len(unknown)} unknown ({_first(unknown)}); {MATCHING}."
+            f"({first_names(missing)}), {len(unknown)} unknown ({first_names(unknown)}); "
+            f"{MATCHING}."
         )
     ours = denoiser.state_dict()
     converted = {}
@@ -59,7 +60,8 @@ def from_released(released: Mapping[str, Tensor], denoiser: PiD) -> dict[str, Te
     return converted
 
 
-def _first(names: list[str], count: int = 3) -> str:
+def first_names(names: list[str], count: int = 3) -> str:
+    """The first of many names, for messages."""
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "") if names else "none"
 
 

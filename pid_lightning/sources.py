@@ -85,6 +85,8 @@ def decode(image: dict[str, Any], image_size: int) -> Tensor:
 
 def none_left(num_skipped: int, image_size: int) -> str:
     """Error message for a source without a usable picture."""
+    if not num_skipped:
+        return "data.num_val: no picture is left to train on; lower it, or give more pictures."
     return (
         f"data.path: none of {num_skipped} pictures is usable at image_size {image_size}: "
         "give readable pictures with both sides at least that long, or lower image_size."
@@ -161,11 +163,14 @@ def read_captions(folder: Path) -> dict[Path, str]:
         for number, line in enumerate(text.split("\n"), 1):
             try:
                 entry = json.loads(line) if line.strip() else {"file_name": "", "text": ""}
-                captions[file.parent / entry["file_name"]] = entry.get("text") or ""
+                caption = entry.get("text") or ""
+                if not isinstance(caption, str):
+                    raise TypeError
+                captions[file.parent / entry["file_name"]] = caption
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(
                     f"{file}, line {number}: each line must be a JSON object with "
-                    '"file_name" and, for the caption, "text".'
+                    '"file_name" and, for the caption, "text" (a string).'
                 ) from None
     return captions
 
@@ -265,7 +270,7 @@ def as_rows(table: Any, path: str, image_column: str, caption_column: str | None
     """Rename a table's columns to "image" and, if wanted, "caption"; pictures stay encoded.
 
     Raises:
-        ValueError: there is no such column.
+        ValueError: there is no such column, or one of another type.
     """
     import datasets
 
@@ -278,6 +283,17 @@ def as_rows(table: Any, path: str, image_column: str, caption_column: str | None
             )
     table = table.select_columns(list(wanted))
     table = table.rename_columns({old: new for old, new in wanted.items() if old != new})
+    text = ("string", "large_string")
+    accepted = {"caption": text, "image": (*text, "binary", "large_binary")}
+    for column, name in wanted.items():
+        kind = (table.features or {}).get(name)  # a stream may not know them
+        if name == "caption":
+            kind = getattr(kind, "feature", kind)  # of each of several captions
+        if isinstance(kind, datasets.Value) and kind.dtype not in accepted[name]:
+            raise ValueError(
+                f"data.{name}_column: {column!r} of {path} holds {kind.dtype}, no {name}s; "
+                f"choose from {columns}."
+            )
     return Split(table.cast_column("image", datasets.Image(decode=False)))
 
 

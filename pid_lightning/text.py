@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pid_lightning.files import replaced_file
+from pid_lightning.mistakes import check_choice
 from pid_lightning.tensor_files import opened_safetensors, read_tensors
 
 
@@ -238,6 +239,7 @@ class LanguageModelText(TextEncoder):
         super().__init__()
         if length < 2:
             raise ValueError(f"text length: {length} is too short; give at least 2.")
+        check_choice("text dtype", dtype, ("float32", "bfloat16", "float16"))
         self.model, self.prefix, self.length = model, prefix, length
         self.text_width, self.dtype = text_width, dtype
         digest = hashlib.sha256(prefix.encode()).hexdigest()[:8]

@@ -8,12 +8,22 @@ from typing import Literal
 from pid_lightning.decoding import trained_tile
 from pid_lightning.memory import estimate_working_memory, free_memory
 from pid_lightning.nn import PiD
+from pid_lightning.tiling import check_tile
 from pid_lightning.weights import ModelInfo
 
 TileChoice = int | Literal["auto"] | None
 
 # Stack level of the user's own call to PiDDecoder.decode, seen from a warning in choose_tile.
 CALLER_LEVEL = 5
+
+
+def check_tile_choice(tile: TileChoice, step: int) -> None:
+    """Raise ValueError unless a tile is an aligned number of pixels, ``"auto"`` or None."""
+    if tile is None or tile == "auto":
+        return
+    if isinstance(tile, bool) or not isinstance(tile, int):
+        raise ValueError(f"tile: {tile!r} must be a number of pixels, 'auto' or None.")
+    check_tile(tile, step)
 
 
 def choose_tile(
@@ -26,12 +36,11 @@ def choose_tile(
     it was not trained for.
 
     Raises:
-        ValueError: the tile is not a number of pixels, ``"auto"`` or None.
+        ValueError: see `check_tile_choice`.
     """
     if tile == "auto":
         return _fitting_tile(denoiser, info, height, width, batch_size)
-    if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int)):
-        raise ValueError(f"tile: {tile!r} must be a number of pixels, 'auto' or None.")
+    check_tile_choice(tile, denoiser.alignment)
     trained, seen = info.image_size, max(height, width)
     seen = seen if tile is None else min(seen, tile)
     if trained is not None and not trained <= 2 * seen <= 2 * trained:

@@ -146,7 +146,7 @@ def load_model(path: str | Path) -> tuple[PiD, ModelInfo]:
         ValueError: the file is neither, is truncated, or does not match its own description.
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         state, plain = _read_safetensors(path)
     else:
         checkpoint = read_checkpoint(path)

@@ -139,6 +139,17 @@ def forbid_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--trainer.callbacks+=DMD2", "--trainer.callbacks.teacher=no.ckpt"], "model no.ckpt was"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
         (["--optimizer=SGD"], "optimizer"),
+        (["--data.path="], "data.path: an empty name; give"),
+        (["--model.init_from="], "init_from: an empty name; name"),
+        (["--model.evaluation.latent_sigmas=[]"], "evaluation.latent_sigmas: none are given"),
+        (
+            ["--trainer.callbacks+=PictureGrids", "--trainer.callbacks.num_pictures=0"],
+            "num_pictures: 0 must be at least 1",
+        ),
+        (
+            ["--trainer.callbacks+=PictureGrids", "--trainer.callbacks.latent_sigmas=[1.5]"],
+            "latent_sigmas: 1.5 must lie between 0 and 1",
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -322,6 +333,8 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("optimizer=muon", "training.optimizer of this run is adamw, here muon; set it to adamw"),
         ("train=adapter", "training.train of this run is all, here adapter; set it to all"),
+        ("learning_rate=0.5", "training.learning_rate of this run is 0.001, here 0.5; set it to"),
+        ("weight_decay=0.5", "training.weight_decay of this run is 0.001, here 0.5; set it to"),
     ],
 )
 def test_resuming_with_another_optimiser_is_one_sentence(
@@ -377,7 +390,7 @@ def test_a_full_disk_is_one_sentence_and_costs_no_checkpoint(
     monkeypatch.setattr("pid_lightning.checkpointing.torch.save", full)
     said = mistake(capsys, "fit", f"--config={runs / 'tiny.yaml'}")
     assert "No space left on device" in said
-    assert "the previous checkpoint is intact" in said
+    assert "what was there before is intact" in said
     checkpoints = tmp_path / "runs/tiny/version_0/checkpoints"
     assert torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"] == 2
     assert not list(checkpoints.glob(".*"))  # nothing half written
@@ -462,10 +475,10 @@ def test_last_is_the_newest_run_and_goes_on_in_its_folder(runs: Path, tmp_path: 
 
     main(["fit", config, "--trainer.max_steps=2"])
     first = contents(0)
-    main(["fit", config, "--trainer.max_steps=2", "--model.training.learning_rate=2.0e-3"])
+    main(["fit", config, "--trainer.max_steps=2", "--model.training.warmup_steps=3"])
     assert contents(0) == first
     kept = (family / "version_1/config.yaml").read_text()
-    assert "learning_rate: 0.002" in kept
+    assert "warmup_steps: 3" in kept
 
     main(["fit", config, "--ckpt_path=last"])
     main(["test", config, "--ckpt_path=last"])

@@ -34,6 +34,7 @@ from pid_lightning.pictures import read_picture
 from pid_lightning.randomness import sample_generators
 from pid_lightning.released import from_released
 from pid_lightning.sampling import STUDENT_TIMES, draw_noise, sample_few_steps
+from pid_lightning.text import cache_captions
 from pid_lightning.weights import ModelInfo, load_model
 
 # ------------------------------------------------------------------- pid decode
@@ -170,14 +171,18 @@ def test_options_reach_the_decoder(tmp_path: Path, student_times: tuple[float, .
     decoder = PiDDecoder.from_pretrained(tmp_path).attend_in_windows(32)
     clean = decoder.encode(read_picture(source)[None])
     save_file({"latents": clean}, tmp_path / "z.safetensors")
-    options = "--sigma .5 --seed 3 --steps 2 --window 32 --tile 64 --guidance_scale 2"
+    cache = tmp_path / "cache"
+    cache_captions(tiny.Text(), ["fox"], cache)
+    decoder.encode_prompt("fox", cache)
+    options = "--sigma .5 --seed 3 --steps 2 --window 32 --tile 64 --guidance_scale 2 --prompt fox"
+    options = (*options.split(), "--text_cache", cache)
     for name in ("picture.png", "z.safetensors"):
-        pid("decode", tmp_path / name, "--model", tmp_path, "--output", out, *options.split())
+        pid("decode", tmp_path / name, "--model", tmp_path, "--output", out, *options)
     eps = draw_noise(clean.shape, sample_generators(3, "latents", [0]), "cpu")
     noisy = add_latent_noise(clean, eps, torch.full((1,), 0.5))
     for name, latents in (("picture.png", noisy), ("z.png", clean)):
         same = {"seed": 3, "steps": 2, "tile": 64, "guidance_scale": 2.0, "progress": False}
-        (expected,) = decoder.decode(latents, 0.5, **same)
+        (expected,) = decoder.decode(latents, 0.5, "fox", **same)
         assert (read_picture(out / name) - expected).abs().max() <= 1.01 / 255, name
 
 

@@ -7,6 +7,7 @@ import json
 import warnings
 from types import SimpleNamespace
 
+import datasets
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -235,6 +236,9 @@ def test_captions_beside_the_pictures(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file": 1}\n')
     with pytest.raises(ValueError, match=r'metadata.jsonl, line 1: .*"file_name"'):
         ready(str(tmp_path))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "train/p01.png", "text": 5}\n')
+    with pytest.raises(ValueError, match=r'metadata.jsonl, line 1: .*"text" \(a string\)'):
+        ready(str(tmp_path))
     (tmp_path / "metadata.jsonl").write_bytes('{"text": "café"}'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"metadata.jsonl is not UTF-8 text"):
         ready(str(tmp_path))
@@ -274,6 +278,43 @@ def test_parquet_columns(tmp_path, streaming):
 
 
 # ---- errors
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_of_another_type_are_told(tmp_path, streaming):
+    path = parquet(tmp_path, 4)
+    table = datasets.load_dataset("parquet", data_files=path)["train"]
+    table.add_column("rank", [1, 2, 3, 4]).to_parquet(path)
+    columns = {"image_column": "photo", "caption_column": "words", "streaming": streaming}
+    columns |= {"samples_per_epoch": 4}
+    with pytest.raises(
+        ValueError, match=r"^data\.caption_column: 'rank' of .* int64, no captions; choose"
+    ):
+        ready(path, **columns | {"caption_column": "rank"})
+    with pytest.raises(
+        ValueError, match=r"^data\.image_column: 'rank' of .* int64, no images; choose"
+    ):
+        ready(path, **columns | {"image_column": "rank"})
+
+
+def test_a_stream_without_a_picture_to_train_on_names_num_val(tmp_path):
+    data = ready(
+        parquet(tmp_path, 4), streaming=True, num_val=50, image_column="photo", samples_per_epoch=4
+    )
+    with pytest.raises(ValueError, match=r"^data\.num_val: no picture is left to train on"):
+        next(iter(data.train_dataloader()))
+
+
+def test_overfitting_repeats_the_same_batches(tmp_path):
+    fill(tmp_path, 8)
+
+    module = Recorder()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(overfit_batches=2, max_epochs=3, accelerator="cpu", **quiet)
+    trainer.fit(module, data_module(str(tmp_path)))
+    assert len(module.seen) == 6
+    assert module.seen == 3 * module.seen[:2]
+    assert module.seen[0] != module.seen[1]
 
 
 def test_unusable_pictures_are_named_once_and_skipped(tmp_path):
@@ -355,7 +396,12 @@ def test_unusable_rows_are_skipped_as_they_come(tmp_path, streaming):
         ),
         (lambda d: "x", {"image_size": 0}, ValueError, "data.image_size: 0 must be at least 1"),
         (lambda d: "x", {"batch_size": 0}, ValueError, "data.batch_size: 0 must be at least 1"),
-        (lambda d: "x", {"resize": "up"}, ValueError, "data.resize: 'up' is unknown"),
+        (
+            lambda d: "x",
+            {"resize": "up"},
+            ValueError,
+            "data.resize: 'up' is not one of none, random",
+        ),
         (lambda d: "x", {"streaming": True}, ValueError, "a stream has no length"),
     ],
 )

@@ -155,8 +155,13 @@ def test_steps_are_the_trained_ones_or_fewer() -> None:
         ({"latent_sigma": float("nan")}, r"^latent_sigma: nan"),
         ({"tile": 100}, r"^tile: 100 pixels must be a multiple of 32"),
         ({"tile": "big"}, r"^tile: 'big' must be a number of pixels, 'auto' or None"),
-        ({"prompt": "a cat"}, r"^prompt: this model was trained without text"),
-        ({"guidance_scale": 5.0}, r"^guidance: "),
+        ({"prompt": "a cat"}, r"^prompt and guidance_scale: this model was trained without text"),
+        ({"guidance_scale": 5.0}, r"^prompt and guidance_scale: this model was trained without"),
+        ({"guidance_scale": float("nan")}, r"^guidance_scale: nan must be a finite number"),
+        ({"latent_sigma": None}, r"^latent_sigma: None must be one number between 0"),
+        ({"latent_sigma": "high"}, r"^latent_sigma: 'high' must be one number between 0"),
+        ({"tile": 64.0}, r"^tile: 64\.0 must be a number of pixels"),
+        ({"seed": 3.0}, r"^seed: 3\.0 must be a whole number"),
         ({"latents": noise(1, 16, 4, 4)}, r"^latents: shape \(1, 16, 4, 4\) is not \(B, 4, h, w\)"),
         ({"latents": noise(4, 4, 4)}, r"^latents: shape \(4, 4, 4\)"),
         ({"latents": torch.full((1, 4, 4, 4), torch.nan)}, r"^latents: some values are not finite"),
@@ -343,11 +348,42 @@ def test_release_gives_everything_back_and_to_brings_it_again() -> None:
     decoder, latents = make(), noise(1, 4, 4, 4)
     before = decode(decoder, latents)
     assert isinstance(decoder.encoder, Encoder)
-    assert decoder.encode(noise(1, 3, 16, 16)).shape == (1, 16, 2, 2)
+    assert decoder.encode(noise(1, 3, 16, 16).clamp(-1, 1)).shape == (1, 16, 2, 2)
     decoder.release()
     assert decoder._encoder is None
     assert torch.equal(decode(decoder.to("cpu", torch.float32), latents), before)
     assert decoder.to(dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert decoder.to(torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(1, 3, 16, 16, dtype=torch.uint8),
+        torch.full((1, 3, 16, 16), 200.0),
+        torch.full((1, 3, 16, 16), torch.nan),
+    ],
+    ids=["bytes", "0_to_255", "nan"],
+)
+def test_only_pictures_are_encoded(images: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"^images: .* are no pictures in \[-1, 1\]"):
+        make(latent_channels=16).encode(images)
+
+
+def test_weights_that_overflow_are_told() -> None:
+    decoder = make()
+    with torch.no_grad():
+        decoder.denoiser.out.weight.fill_(6e4)
+    with pytest.raises(ValueError, match=r"^The picture is not finite: torch.float16 overflows"):
+        decode(decoder.to(torch.float16), noise(1, 4, 4, 4))
+
+
+def test_guidance_needs_a_prompt_and_features_that_are_finite() -> None:
+    decoder = make(sizes=TEXT)
+    with pytest.raises(ValueError, match=r"^guidance_scale: only used with a prompt"):
+        decode(decoder, noise(1, 4, 4, 4), guidance_scale=2.0)
+    with pytest.raises(ValueError, match=r"^prompt: some features are not finite"):
+        decode(decoder, noise(1, 4, 4, 4), prompt=torch.full((1, 5, 8), torch.nan))
 
 
 def test_families_that_are_not_ours_have_no_encoder() -> None:

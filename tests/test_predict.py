@@ -199,6 +199,11 @@ def test_an_output_is_replaced_by_the_same_input_alone(tmp_path):
     model.setup = lambda stage: None
     with pytest.raises(FileExistsError, match=r"was not made of .* by other\.safetensors"):
         predict(model, tmp_path, source)
+    model.init_from = None
+    usual, model.evaluation = model.evaluation, Evaluation(steps=1, predict_sigma=0.8)
+    with pytest.raises(FileExistsError, match="with the same settings: move it away"):
+        predict(model, tmp_path, source)
+    model.evaluation = usual
     assert first.read_bytes() == before
     first.with_suffix(".json").write_text("[]")
     model.init_from = None

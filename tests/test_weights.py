@@ -306,7 +306,7 @@ def test_a_failing_checkpoint_leaves_the_old_one(
         raise RuntimeError("PytorchStreamWriter failed writing file data/0")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="the previous checkpoint is intact"):
+    with pytest.raises(OSError, match="what was there before is intact"):
         writer.save_checkpoint(checkpoint(global_step=8), path)
     assert read_checkpoint(path)["global_step"] == 7
     assert list(tmp_path.iterdir()) == [path]

@@ -8,7 +8,7 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from pid_lightning.bench import ATTENTION, LEARNING, WAYS, WORK
 from pid_lightning.files import make_folder
@@ -29,6 +29,14 @@ RECOMPUTED = " recomputed"  # mode suffix of rows with activation checkpointing
 IN_WINDOWS = " in windows"  # mode suffix of rows with windowed attention
 INT8 = ("weights", "products")
 MEBIBYTE = 2**20
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells mistakes in one sentence, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ValueError, which `pid` prints."""
+        raise ValueError(f"bench: {message}.")
 
 
 def bench(arguments: Sequence[str]) -> None:
@@ -83,7 +91,7 @@ def bench(arguments: Sequence[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The options of `pid bench`."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="pid bench",
         allow_abbrev=False,
         description="Measure time and peak memory of a forward pass, a 4-step decode, a training "

@@ -9,7 +9,9 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from pid_lightning.decode_inputs import check_steps
 from pid_lightning.decoding import TEACHER_STEPS, decode_latents
+from pid_lightning.mistakes import check_at_least, check_between
 from pid_lightning.modules.base import PiDModule
 from pid_lightning.modules.evaluation import add_evaluation_noise, evaluation_generators
 from pid_lightning.nn import SigmaGate
@@ -24,6 +26,9 @@ class PictureGrids(Callback):
         num_pictures: rows of the grid, from the first validation batch.
         latent_sigmas: noise levels of the grid's columns.
         steps: sampling steps; null uses the module's own number.
+
+    Raises:
+        ValueError: a value is out of range.
     """
 
     title = "pictures"
@@ -34,10 +39,21 @@ class PictureGrids(Callback):
         latent_sigmas: tuple[float, ...] = (0.0, 0.4, 0.8),
         steps: int | None = None,
     ) -> None:
+        check_at_least("num_pictures", num_pictures, 1)
+        for sigma in latent_sigmas:
+            check_between("latent_sigmas", sigma, 0, 1)
         self.num_pictures = num_pictures
         self.latent_sigmas = latent_sigmas
         self.steps = steps
         self._batch: dict[str, Any] | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: PiDModule) -> None:
+        """Check that the network can sample in `steps`.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        check_steps(pl_module.student_times, self.steps)
 
     def on_validation_batch_start(
         self,
@@ -123,6 +139,8 @@ class DistillationGrids(PictureGrids):
 
     def __init__(self, num_pictures: int = 2, student_steps: tuple[int, ...] = (4, 2, 1)) -> None:
         super().__init__(num_pictures)
+        for steps in student_steps:
+            check_at_least("student_steps", steps, 1)
         self.student_steps = student_steps
 
     def on_fit_start(self, trainer: Trainer, pl_module: PiDModule) -> None:

@@ -88,6 +88,8 @@ class PiDModule(LightningModule):
         self.has_own_weights = False
         self._batch_end: float | None = None
         self._side_stream: SideStream | None = None
+        if init_from == "":
+            raise ValueError("init_from: an empty name; name a model, or leave it out.")
         silent = isinstance(self.text_encoder, NoText)
         needs = denoiser.text_width
         if not silent and denoiser.text_length and text.text_width != needs:

@@ -148,17 +148,19 @@ class Report:
         trainer, folder = self.module.trainer, self.folder  # reading it is a broadcast
         if not trainer.is_global_zero:
             return
-        write_csv(rows, folder / "metrics.csv")
-        grid = picture_grid(self.grid_rows, self.labels()) * 2 - 1
-        write_picture(grid, folder / "test_grid.png", {"columns": self.labels()})
-        if trainer.logger is not None:
-            self._log_scalars(rows)
         steps = num_sampling_steps(self.module.student_times, self.module.evaluation.steps)
         print(f"\n{format_table(rows)}\n")
         print(f"sampling steps: {steps}; columns of the grid: {', '.join(self.labels())}")
         if self.upscaler is not None:
             how = upscaler_label(self.module.scale)
             print(f"baseline {self.module.evaluation.baseline}: native + {how}")
+        if trainer.fast_dev_run:
+            return
+        write_csv(rows, folder / "metrics.csv")
+        grid = picture_grid(self.grid_rows, self.labels()) * 2 - 1
+        write_picture(grid, folder / "test_grid.png", {"columns": self.labels()})
+        if trainer.logger is not None:
+            self._log_scalars(rows)
         print(f"table    {folder / 'metrics.csv'}")
         print(f"pictures {folder / 'test_grid.png'}")
 

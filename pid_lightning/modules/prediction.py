@@ -46,12 +46,13 @@ class PredictionWriter:
         """Decode one batch of `PredictionInputs`: pictures of one size, or latents.
 
         Raises:
-            FileExistsError: an output would overwrite that of another input or other weights.
+            FileExistsError: an output would overwrite that of another input, other weights or
+                other settings.
         """
         module, settings = self.module, self.module.evaluation
         paths = [self.folder / f"{name}.png" for name in batch["name"]]
         for i, path in enumerate(paths):
-            _check_replaceable(path, self._origin(batch, i))
+            _check_replaceable(path, self._origin(batch, i), self._settings(batch, i))
         numbers, sigma = batch["number"].tolist(), settings.predict_sigma
         if "image" in batch:
             size = batch["image"].shape[-2:]
@@ -75,25 +76,31 @@ class PredictionWriter:
         weights = self.module.trainer.ckpt_path or self.module.init_from
         return {"input": batch["path"][i], "weights": weights and str(weights)}
 
+    def _settings(self, batch: dict[str, Any], i: int) -> dict[str, Any]:
+        evaluation = self.module.evaluation
+        return {
+            "caption": batch["caption"][i],
+            "seed": self.module.training_settings.seed,
+            "latent_sigma": evaluation.predict_sigma,
+            "steps": evaluation.steps,
+            "guidance_scale": evaluation.guidance_scale,
+        }
+
     def _metadata(self, batch: dict[str, Any], i: int, picture: Tensor) -> dict[str, Any]:
         module = self.module
         return {
             **self._origin(batch, i),
-            "caption": batch["caption"][i],
+            **self._settings(batch, i),
             "number": int(batch["number"][i]),
-            "seed": module.training_settings.seed,
-            "latent_sigma": module.evaluation.predict_sigma,
-            "steps": module.evaluation.steps,
             "student_times": module.student_times,
-            "guidance_scale": module.evaluation.guidance_scale,
             "size": list(picture.shape[-2:]),
             "family": type(module).__name__,
             "scale": module.scale,
         }
 
 
-def _check_replaceable(path: Path, origin: dict[str, str | None]) -> None:
-    """Refuse to overwrite a file that is not the output of the same input and weights."""
+def _check_replaceable(path: Path, origin: dict[str, str | None], settings: dict[str, Any]) -> None:
+    """Refuse to overwrite what was not made of the same input and weights with these settings."""
     description = path.with_suffix(".json")
     if not path.exists() and not description.exists():
         return
@@ -102,11 +109,12 @@ def _check_replaceable(path: Path, origin: dict[str, str | None]) -> None:
         return [Path(str(told[name])).resolve() for name in origin]
 
     try:
-        is_same = places(json.loads(description.read_text(encoding="utf-8"))) == places(origin)
+        told = json.loads(description.read_text(encoding="utf-8"))
+        is_same = places(told) == places(origin) and settings.items() <= told.items()
     except (OSError, ValueError, KeyError, TypeError):
         is_same = False  # no prediction wrote it
     if not is_same:
         raise FileExistsError(
             f"{path} (or its .json) exists already and was not made of {origin['input']} by "
-            f"{origin['weights']}: move it away, or rename the input."
+            f"{origin['weights']} with the same settings: move it away, or rename the input."
         )

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from pid_lightning.modules.base import PiDModule
 
 CRITICS = ("fake_score.", "discriminator.")  # attached to a module by DMD2
-TRAINING_KEY = "pid_training"  # in checkpoints: settings that shape the optimiser's state
-OPTIMIZER_SETTINGS = ("optimizer", "train")
+TRAINING_KEY = "pid_training"  # in checkpoints: settings that the optimiser's state holds
+OPTIMIZER_SETTINGS = ("optimizer", "train", "learning_rate", "weight_decay")
 
 
 def check_checkpoint(module: PiDModule, checkpoint: dict[str, Any]) -> ModelInfo:

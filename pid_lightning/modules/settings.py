@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pid_lightning.mistakes import check_at_least, check_choice
+from pid_lightning.mistakes import check_at_least, check_between, check_choice
 from pid_lightning.modules.optimizers import OPTIMIZERS
 from pid_lightning.noising import FRAMES
 
@@ -71,10 +71,7 @@ class Training:
             "caption_dropout",
             "latent_dropout",
         ):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"training.{name}: {getattr(self, name)} must lie between 0 and 1."
-                )
+            check_between(f"training.{name}", getattr(self, name), 0, 1)
         for name in ("time_std", "time_shift"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -114,10 +111,10 @@ class Evaluation:
     predict_sigma: float = 0.0
 
     def __post_init__(self) -> None:
-        for sigma in (*self.latent_sigmas, self.predict_sigma):
-            if not 0 <= sigma <= 1:
-                raise ValueError(
-                    f"evaluation: latent sigma {sigma} must lie between 0 (clean) and 1 (noise)."
-                )
+        if not self.latent_sigmas:
+            raise ValueError("evaluation.latent_sigmas: none are given; give at least one.")
+        for sigma in self.latent_sigmas:
+            check_between("evaluation.latent_sigmas", sigma, 0, 1)
+        check_between("evaluation.predict_sigma", self.predict_sigma, 0, 1)
         if self.steps is not None:
             check_at_least("evaluation.steps", self.steps, 1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pid_lightning import flow
+from pid_lightning.mistakes import check_whole
 from pid_lightning.nn.adapter import LatentAdapter, OpenGate, SigmaGate
 from pid_lightning.nn.blocks import PatchBlock, PixelBlock
 from pid_lightning.nn.condition import Condition, TextEmbedding, position_tables
@@ -158,6 +159,8 @@ class PiD(nn.Module):
             ValueError: `size` is not a multiple of the patch size, or below two patches.
         """
         side = self.config.patch_size
+        if size is not None:
+            check_whole("window", size)
         if size is not None and (size % side or size < 2 * side):
             raise ValueError(
                 f"window: {size} pixels must be a multiple of {side} (patch_size) and at least "
