@@ -107,10 +107,18 @@ class PiDDecoder:
         token: str | bool | None = None,
         commit_message: str = "Upload a PiD decoder",
     ) -> str:
-        """Upload what `save_pretrained` writes and return the URL of the commit."""
+        """Upload what `save_pretrained` writes to ``owner/name``, created if missing, and return
+        the URL of the commit."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token, library_name="pid_lightning")
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return hub.push_folder(folder, repo_id, private, token, commit_message)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=commit_message
+            )
+        return str(commit)
 
     # Properties and placement.
 

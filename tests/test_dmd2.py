@@ -294,6 +294,14 @@ def test_a_start_of_its_own_is_refused(teacher: Path, tmp_path: Path) -> None:
         tiny.fit(tmp_path, 1, distillation(teacher), fitted=fitted)
 
 
+def test_resuming_with_another_learning_rate_is_refused(
+    run: Path, teacher: Path, tmp_path: Path
+) -> None:
+    other = distillation(teacher, learning_rate=0.5)
+    with pytest.raises(ValueError, match=r"^DMD2 learning_rate: 0\.5, but .* in the run that is"):
+        tiny.fit(tmp_path, 7, other, EMA(), resume=run)
+
+
 def test_resuming_with_other_times_is_refused(run: Path, teacher: Path, tmp_path: Path) -> None:
     other = distillation(teacher, student_times=(0.9, 0.5))
     with pytest.raises(ValueError, match=r"times \(0\.999, .* here \(0\.9, 0\.5\); give it"):

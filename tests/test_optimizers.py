@@ -16,7 +16,8 @@ MUON = {"optimizer": "muon", "learning_rate": 1e-3, "warmup_steps": 2}
 
 def test_matrices_and_kernels_are_muons_and_every_parameter_has_one_optimizer() -> None:
     denoiser = tiny.module().denoiser
-    optimizer = make_optimizer(denoiser, "muon", 1e-3, 0.0, fused=False)
+    settings = Training(**MUON, weight_decay=0.0)
+    optimizer = make_optimizer(denoiser, settings, fused=False)
     muon, adamw = (group["params"] for group in optimizer.param_groups)
     assert any(p.ndim == 4 for p in muon)
     assert {id(p) for p in muon}.isdisjoint(id(p) for p in adamw)

@@ -69,7 +69,7 @@ def sample_of(inputs: Inputs) -> Sample:
 
 def adamw(denoiser: nn.Module) -> torch.optim.Optimizer:
     """The published recipe's optimiser, with a negligible learning rate."""
-    return make_optimizer(denoiser, "adamw", 1e-6, Training().weight_decay, fused=True)
+    return make_optimizer(denoiser, Training(learning_rate=1e-6), fused=True)
 
 
 def learn(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:

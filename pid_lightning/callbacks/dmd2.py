@@ -23,6 +23,7 @@ from pid_lightning.randomness import sample_generators
 STUDENT_INPUTS = ("rollout", "noised_data")
 STUDENT_STEPS = ("all", "last")
 TEACHER_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+CRITIC_SETTINGS = ("learning_rate", "betas", "fake_score_weight_decay")  # their optimiser's
 
 
 class DMD2(Callback):
@@ -233,16 +234,30 @@ class DMD2(Callback):
         return self.num_student_updates
 
     def state_dict(self) -> dict[str, Any]:
-        """The student's step count and the teacher's fingerprint."""
-        return {"num_student_updates": self.num_student_updates, "teacher": self._fingerprint}
+        """The student's step count, the teacher's fingerprint and the critics' settings."""
+        return {
+            "num_student_updates": self.num_student_updates,
+            "teacher": self._fingerprint,
+            "critics": {name: getattr(self, name) for name in CRITIC_SETTINGS},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the step count; a resumed fit must have the same teacher, a test has none."""
+        """Restore the step count; a resumed fit must have the same teacher, a test has none.
+
+        Raises:
+            ValueError: another teacher, or settings that the critics' optimiser would not take.
+        """
         if self._fingerprint and state_dict["teacher"] != self._fingerprint:
             raise ValueError(
                 f"DMD2 teacher: {self.teacher} is not the teacher that this checkpoint was "
                 "distilled from; give the same one to resume."
             )
+        for name, stored in state_dict.get("critics", {}).items():
+            if self._fingerprint and getattr(self, name) != stored:
+                raise ValueError(
+                    f"DMD2 {name}: {getattr(self, name)}, but {stored} in the run that is resumed, "
+                    "whose optimiser keeps it; give that."
+                )
         self.num_student_updates = state_dict["num_student_updates"]
 
     # One batch.

@@ -199,15 +199,20 @@ def vit_patch_tokens(network: nn.Module, pixels: Tensor, antialias: bool) -> Ten
     timm's own forward antialiases every resampled position table, which transformers does not do
     for SigLIP, so the embedding is computed here.
     """
+    from timm.layers import resample_abs_pos_embed
+
     patches = network.patch_embed.proj(pixels)  # (B, C, h, w)
-    grid = (patches.shape[-2], patches.shape[-1])
     num_prefix = network.num_prefix_tokens
     num_placed = 0 if network.no_embed_class else num_prefix  # prefix tokens with a position
-    positions = network.pos_embed
-    table = resample_positions(
-        positions[:, num_placed:], network.patch_embed.grid_size, grid, antialias
+    positions = resample_abs_pos_embed(
+        network.pos_embed,
+        list(patches.shape[-2:]),
+        list(network.patch_embed.grid_size),
+        num_placed,
+        antialias=antialias,
     )
-    tokens = rearrange(patches, "b c h w -> b (h w) c") + table  # (B, h*w, C)
+    # (B, h*w, C)
+    tokens = rearrange(patches, "b c h w -> b (h w) c") + positions[:, num_placed:]
     prefix = [token for token in (network.cls_token, network.reg_token) if token is not None]
     if prefix:
         first = torch.cat(prefix, dim=1)  # (1, num_prefix, C)
@@ -215,16 +220,3 @@ def vit_patch_tokens(network: nn.Module, pixels: Tensor, antialias: bool) -> Ten
             first = first + positions[:, :num_placed]
         tokens = torch.cat([first.expand(len(tokens), -1, -1), tokens], dim=1)
     return network.blocks(network.norm_pre(tokens))[:, num_prefix:]
-
-
-def resample_positions(
-    table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], antialias: bool
-) -> Tensor:
-    """Bicubically resample positions (1, h*w, C) to another grid in float32, as in transformers."""
-    if tuple(old_grid) == tuple(new_grid):
-        return table
-    plane = rearrange(table.float(), "b (h w) c -> b c h w", h=old_grid[0])  # (1, C, h, w)
-    plane = F.interpolate(
-        plane, size=new_grid, mode="bicubic", align_corners=False, antialias=antialias
-    )
-    return rearrange(plane, "b c h w -> b (h w) c").to(table.dtype)  # (1, h'*w', C)

@@ -314,14 +314,8 @@ class PiDModule(LightningModule):
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """The configured optimiser for the trainable parameters of the denoiser."""
-        settings = self.training_settings
-        return make_optimizer(
-            self.denoiser,
-            settings.optimizer,
-            settings.learning_rate,
-            settings.weight_decay,
-            fused=self.trainer.precision != "16-mixed",
-        )
+        fused = self.trainer.precision != "16-mixed"
+        return make_optimizer(self.denoiser, self.training_settings, fused)
 
     def make_schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
         """Linear warm-up, then constant or a cosine to 0 (see `Training`)."""

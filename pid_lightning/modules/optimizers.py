@@ -5,35 +5,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from pid_lightning.nn import PiD
 
+if TYPE_CHECKING:
+    from pid_lightning.modules.settings import Training
+
 OPTIMIZERS = ("adamw", "muon")
 
 
-def make_optimizer(
-    denoiser: nn.Module, name: str, learning_rate: float, weight_decay: float, fused: bool
-) -> torch.optim.Optimizer:
-    """The optimiser for all trainable parameters of `denoiser`.
-
-    Args:
-        denoiser: the network to train.
-        name: one of `OPTIMIZERS`.
-        learning_rate: for every parameter; Muon's updates are scaled to the size of AdamW's.
-        weight_decay: for every parameter.
-        fused: whether AdamW is fused.
-    """
+def make_optimizer(denoiser: nn.Module, settings: Training, fused: bool) -> torch.optim.Optimizer:
+    """The optimiser for all trainable parameters of `denoiser`, with AdamW fused or not; Muon's
+    updates are scaled to the size of AdamW's, so that both take one learning rate."""
     learning = [p for p in denoiser.parameters() if p.requires_grad]
-    if name == "adamw":
-        return torch.optim.AdamW(learning, lr=learning_rate, weight_decay=weight_decay, fused=fused)
+    both = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(learning, fused=fused, **both)
     # Muon is for hidden layers, not for narrow ends: three colours, or one gate value per token.
     matrices = [p for p in learning if p.ndim >= 2 and min(len(p), p[0].numel()) > 3]
     matrix_ids = {id(p) for p in matrices}
     rest = [p for p in learning if id(p) not in matrix_ids]
-    return MuonAndAdamW(matrices, rest, learning_rate, weight_decay, fused)
+    return MuonAndAdamW(matrices, rest, settings.learning_rate, settings.weight_decay, fused)
 
 
 def make_schedule(
