@@ -15,7 +15,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pid_lightning.__main__ import main
-from pid_lightning.bench import attention, baseline, estimate, measure, networks, report, work
+from pid_lightning.bench import (
+    attention,
+    baseline,
+    estimate,
+    measure,
+    networks,
+    report,
+    rows,
+    work,
+)
 from pid_lightning.bench.rates import Rates
 from pid_lightning.memory import estimate_working_memory, peak_bytes, weight_bytes
 from pid_lightning.nn import AdapterConfig, Discriminator, PiDConfig
@@ -314,12 +323,20 @@ def test_rows_are_saved_before_memory_runs_out(
         return draw_inputs(info, size, *others)
 
     draw_inputs = networks.draw_inputs
-    monkeypatch.setattr(networks, "draw_inputs", draw_small_inputs)
+    monkeypatch.setattr(rows, "draw_inputs", draw_small_inputs)
     out = tmp_path / "bench.json"
     options = "--work forward --sizes 64 128 32 --dtype float32 --device cpu --repeat 1 --json"
     main(["bench", "--model", str(model), *options.split(), str(out)])
     assert [row["size"] for row in json.loads(out.read_text())["rows"]] == [64, 32]
     assert "out of memory: no rows of this size" in capsys.readouterr().err
+
+    def exact_velocity(*others: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(measure, "exact_velocity", exact_velocity)
+    main(["bench", "--model", str(model), *options.split(), str(out), "--check"])
+    assert [row["relative_error"] for row in json.loads(out.read_text())["rows"]] == [None, None]
+    assert "out of memory in fp64: no errors of this size" in capsys.readouterr().err
 
 
 def test_work_whose_networks_do_not_fit_is_left_out(
@@ -331,7 +348,7 @@ def test_work_whose_networks_do_not_fit_is_left_out(
         return gather(name, *others)
 
     gather = work.gather
-    monkeypatch.setattr(work, "gather", gather_small)
+    monkeypatch.setattr(rows, "gather", gather_small)
     monkeypatch.setattr(
         "pid_lightning.bench.rates.measure_rates", lambda device, dtype: Rates(1e9, 1e9)
     )

@@ -5,3 +5,4 @@ WORK = ("forward", "decode", "train", "dmd2")
 WAYS = ("eager", "compiled", "frozen", "cuda graph")
 ATTENTION = "attention"  # part of the others, measured only on request
 LEARNING = WORK[2:]  # weights in fp32, under autocast for smaller dtypes
+INT8 = ("weights", "products")  # what is in 8 bits
