@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from tqdm.auto import tqdm
 
 from pid_lightning import weights
 from pid_lightning.colour import colour_shift, match_colour
-from pid_lightning.decode_inputs import check_options
+from pid_lightning.decode_checks import check_options
 from pid_lightning.decoder import PiDDecoder
 from pid_lightning.devices import find_device
 from pid_lightning.files import make_folder
@@ -97,11 +96,20 @@ def decode_files(
 
 
 def open_decoder(model: str, settings: DecodeSettings) -> PiDDecoder:
-    """Load the decoder onto its device, encode the prompt and free the language model."""
+    """Load the decoder onto its device, encode the prompt and free the language model.
+
+    Raises:
+        ValueError: one of the settings does not fit the model.
+    """
     device = find_device(settings.device)
     dtype = None if settings.dtype is None else weights.DTYPES[settings.dtype]
     decoder = PiDDecoder.from_pretrained(model, dtype).to(device)
-    check_settings(decoder, settings)
+    check_options(decoder, settings.steps, settings.tile, settings.prompt, settings.guidance_scale)
+    if (settings.compare or settings.match_colour) and not decoder.encoder.has_decoder:
+        raise ValueError(
+            f"compare and match_colour need a native decoder, which {decoder.latent_space} latents "
+            "lack; leave them out."
+        )
     if settings.prompt is not None:
         if settings.text_model is not None:
             decoder.text_encoder = LanguageModelText(
@@ -115,27 +123,6 @@ def open_decoder(model: str, settings: DecodeSettings) -> PiDDecoder:
         decoder.encode_prompt(prompts, settings.text_cache)
         decoder.text_encoder = None
     return decoder
-
-
-def check_settings(decoder: PiDDecoder, settings: DecodeSettings) -> None:
-    """Check all settings that depend on the model.
-
-    Raises:
-        ValueError: one of them does not fit it.
-    """
-    check_options(
-        decoder.denoiser,
-        decoder.info,
-        settings.steps,
-        settings.tile,
-        settings.prompt,
-        settings.guidance_scale,
-    )
-    if (settings.compare or settings.match_colour) and not decoder.encoder.has_decoder:
-        raise ValueError(
-            f"compare and match_colour need a native decoder, which {decoder.latent_space} latents "
-            "lack; leave them out."
-        )
 
 
 def _decode_file(
@@ -219,7 +206,7 @@ def describe(decoder: PiDDecoder, model: str, settings: DecodeSettings) -> dict[
         "latent_space": info.latent_space,
         "scale": info.scale,
         "student_times": info.student_times,
-        "settings": json.loads(json.dumps(asdict(settings))),
+        "settings": asdict(settings),
         "computed_in": str(decoder.dtype).removeprefix("torch."),
         "device": str(decoder.device),
     }

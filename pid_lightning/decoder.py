@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from pid_lightning import decoding, hub, memory, tile_choice
 from pid_lightning.compilation import check_not_frozen, compile_for_inference
-from pid_lightning.decode_inputs import check_inputs, check_options, text_features
+from pid_lightning.decode_checks import check_inputs, check_options, text_features
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.families import build_encoder
 from pid_lightning.fixed_times import fix_times
@@ -332,8 +332,8 @@ class PiDDecoder:
         Raises:
             ValueError: an argument does not fit the model, or its weights overflow in their dtype.
         """
-        check_options(self.denoiser, self.info, steps, tile, prompt, guidance_scale)
-        sigma = check_inputs(self.denoiser, self.info, latents, latent_sigma, generator, seed)
+        check_options(self, steps, tile, prompt, guidance_scale)
+        sigma = check_inputs(self, latents, latent_sigma, generator, seed)
         height, width = self.output_size(latents)
         side = self.choose_tile(height, width, tile, len(latents))
         text = null_text = None

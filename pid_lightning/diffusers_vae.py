@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pid_lightning.decode_inputs import check_options, text_features
+from pid_lightning.decode_checks import check_options, text_features
 from pid_lightning.decoder import PiDDecoder
 from pid_lightning.latent_spaces import LatentSpace, space_of
 
@@ -63,7 +63,7 @@ class PiDAutoencoder:
         native = vae.native if isinstance(vae, PiDAutoencoder) else vae
         space = space_of(native)
         _check_same_space(type(native).__name__, space, decoder)
-        check_options(decoder.denoiser, decoder.info, steps, tile, prompt, guidance_scale)
+        check_options(decoder, steps, tile, prompt, guidance_scale)
         if prompt is not None:  # now, not after the pipeline's loop
             text = prompt if isinstance(prompt, Tensor) else decoder.encode_prompt(prompt)
             text_features(text, decoder.info.config.text_width, len(text) if text.ndim > 2 else 1)

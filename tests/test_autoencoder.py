@@ -17,7 +17,6 @@ from pid_lightning.encoders.small_vae import BUNDLED, SmallVAE, save_autoencoder
 from pid_lightning.metrics import psnr
 from pid_lightning.modules.autoencoder import AutoencoderModule, reconstruction_loss
 from pid_lightning.nn.autoencoder import (
-    PrincipalComponents,
     SmallAutoencoder,
     block_moments,
 )
@@ -72,7 +71,7 @@ def test_bundled_is_frozen_and_small(bundled):
 
 def test_bundled_beats_the_linear_code_on_photographs_kept_aside(bundled, crops):
     linear = SmallAutoencoder()
-    linear.init_principal_components(PrincipalComponents(block_moments([crops], 8), 16, 8))
+    linear.init_principal_components(block_moments([crops], 8))
     with torch.no_grad():
         scores = torch.tensor(
             [
@@ -108,7 +107,7 @@ def test_bundled_tolerates_a_little_noise(bundled, crops):
 
 def test_start_is_the_projection_on_principal_components(crops):
     network = SmallAutoencoder(**TINY)
-    network.init_principal_components(PrincipalComponents(block_moments([crops], 8), 16, 8))
+    network.init_principal_components(block_moments([crops], 8))
     # The same by hand: blocks as rows, about the mean colour, singular vectors.
     blocks = F.unfold(crops.double(), 8, stride=8)  # (B, 3*8*8, N), colour outermost
     colour = crops.double().mean((0, 2, 3))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pid_lightning import flow, losses, sampling, weights
 from pid_lightning.callbacks.turns import Turns
-from pid_lightning.decode_inputs import check_steps
+from pid_lightning.decode_checks import check_steps
 from pid_lightning.decoding import conditioned_velocity
 from pid_lightning.hub import find_model
 from pid_lightning.mistakes import check_at_least, check_choice

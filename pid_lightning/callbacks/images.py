@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from pid_lightning.decode_inputs import check_steps
+from pid_lightning.decode_checks import check_steps
 from pid_lightning.decoding import TEACHER_STEPS, decode_latents
 from pid_lightning.mistakes import check_at_least, check_between
 from pid_lightning.modules.base import PiDModule

@@ -52,13 +52,18 @@ class Encoder(nn.Module, ABC):
         )
 
     @property
+    def loaded(self) -> bool:
+        """Whether there are weights: before `load` they are on the meta device."""
+        return not any(parameter.is_meta for parameter in self.parameters())
+
+    @property
     def has_decoder(self) -> bool:
         """Whether `decode` is available, that is, defined by the subclass."""
         return type(self).decode is not Encoder.decode
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Encoder:
-        """Move or cast; before `load` do nothing, because the weights are on the meta device."""
-        if any(parameter.is_meta for parameter in self.parameters()):
+        """Move or cast; before `load` do nothing."""
+        if not self.loaded:
             return self
         return super()._apply(fn, recurse)
 

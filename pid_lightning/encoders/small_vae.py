@@ -41,7 +41,6 @@ class SmallVAE(Encoder):
         # Two autoencoders never share a latent space, whatever their files are called.
         digest = hashlib.sha256(self.path.read_bytes()).hexdigest()[:8]
         self.latent_space = "pid-small" if path is None else f"pid-small-{digest}"
-        self.loaded = False
         self.requires_grad_(False).eval()
 
     def load(self) -> None:
@@ -53,7 +52,6 @@ class SmallVAE(Encoder):
         if self.loaded:
             return
         fill(self.network, read_tensors(self.path), str(self.path), _cure(self.path))
-        self.loaded = True
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

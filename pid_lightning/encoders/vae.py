@@ -64,7 +64,6 @@ class VAEEncoder(Encoder):
         super().__init__()
         self.vae = vae
         self.source = find_vae(vae)
-        self.loaded = not pretrained
         with torch.device("meta") if pretrained else random_weights():
             self.network: nn.Module = _diffusers_class(self.source).from_config(
                 _architecture(self.source.config)
@@ -118,7 +117,6 @@ class VAEEncoder(Encoder):
         current = next(self.network.parameters())
         device = None if current.is_meta else current.device
         self.network = network.to(device=device, dtype=current.dtype).requires_grad_(False).eval()
-        self.loaded = True
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -66,7 +66,6 @@ class ViTEncoder(Encoder):
         self.network = network
         self.checkpoint = None if checkpoint is None else find_weights(checkpoint)
         self.antialias_positions = antialias_positions
-        self.loaded = not pretrained
         self.latent_channels = network.embed_dim
         if not pretrained:
             warn_random_weights(f"image encoder {model!r}")
@@ -108,8 +107,6 @@ class ViTEncoder(Encoder):
                 ) from error
         tensors = vit_tensors(self.network, tensors)
         fill(self.network, tensors, source, "give the checkpoint of this model")
-        self.requires_grad_(False).eval()
-        self.loaded = True
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

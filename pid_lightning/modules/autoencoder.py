@@ -16,7 +16,6 @@ from pid_lightning.metrics import psnr
 from pid_lightning.mistakes import check_at_least
 from pid_lightning.modules.optimizers import make_schedule
 from pid_lightning.nn.autoencoder import (
-    PrincipalComponents,
     SmallAutoencoder,
     block_moments,
 )
@@ -91,9 +90,7 @@ class AutoencoderModule(pl.LightningModule):
         moments = block_moments(images, self.network.latent_stride)
         # Summed over processes, so that all of them start from the same components.
         moments = self.trainer.strategy.reduce(moments.to(self.device), reduce_op="sum").cpu()
-        self.network.init_principal_components(
-            PrincipalComponents(moments, self.network.latent_channels, self.network.latent_stride)
-        )
+        self.network.init_principal_components(moments)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         images = batch["image"]

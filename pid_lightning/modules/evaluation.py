@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pid_lightning.decode_inputs import check_steps
+from pid_lightning.decode_checks import check_steps
 from pid_lightning.decoding import num_sampling_steps
 from pid_lightning.lpips import lpips_network
 from pid_lightning.metrics import (

@@ -100,15 +100,32 @@ class SmallAutoencoder(nn.Module):
         return self.decode(self.encode(images))
 
     @torch.no_grad()
-    def init_principal_components(self, components: PrincipalComponents) -> None:
-        """Set the linear path to the projection onto `components`, with unit-variance latents."""
-        mean = components.mean_colour.float()  # (3,)
-        scale = components.std.float().view(-1, 1, 1, 1)  # (C, 1, 1, 1)
-        basis = components.basis.float()  # (C, 3, P, P)
-        self.linear_encoder.weight.copy_(basis / scale)
-        self.linear_encoder.bias.copy_(-torch.einsum("k,ckpq->c", mean, basis / scale))
-        self.linear_decoder.weight.copy_(basis * scale)
-        self.linear_decoder.bias.copy_(mean)
+    def init_principal_components(self, moments: Tensor) -> None:
+        """Set the linear path to the first principal components of some pictures' P x P colour
+        blocks, with unit-variance latents.
+
+        Components are taken about the mean colour, not the mean block: blocks have no preferred
+        position in a photograph, and the linear path has one bias per colour.
+
+        Args:
+            moments: summed `block_moments` of the pictures.
+        """
+        num, size = self.latent_channels, self.latent_stride
+        dim = 3 * size**2
+        count, total, outer = moments[-1], moments[:dim], moments[dim:-1].view(dim, dim)
+        mean = total / count
+        mean_colour = mean.view(3, -1).mean(1)
+        shift = mean - mean_colour.repeat_interleave(size**2)
+        covariance = outer / count - mean.outer(mean) + shift.outer(shift)
+        variance, vectors = torch.linalg.eigh(covariance)  # ascending
+        variance, vectors = variance.flip(0)[:num], vectors.flip(1)[:, :num]
+        std = variance.clamp_min(1e-12).sqrt().float().view(-1, 1, 1, 1)  # (C, 1, 1, 1)
+        basis = vectors.T.reshape(num, 3, size, size).float()  # (C, 3, P, P)
+        mean_colour = mean_colour.float()  # (3,)
+        self.linear_encoder.weight.copy_(basis / std)
+        self.linear_encoder.bias.copy_(-torch.einsum("k,ckpq->c", mean_colour, basis / std))
+        self.linear_decoder.weight.copy_(basis * std)
+        self.linear_decoder.bias.copy_(mean_colour)
 
 
 class ResidualBlock(nn.Module):
@@ -121,33 +138,6 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.mix(F.silu(self.spatial(F.silu(x))))
-
-
-class PrincipalComponents:
-    """The first principal components of the P x P colour blocks of some pictures.
-
-    Moments are taken about the mean colour, not the mean block: blocks have no preferred
-    position in a photograph, and the linear path has one bias per colour.
-
-    Attributes:
-        mean_colour: (3,).
-        basis: (num_components, 3, P, P), orthonormal, in order of decreasing variance.
-        std: (num_components,), standard deviation of the pictures along each component.
-    """
-
-    def __init__(self, moments: Tensor, num_components: int, block_size: int) -> None:
-        """Compute the components from the summed `block_moments` of the pictures."""
-        dim = 3 * block_size**2
-        count, total, outer = moments[-1], moments[:dim], moments[dim:-1].view(dim, dim)
-        self.mean_colour = total.view(3, -1).mean(1) / count
-        mean = total / count
-        centre = self.mean_colour.repeat_interleave(block_size**2)
-        shift = mean - centre
-        covariance = outer / count - mean.outer(mean) + shift.outer(shift)
-        variance, vectors = torch.linalg.eigh(covariance)  # ascending
-        variance, vectors = variance.flip(0)[:num_components], vectors.flip(1)[:, :num_components]
-        self.basis = vectors.T.reshape(num_components, 3, block_size, block_size)
-        self.std = variance.clamp_min(1e-12).sqrt()
 
 
 def block_moments(batches: Iterable[Tensor], block_size: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,18 +13,18 @@ from torch import Tensor
 from pid_lightning.decoding import output_size
 from pid_lightning.latent_spaces import warn_if_not_normalised
 from pid_lightning.mistakes import check_at_least, check_whole
-from pid_lightning.nn import PiD
 from pid_lightning.sampling import Generators, few_step_times
 from pid_lightning.tile_choice import TileChoice, check_tile_choice
-from pid_lightning.weights import ModelInfo
+
+if TYPE_CHECKING:
+    from pid_lightning.decoder import PiDDecoder
 
 # Stack level of the user's own call to PiDDecoder.decode, seen from a warning in check_inputs.
 CALLER_LEVEL = 4
 
 
 def check_inputs(
-    denoiser: PiD,
-    info: ModelInfo,
+    decoder: PiDDecoder,
     latents: Tensor,
     latent_sigma: float | Sequence[float] | Tensor,
     generator: Generators,
@@ -37,6 +38,7 @@ def check_inputs(
     Raises:
         ValueError: an argument does not fit the model.
     """
+    denoiser, info = decoder.denoiser, decoder.info
     if not isinstance(latents, Tensor):
         raise ValueError(f"latents: {type(latents).__name__} is no tensor; give a torch.Tensor.")
     if latents.ndim != 4 or latents.shape[1] != info.latent_channels or not latents.numel():
@@ -84,8 +86,7 @@ def check_steps(student_times: Sequence[float] | None, steps: int | None) -> Non
 
 
 def check_options(
-    denoiser: PiD,
-    info: ModelInfo,
+    decoder: PiDDecoder,
     steps: int | None,
     tile: TileChoice,
     prompt: str | list[str] | Tensor | None,
@@ -96,11 +97,11 @@ def check_options(
     Raises:
         ValueError: one of the options does not fit the model.
     """
-    check_steps(info.student_times, steps)
-    check_tile_choice(tile, denoiser.alignment)
+    check_steps(decoder.info.student_times, steps)
+    check_tile_choice(tile, decoder.denoiser.alignment)
     if not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale: {guidance_scale} must be a finite number.")
-    if (prompt is not None or guidance_scale != 1) and denoiser.text_embedding is None:
+    if (prompt is not None or guidance_scale != 1) and decoder.denoiser.text_embedding is None:
         raise ValueError(
             "prompt and guidance_scale: this model was trained without text; leave them out."
         )
