@@ -49,6 +49,11 @@ def check_inputs(
     if not latents.isfinite().all():
         raise ValueError("latents: some values are not finite; check what produced them.")
     denoiser.check_size(*output_size(denoiser, latents))
+    generators = generator if isinstance(generator, (list, tuple)) else [generator]
+    if generator is not None and not all(isinstance(g, torch.Generator) for g in generators):
+        raise ValueError(
+            f"generator: {generator!r} is none; give a torch.Generator, one per sample, or a seed."
+        )
     if generator is not None and seed is not None:
         raise ValueError("seed and generator were both given; give only one of them.")
     if seed is not None:

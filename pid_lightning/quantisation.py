@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -25,7 +26,7 @@ def quantise(denoiser: PiD, activations: bool = False) -> None:
 
     Raises:
         ModuleNotFoundError: torchao is not installed.
-        ValueError: weights already in 8 bits, or compiled graphs that hold the weights.
+        ValueError: weights in fp64 or already in 8 bits, or compiled graphs that hold the weights.
     """
     check_not_frozen(denoiser, "quantise")
     try:
@@ -40,6 +41,8 @@ def quantise(denoiser: PiD, activations: bool = False) -> None:
         ) from error
     if any(map(is_quantised, denoiser.parameters())):
         raise ValueError("quantise: the weights are already in 8 bits; call it only once.")
+    if denoiser.dtype == torch.float64:
+        raise ValueError("quantise: fp64 weights have no 8-bit form; load them in fp32 or bf16.")
     exact = {block.modulation for block in denoiser.pixel_blocks}
     exact.update(denoiser.time_embedding.modules())
 

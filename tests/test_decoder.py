@@ -161,6 +161,7 @@ def test_steps_are_the_trained_ones_or_fewer() -> None:
         ({"latent_sigma": None}, r"^latent_sigma: None must be one number between 0"),
         ({"latent_sigma": "high"}, r"^latent_sigma: 'high' must be one number between 0"),
         ({"tile": 64.0}, r"^tile: 64\.0 must be a number of pixels"),
+        ({"generator": 5, "seed": None}, r"^generator: 5 is none; give a torch.Generator"),
         ({"seed": 3.0}, r"^seed: 3\.0 must be a whole number"),
         ({"latents": noise(1, 16, 4, 4)}, r"^latents: shape \(1, 16, 4, 4\) is not \(B, 4, h, w\)"),
         ({"latents": noise(4, 4, 4)}, r"^latents: shape \(4, 4, 4\)"),

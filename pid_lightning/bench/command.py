@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from pid_lightning.bench import ATTENTION, INT8, LEARNING, WORK
+from pid_lightning.bench import ATTENTION, INFERRING, INT8, LEARNING, WORK
 from pid_lightning.files import make_folder
 from pid_lightning.mistakes import check_at_least
 
@@ -164,7 +164,7 @@ def _check(given: argparse.Namespace) -> None:
     if given.estimate and ATTENTION in given.work:
         raise ValueError("--estimate: attention can only be measured; leave out one of the two.")
     for name in ("check", "int8", "freeze", "cuda_graphs", "window"):
-        if getattr(given, name) and not {"forward", "decode"} & set(given.work):
+        if getattr(given, name) and not set(INFERRING) & set(given.work):
             raise ValueError(f"--{name}: only for forward and decode; add one of them to --work.")
     for name in ("compile", "baseline"):
         if getattr(given, name) and set(given.work) == {ATTENTION}:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pid_lightning.bench import WAYS
+from pid_lightning.bench import COMPILED, GRAPH
 from pid_lightning.bench.networks import Inputs
 from pid_lightning.bench.rates import time_call
 from pid_lightning.bench.work import Work, forward
@@ -74,7 +74,7 @@ def peak_of(work: Work, mode: str, device: torch.device) -> int | None:
     On a GPU the allocator reports them, except those of a CUDA graph, which owns its memory; on a
     CPU the outputs of operations are counted, which a compiled graph hides.
     """
-    if mode.startswith(WAYS[3:] if device.type == "cuda" else WAYS[1:]):
+    if mode.startswith(GRAPH if device.type == "cuda" else COMPILED):
         return None
     if device.type == "cuda":
         torch.cuda.synchronize(device)
