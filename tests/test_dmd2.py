@@ -21,7 +21,7 @@ from pid_lightning import (
     sampling,
     weights,
 )
-from pid_lightning.callbacks.turns import Turns
+from pid_lightning.callbacks.turns import Turns, resting
 from pid_lightning.decoding import decode_latents
 from pid_lightning.modules.objective import Sample
 from pid_lightning.nn import Discriminator
@@ -199,14 +199,14 @@ def test_all_of_the_student_learns_in_mixed_bf16(teacher: Path, tmp_path: Path) 
 
 
 def test_resting_networks_take_no_gradient() -> None:
-    turns, active, resting = Turns(2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    resting.bias.requires_grad_(False)
-    with turns.only([active], [resting]):
-        resting(active(torch.ones(1, 2))).sum().backward()
-    assert resting.weight.grad is None
+    active, rests = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    rests.bias.requires_grad_(False)
+    with resting(rests):
+        rests(active(torch.ones(1, 2))).sum().backward()
+    assert rests.weight.grad is None
     assert active.weight.grad is not None
-    assert resting.weight.requires_grad
-    assert not resting.bias.requires_grad  # what was frozen before stays frozen
+    assert rests.weight.requires_grad
+    assert not rests.bias.requires_grad  # what was frozen before stays frozen
 
 
 def test_student_mean_moves_to_the_teachers() -> None:

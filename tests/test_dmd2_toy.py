@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import pid_lightning.callbacks.dmd2 as dmd2_module
 from pid_lightning import DMD2, Training, flow, losses, sampling
+from pid_lightning.callbacks.turns import resting
 from pid_lightning.modules.objective import Sample
 from pid_lightning.nn import Discriminator
 
@@ -137,10 +138,7 @@ def test_students_match_the_teachers_distribution(
         numbers = list(range(batch_size))
         sample = Sample(x0, x0, x0, torch.zeros(batch_size), None, None, None, numbers)
         is_student = dmd2.turns.is_student(step)
-        networks, resting = ([student], [fake_score, discriminator])
-        if not is_student:
-            networks, resting = resting, networks
-        with dmd2.turns.only(networks, resting):
+        with resting(*((fake_score, discriminator) if is_student else (student,))):
             optimizers[not is_student].zero_grad()
             chosen = dmd2._student_loss if is_student else dmd2._critic_loss
             loss, _ = chosen(module, sample)

@@ -9,6 +9,7 @@ from pid_lightning.bench.networks import Inputs
 from pid_lightning.bench.training import autocast, learn, move_average, sample_of, stand_in
 from pid_lightning.bench.work import Networks, Work, duplicate
 from pid_lightning.callbacks.dmd2 import DMD2, freeze_unused
+from pid_lightning.callbacks.turns import resting
 from pid_lightning.memory import num_bytes
 from pid_lightning.nn import Discriminator, PiD
 from pid_lightning.weights import ModelInfo
@@ -48,18 +49,17 @@ def assemble_distillation(
 ) -> dict[str, Work]:
     """The student step and the critic step."""
     dmd2, module, sample = distillation_of(info), stand_in(networks), sample_of(inputs)
-    student = (networks.denoiser,)
-    critics = (networks.fake_score, networks.discriminator)
 
     def student_step() -> None:
         # The optimiser steps inside autocast, as under Lightning's manual optimisation, so the
         # casts that autocast caches live until the step is over.
-        with dmd2.turns.only(student, critics), autocast(inputs.x0.device, dtype):
+        critics = resting(networks.fake_score, networks.discriminator)
+        with critics, autocast(inputs.x0.device, dtype):
             learn(dmd2._student_loss(module, sample)[0], networks.optimizer)
         move_average(networks)
 
     def critics_step() -> None:
-        with dmd2.turns.only(critics, student), autocast(inputs.x0.device, dtype):
+        with resting(networks.denoiser), autocast(inputs.x0.device, dtype):
             learn(dmd2._critic_loss(module, sample)[0], networks.critics_optimizer)
 
     held = (networks, inputs.tensors(), num_bytes([inputs.x0]))

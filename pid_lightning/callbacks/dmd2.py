@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from pid_lightning import flow, losses, sampling, weights
-from pid_lightning.callbacks.turns import Turns
+from pid_lightning.callbacks.turns import Turns, resting
 from pid_lightning.decode_checks import check_steps
 from pid_lightning.decoding import conditioned_velocity
 from pid_lightning.hub import find_model
@@ -266,10 +266,7 @@ class DMD2(Callback):
         """Train the student or the critics on this batch; only one optimiser steps."""
         is_student = self.turns.is_student(module.trainer.global_step)
         critics = (module.fake_score, module.discriminator)
-        networks, resting = ((module.denoiser,), critics)
-        if not is_student:
-            networks, resting = resting, networks
-        with self.turns.only(networks, resting):
+        with resting(*(critics if is_student else (module.denoiser,))):
             loss, parts = (self._student_loss if is_student else self._critic_loss)(module, sample)
             stepped = self.turns.step(module, loss, optimizer=0 if is_student else 1)
         if is_student and stepped:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -67,18 +67,6 @@ class Turns:
         """Critics train first: a student step is only as good as the fake score."""
         return turn % self.student_every == self.student_every - 1
 
-    @contextmanager
-    def only(self, networks: Sequence[nn.Module], resting: Sequence[nn.Module]) -> Iterator[None]:
-        """Train `networks`; `resting` pass gradients on but accumulate none."""
-        frozen = [p for network in resting for p in network.parameters() if p.requires_grad]
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-
     def step(self, module: LightningModule, loss: Tensor, optimizer: int) -> bool:
         """Run backward; once the accumulation is complete, clip and step.
 
@@ -120,6 +108,19 @@ class Turns:
         shares = {f"time_share/{name}": s / total for name, s in self._seconds.items()}
         self._seconds.clear()
         return shares
+
+
+@contextmanager
+def resting(*networks: nn.Module) -> Iterator[None]:
+    """Networks that pass gradients on but accumulate none."""
+    frozen = [p for network in networks for p in network.parameters() if p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
 
 
 def _now() -> float:
