@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -18,6 +19,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from pid_lightning.callbacks.check_monitors import CheckMonitors
 from pid_lightning.callbacks.dmd2 import DMD2
@@ -43,6 +45,7 @@ from pid_lightning.tensor_files import read_torch_file
 for _module in ("callbacks", "data", "modules", "modules.autoencoder"):
     import_module(f"pid_lightning.{_module}")
 
+CALLBACKS = Path(lightning.pytorch.callbacks.__file__).parent
 
 # Warnings that Lightning gives in every run, of what is intended.
 EXPECTED = (
@@ -102,6 +105,7 @@ class PiDCLI(LightningCLI):
         if subcommand is None:
             return
         config = self.config[subcommand]
+        config.ckpt_path = config.ckpt_path and os.path.expanduser(config.ckpt_path)
         if config.ckpt_path is not None and Path(config.ckpt_path).is_file():
             if Path(config.ckpt_path).suffix == ".safetensors":
                 raise ValueError(
@@ -144,6 +148,7 @@ class PiDCLI(LightningCLI):
         logger = config.trainer.logger
         folder = None
         if hasattr(logger, "init_args") and "save_dir" in logger.init_args:
+            logger.init_args.save_dir = os.path.expanduser(logger.init_args.save_dir)
             folder = Path(logger.init_args.save_dir)
             folder /= logger.init_args.get("name") or ""
         if config.ckpt_path == "last":
@@ -186,7 +191,9 @@ class PiDCLI(LightningCLI):
         if self.subcommand is None:
             return
         if not isinstance(self.model, PiDModule):
-            check_not_for_pid(self.subcommand, self.trainer.callbacks, type(self.model).__name__)
+            check_not_pid(self.subcommand, self.model, self.trainer.callbacks)
+            if self.subcommand == "fit" and self.config.fit.test_after_fit:
+                check_not_pid("test", self.model, ())
             return
         check_strategy(self.trainer.strategy)
         path = self.config[self.subcommand].ckpt_path
@@ -213,7 +220,14 @@ class PiDCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Where the fit ends with a test, open its pictures now: mistakes surface before."""
+        """Find now what would fail later, or have replaced files by then: the place of checkpoints,
+        and the pictures of a test after the fit."""
+        trainer = self.trainer
+        resumed = self.config.fit.ckpt_path or trainer._checkpoint_connector._hpc_resume_path
+        for callback in trainer.callbacks:
+            if isinstance(callback, LastCheckpoint) and trainer.checkpoint_callback is not None:
+                folder = trainer.checkpoint_callback._ModelCheckpoint__resolve_ckpt_dir(trainer)
+                callback.check_place(trainer, folder, resumed)
         if self.config.fit.test_after_fit and self.datamodule is not None:
             self.datamodule.setup("test")
 
@@ -225,14 +239,15 @@ class PiDCLI(LightningCLI):
             print(f"curves   tensorboard --logdir {Path(self.trainer.log_dir).parent}")
 
 
-def check_not_for_pid(subcommand: str, callbacks: Sequence[Callback], model: str) -> None:
-    """Raise ValueError for what only a PiD has, in a run of another model."""
-    if subcommand in ("test", "predict"):
-        raise ValueError(f"pid {subcommand}: {model} is no PiD; use pid validate.")
+def check_not_pid(subcommand: str, model: LightningModule, callbacks: Sequence[Callback]) -> None:
+    """Raise ValueError for what a model lacks that is no PiD."""
+    name = type(model).__name__
+    if subcommand in ("test", "predict") and not is_overridden(f"{subcommand}_step", model):
+        raise ValueError(f"pid {subcommand}: {name} has no {subcommand}_step; use pid validate.")
     for callback in callbacks:
         if isinstance(callback, (DMD2, EMA, PictureGrids)):
             raise ValueError(
-                f"trainer.callbacks: {type(callback).__name__} needs a PiD, not {model}; leave it "
+                f"trainer.callbacks: {type(callback).__name__} needs a PiD, not {name}; leave it "
                 "out."
             )
 
@@ -289,6 +304,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except SIGTERMException:  # outside training, where `LastCheckpoint` handles it
         sys.exit(128 + signal.SIGTERM)
+    except RuntimeError as error:
+        if not raised_in(error, CALLBACKS):  # of a metric that is not logged
+            raise
+        print(f"pid: {error}", file=sys.stderr)
+        sys.exit(2)
     except (ArgumentError, MisconfigurationException, ValueError, OSError) as error:
         mistake = raised_here(error) or _building_error(error)
         if mistake is None and not isinstance(error, (ArgumentError, MisconfigurationException)):

@@ -91,7 +91,7 @@ def decode(arguments: Sequence[str]) -> None:
 
     keep_freed_memory()
     try:
-        decode_files(given.inputs, given.model, Path(given.output), settings)
+        decode_files(given.inputs, given.model, Path(given.output).expanduser(), settings)
     except KeyboardInterrupt:
         print("\npid: stopped; the files written so far are complete.", file=sys.stderr)
         sys.exit(130)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -104,8 +105,8 @@ def check_options(
     """
     check_steps(decoder.info.student_times, steps)
     check_tile_choice(tile, decoder.denoiser.alignment)
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale: {guidance_scale} must be a finite number.")
+    if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale: {guidance_scale!r} must be a finite number.")
     if (prompt is not None or guidance_scale != 1) and decoder.denoiser.text_embedding is None:
         raise ValueError(
             "prompt and guidance_scale: this model was trained without text; leave them out."

@@ -24,6 +24,8 @@ from pid_lightning.text import TextEncoder, encode_prompts
 from pid_lightning.tile_choice import TileChoice
 from pid_lightning.weights import ModelInfo, load_model
 
+MAX_OVERSHOOT = 4.0  # of pictures in [-1, 1]; bytes and percentages lie above
+
 
 class PiDDecoder:
     """A trained PiD with an interface like ``vae.decode``::
@@ -251,12 +253,17 @@ class PiDDecoder:
         """Encode pictures (B, 3, H, W) in [-1, 1] to clean normalised latents (B, C, h, w).
 
         Raises:
-            ValueError: integers, values out of range or not finite, or sides that do not fit.
+            ValueError: no floating-point numbers, values far out of range (a decoder may overshoot)
+                or not finite, or sides that do not fit.
         """
-        if not images.is_floating_point() or not images.abs().max() <= 1 + 1e-3:
+        if not isinstance(images, Tensor) or not images.is_floating_point() or not images.numel():
+            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"images: {kind} is none; give a tensor of floats in [-1, 1].")
+        largest = images.abs().max().item()
+        if not largest < MAX_OVERSHOOT:
             raise ValueError(
-                f"images: {images.dtype} from {images.min()} to {images.max()} are no pictures in "
-                "[-1, 1]; convert bytes by `bytes / 127.5 - 1`."
+                f"images: values of up to {largest:g} are no pictures in [-1, 1]; convert 0 to 255 "
+                "by `images / 127.5 - 1`."
             )
         return self.encoder.encode(images.to(self.device))
 
@@ -367,10 +374,10 @@ class PiDDecoder:
                 on_forward=bar.update,
             )
         if not pictures.isfinite().all():
-            raise ValueError(
-                f"The picture is not finite: {self.dtype} overflows with these weights; load them "
-                "with torch.bfloat16 or torch.float32."
-            )
+            cure = "check the weights and the latents"
+            if self.dtype == torch.float16:
+                cure = "it overflows with these weights, which need torch.bfloat16 or float32"
+            raise ValueError(f"The picture is not finite in {self.dtype}; {cure}.")
         return pictures
 
     def output_size(self, latents: Tensor) -> tuple[int, int]:

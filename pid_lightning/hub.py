@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ def find_model(
     """
     if not str(name):
         raise FileNotFoundError("model: no name was given; give one, or leave the option out.")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if str(name) in BUNDLED_MODELS:
         return BUNDLED_MODELS[str(name)]
     if path.is_file():

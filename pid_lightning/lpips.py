@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import os
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ def lpips_network(source: str | Path | None) -> tuple[LPIPS | None, str]:
     """
     if source is None:
         return _lpips_from_cache()
-    source = Path(source).expanduser()
+    source = Path(os.path.expanduser(source))
     if not source.is_file():
         raise FileNotFoundError(
             f"LPIPS weights {source} do not exist: give a .safetensors file of its "

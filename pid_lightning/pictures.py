@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import struct
 from collections.abc import Iterable, Sequence
@@ -242,7 +243,7 @@ def find_inputs(paths: Iterable[str | Path]) -> list[Path]:
     for name in paths:
         if not str(name):
             raise ValueError("input: an empty name was given; name a picture, file or folder.")
-        path = Path(name)
+        path = Path(os.path.expanduser(name))
         files = [path]
         if path.is_dir():
             files = [file for file in path.iterdir() if file.is_file() and _is_input(file)]

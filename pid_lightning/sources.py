@@ -283,16 +283,21 @@ def as_rows(table: Any, path: str, image_column: str, caption_column: str | None
             )
     table = table.select_columns(list(wanted))
     table = table.rename_columns({old: new for old, new in wanted.items() if old != new})
-    text = ("string", "large_string")
-    accepted = {"caption": text, "image": (*text, "binary", "large_binary")}
+    text = ("string", "large_string", "string_view")
+    accepted = {
+        "caption": (*text, "null"),
+        "image": (*text, "binary", "large_binary", "binary_view"),
+    }
     for column, name in wanted.items():
         kind = (table.features or {}).get(name)  # a stream may not know them
         if name == "caption":
             kind = getattr(kind, "feature", kind)  # of each of several captions
-        if isinstance(kind, datasets.Value) and kind.dtype not in accepted[name]:
+        is_value = isinstance(kind, datasets.Value)
+        is_wrong = kind.dtype not in accepted[name] if is_value else name == "caption" and kind
+        if is_wrong:
             raise ValueError(
-                f"data.{name}_column: {column!r} of {path} holds {kind.dtype}, no {name}s; "
-                f"choose from {columns}."
+                f"data.{name}_column: {column!r} of {path} holds {kind}, no {name}s; choose from "
+                f"{columns}."
             )
     return Split(table.cast_column("image", datasets.Image(decode=False)))
 

@@ -94,7 +94,7 @@ def cache_captions(
             missing.append(caption)
             continue
         with opened_safetensors(file) as stored:
-            found = stored.metadata()["encoder"]
+            found = (stored.metadata() or {}).get("encoder")
         if found != encoder.description:
             raise ValueError(
                 f"{path} holds caption features of {found}, not of {encoder.description}: "

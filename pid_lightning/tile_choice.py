@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from numbers import Integral
 from typing import Literal
 
 from pid_lightning.decoding import trained_tile
@@ -21,7 +22,7 @@ def check_tile_choice(tile: TileChoice, step: int) -> None:
     """Raise ValueError unless a tile is an aligned number of pixels, ``"auto"`` or None."""
     if tile is None or tile == "auto":
         return
-    if isinstance(tile, bool) or not isinstance(tile, int):
+    if isinstance(tile, bool) or not isinstance(tile, Integral):
         raise ValueError(f"tile: {tile!r} must be a number of pixels, 'auto' or None.")
     check_tile(tile, step)
 

@@ -204,16 +204,14 @@ def test_a_callbacks_sentence_is_told_and_its_bug_keeps_its_traceback(
         main(["fit", *given])
 
 
-@pytest.mark.parametrize(("metric", "num_sanity"), [("validate/los", 1), ("train/los", 0)])
-def test_a_monitor_that_is_not_logged_is_told_at_the_first_validation(
-    metric: str, num_sanity: int, runs: Path, capsys: pytest.CaptureFixture[str]
+def test_a_monitor_that_is_not_logged_is_warned_of_and_stops_the_run_when_read(
+    runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    watches = "--trainer.callbacks+=EarlyStopping", f"--trainer.callbacks.monitor={metric}"
-    sanity = f"--trainer.num_sanity_val_steps={num_sanity}"
-    said = mistake(capsys, "fit", f"--config={runs / 'tiny.yaml'}", *watches, sanity)
-    assert f"EarlyStopping.monitor: '{metric}' is not logged; choose one of " in said
-    assert ("train/loss" in said) == (num_sanity == 0)
-    assert "validate/loss" in said
+    watches = "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=validate/los"
+    sanity = "--trainer.num_sanity_val_steps=1"
+    with pytest.warns(UserWarning, match="validation has not logged 'validate/los', only validate"):
+        said = mistake(capsys, "fit", f"--config={runs / 'tiny.yaml'}", *watches, sanity)
+    assert "conditioned on metric `validate/los` which is not available" in said
 
 
 def test_an_earlier_runs_checkpoint_is_not_replaced(
@@ -234,6 +232,13 @@ def test_an_earlier_runs_checkpoint_is_not_replaced(
     assert files() == before
     main([*fit, "--trainer.max_steps=2", f"--ckpt_path={last}"])
     assert torch.load(last, weights_only=True)["global_step"] == 2
+    logged = [*fit, "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=csv"]
+    logged += ["--trainer.logger.version=v", "--trainer.callbacks+=ModelCheckpoint"]
+    logged.remove("--trainer.logger=false")
+    main(logged)
+    before = files()
+    assert "is of an earlier run" in mistake(capsys, *logged)
+    assert files() == before  # the logger would begin its table anew
 
 
 def test_a_checkpoint_does_not_choose_what_is_trained(
@@ -252,19 +257,51 @@ def test_a_checkpoint_does_not_choose_what_is_trained(
 @pytest.mark.parametrize(
     ("command", "more", "told"),
     [
-        ("fit", "EMA", "trainer.callbacks: EMA needs a PiD, not AutoencoderModule; leave it out."),
-        ("fit", "PictureGrids", "trainer.callbacks: PictureGrids needs a PiD"),
-        ("test", None, "pid test: AutoencoderModule is no PiD; use pid validate."),
+        ("fit", "--trainer.callbacks+=EMA", "trainer.callbacks: EMA needs a PiD, not Autoencoder"),
+        ("fit", "--trainer.callbacks+=PictureGrids", "PictureGrids needs a PiD"),
+        ("fit", "--test_after_fit=true", "pid test: AutoencoderModule has no test_step"),
+        ("test", "--ckpt_path", "pid test: AutoencoderModule has no test_step; use pid validate."),
     ],
 )
 def test_what_only_a_pid_has_is_refused_with_an_autoencoder(
-    command: str, more: str | None, told: str, runs: Path, capsys: pytest.CaptureFixture[str]
+    command: str, more: str, told: str, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     last = runs / "runs/tiny/version_0/checkpoints/last.ckpt"
-    given = ["--config", str(ROOT / "configs/autoencoder.yaml"), "--data.path=bundled"]
-    given += ["--ckpt_path", str(last)] if command == "test" else []
-    given += [f"--trainer.callbacks+={more}"] if more else []
+    given = ["--config", str(ROOT / "configs/autoencoder.yaml"), "--data.path=bundled", more]
+    given += [str(last)] if command == "test" else []
     assert told in mistake(capsys, command, *given)
+
+
+class SendSIGTERM(pl.Callback):
+    """Sends it to this process in a validation batch."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.global_step == self.step and not trainer.sanity_checking:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_sigterm_in_a_validation_saves_at_once_and_resumes_exactly(
+    step: int, runs: Path, tmp_path: Path
+) -> None:
+    fit = ["fit", f"--config={runs / 'tiny.yaml'}", "--trainer.val_check_interval=2"]
+    fit += ["--trainer.check_val_every_n_epoch=null", "--trainer.max_steps=4"]
+    fit += ["--test_after_fit=true"]
+    main([*fit, "--trainer.logger.save_dir=whole"])
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    sent = f"--trainer.callbacks+={__name__}.SendSIGTERM", f"--trainer.callbacks.step={step}"
+    with pytest.raises(SystemExit) as stopped:
+        main([*fit, "--trainer.logger.save_dir=parts", *sent])
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    last = tmp_path / "parts/tiny/version_0/checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == step
+    assert not (last.parent.parent / "metrics.csv").exists()  # no test
+    main([*fit, "--trainer.logger.save_dir=parts", f"--ckpt_path={last}"])
+    assert_ends_equal(last, tmp_path / "whole/tiny/version_0/checkpoints/last.ckpt", 4)
 
 
 def test_validate_takes_the_callbacks_and_the_logger_of_any_run(
@@ -539,9 +576,9 @@ def wait_for_step(folder: Path, process: processes.BaseProcess, step: int) -> No
         time.sleep(0.01)
 
 
-def assert_ends_equal(one: Path, other: Path) -> None:
+def assert_ends_equal(one: Path, other: Path, num_steps: int = NUM_STEPS) -> None:
     states = [torch.load(path, weights_only=True) for path in (one, other)]
-    assert states[0]["global_step"] == NUM_STEPS
+    assert states[0]["global_step"] == num_steps
     for part in STATE:
         tiny.assert_equal_states(*(state[part] for state in states), part)
 

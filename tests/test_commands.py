@@ -343,6 +343,40 @@ def release(
     return tensors
 
 
+def test_the_published_numbers_are_these() -> None:
+    """Those of the paper and the release that no tensor's shape shows, and the geometry."""
+    told = {
+        name: (info.latent_channels, info.latent_stride, info.scale, info.noise_frame)
+        for name, info in FAMILIES.items()
+    }
+    assert told == {
+        "flux": (16, 8, 4, "flow"),
+        "sd3": (16, 8, 4, "flow"),
+        "flux2": (128, 16, 4, "flow"),
+        "sdxl": (4, 8, 4, "variance_preserving"),
+        "qwen": (16, 8, 4, "flow"),
+        "dinov2": (768, 16, 4, "flow"),
+        "siglip": (1152, 16, 8, "flow"),
+    }
+    for info in FAMILIES.values():
+        assert (info.latent_sigma_max, info.student_times, info.time_shift) == (
+            0.8,
+            (0.999, 0.866, 0.634, 0.342),
+            None,
+        )
+    for version, reference in {"v1": 1024, "v1.5": 2048}.items():
+        config = VERSIONS[version]
+        assert config.rope_reference == (reference, reference)
+        assert (config.num_heads, config.pixel_num_heads, config.adapter.interval) == (24, 16, 2)
+        assert (config.prediction, config.text_length) == ("velocity", 300)
+    for name in FAMILIES:
+        for version in VERSIONS:
+            unpack = 2 if (name, version) == ("flux2", "v1.5") else 1
+            assert released_info(name, version, False).config.adapter.unpack == unpack
+    paddings = {version: config.adapter.padding for version, config in VERSIONS.items()}
+    assert paddings == {"v1": "zeros", "v1.5": "replicate"}
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_size_shapes_convert(family: str, version: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -21,35 +21,42 @@ class LastCheckpoint(Callback):
 
     def __init__(self) -> None:
         self._asked_by: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
         self._num_steps = 0
         self._saved_step: int | None = None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handle Ctrl-C during the fit.
+    def check_place(self, trainer: Trainer, folder: str | Path, resumed: str | Path | None) -> None:
+        """Refuse to replace another run's `last.ckpt`.
+
+        Args:
+            trainer: of the fit that begins.
+            folder: where checkpoints will be.
+            resumed: the checkpoint that the fit resumes, if any.
 
         Raises:
-            ValueError: another run's `last.ckpt` would be replaced.
+            ValueError: there is one, and neither this trainer nor the run that is resumed wrote it.
         """
-        path, resumed = self._path(trainer), trainer.ckpt_path
-        if (
-            path is not None
-            and path.exists()
-            and not (
-                str(path) == trainer.checkpoint_callback.last_model_path
-                or (resumed and Path(resumed).resolve().parent == path.resolve().parent)
-            )
-        ):
-            raise ValueError(
-                f"{path} is of an earlier run: resume that with --ckpt_path, or give this run a "
-                "place of its own by trainer.logger.name or version, trainer.default_root_dir, or "
-                "the dirpath of ModelCheckpoint."
-            )
-        self._asked_by = None
-        self._handle(signal.SIGINT)
+        path, saver = Path(folder) / "last.ckpt", trainer.checkpoint_callback
+        if trainer.fast_dev_run or not path.exists() or str(path) == saver.last_model_path:
+            return
+        is_requeued = resumed is not None and Path(resumed).name.startswith("hpc_ckpt_")
+        if is_requeued or (resumed and Path(resumed).resolve().parent == path.resolve().parent):
+            return
+        raise ValueError(
+            f"{path} is of an earlier run: resume that with --ckpt_path, or give this run a place "
+            "of its own by trainer.logger.name or version, trainer.default_root_dir, or the "
+            "dirpath of ModelCheckpoint."
+        )
 
-    def _handle(self, number: signal.Signals) -> None:
-        self._previous[number] = signal.signal(number, self._on_signal)
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a fit whose checkpoints have a place of their own.
+
+        Raises:
+            ValueError: see `check_place`.
+        """
+        path = self._path(trainer)
+        if path is not None:
+            self.check_place(trainer, path.parent, trainer.ckpt_path)
+        self._asked_by = None
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self._asked_by = signal.Signals(number)
@@ -60,8 +67,10 @@ class LastCheckpoint(Callback):
         print(f"\nstopping after a step{again}", flush=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handle SIGTERM, whose handler Lightning has just set; continue a resumed step count."""
-        self._handle(signal.SIGTERM)
+        """Handle both signals until Lightning gives back the handlers that it found; continue a
+        resumed run's step count."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
         self._num_steps = trainer.global_step
         if isinstance(trainer.checkpoint_callback, ModelCheckpoint):
             # On resuming it forgets that it saved this step, and would save again during the next
@@ -81,27 +90,52 @@ class LastCheckpoint(Callback):
         self._num_steps = trainer.global_step
         if not is_between_steps:
             return
-        # Processes agree on logged steps only, since that waits for the GPU.
-        every = trainer.log_every_n_steps if trainer.world_size > 1 else 1
-        is_time = trainer.global_step % max(every, 1) == 0
-        asked = self._asked_by is not None
-        if is_time and trainer.strategy.reduce_boolean_decision(asked, all=False):
-            path = self._save(trainer)
-            if trainer.is_global_zero and path is not None:
-                print(f"\nsaved {path}; continue with --ckpt_path last", flush=True)
-            if self._asked_by == signal.SIGTERM:
-                raise SystemExit(128 + signal.SIGTERM)
-            raise KeyboardInterrupt
+        if self._is_asked(trainer, trainer.global_step):
+            self._stop(trainer)
         # Saved here, the last step of an epoch resumes with the next epoch; saved after training,
         # it would resume with one more batch of the old epoch.
         is_last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
         if trainer.global_step == trainer.max_steps or (is_last_epoch and trainer.is_last_batch):
             self._save(trainer)
 
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Save and stop within a long validation, too: a scheduler does not wait for its end."""
+        if self._num_steps and not trainer.sanity_checking and self._is_asked(trainer, batch_idx):
+            self._stop(trainer)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last step if something else ended the run."""
+        """Save the last step if something else ended the run; stop what would follow, if asked."""
         if self._saved_step != trainer.global_step:
             self._save(trainer)
+        if trainer.strategy.reduce_boolean_decision(self._asked_by is not None, all=False):
+            self._stop(trainer)
+
+    def _is_asked(self, trainer: Trainer, number: int) -> bool:
+        # Processes agree on logged steps only, since that waits for the GPU.
+        every = trainer.log_every_n_steps if trainer.world_size > 1 else 1
+        if number % max(every, 1):
+            return False
+        return trainer.strategy.reduce_boolean_decision(self._asked_by is not None, all=False)
+
+    def _stop(self, trainer: Trainer) -> NoReturn:
+        """Save and leave, in all processes alike."""
+        path = self._path(trainer)
+        if self._saved_step != trainer.global_step:
+            path = self._save(trainer)
+        if trainer.is_global_zero and path is not None:
+            print(f"\nsaved {path}; continue with --ckpt_path last", flush=True)
+        is_terminated = self._asked_by == signal.SIGTERM
+        if trainer.strategy.reduce_boolean_decision(is_terminated, all=False):
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt
 
     def _path(self, trainer: Trainer) -> Path | None:
         saver = trainer.checkpoint_callback
@@ -118,9 +152,3 @@ class LastCheckpoint(Callback):
         self._saved_step = trainer.global_step
         trainer.save_checkpoint(path, weights_only=False)
         return path
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Restore the previous handlers."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
