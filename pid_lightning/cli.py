@@ -25,7 +25,7 @@ from pid_lightning.callbacks.check_monitors import CheckMonitors
 from pid_lightning.callbacks.dmd2 import DMD2
 from pid_lightning.callbacks.ema import EMA
 from pid_lightning.callbacks.images import PictureGrids
-from pid_lightning.callbacks.last_checkpoint import LastCheckpoint
+from pid_lightning.callbacks.last_checkpoint import LastCheckpoint, check_place
 from pid_lightning.checkpointing import AtomicCheckpointIO
 from pid_lightning.files import make_folder
 from pid_lightning.freed_memory import keep_freed_memory
@@ -222,12 +222,8 @@ class PiDCLI(LightningCLI):
     def before_fit(self) -> None:
         """Find now what would fail later, or have replaced files by then: the place of checkpoints,
         and the pictures of a test after the fit."""
-        trainer = self.trainer
-        resumed = self.config.fit.ckpt_path or trainer._checkpoint_connector._hpc_resume_path
-        for callback in trainer.callbacks:
-            if isinstance(callback, LastCheckpoint) and trainer.checkpoint_callback is not None:
-                folder = trainer.checkpoint_callback._ModelCheckpoint__resolve_ckpt_dir(trainer)
-                callback.check_place(trainer, folder, resumed)
+        requeued = self.trainer._checkpoint_connector._hpc_resume_path  # taken before any other
+        check_place(self.trainer, requeued or self.config.fit.ckpt_path)
         if self.config.fit.test_after_fit and self.datamodule is not None:
             self.datamodule.setup("test")
 

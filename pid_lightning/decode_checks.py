@@ -1,4 +1,4 @@
-"""Checks of the arguments of `PiDDecoder.decode` before any work."""
+"""Checks of the arguments of `PiDDecoder` before any work."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Stack level of the user's own call to PiDDecoder.decode, seen from a warning in check_inputs.
 CALLER_LEVEL = 4
+MAX_OVERSHOOT = 4.0  # of pictures in [-1, 1]; bytes and percentages lie above
 
 
 def check_inputs(
@@ -79,6 +80,23 @@ def check_inputs(
         )
     warn_if_not_normalised(latents, info.latent_space, CALLER_LEVEL + 1)
     return sigma.expand(len(latents))
+
+
+def check_pictures(images: Tensor) -> None:
+    """Check that these may be pictures in [-1, 1], which a native decoder's output overshoots.
+
+    Raises:
+        ValueError: no tensor of floating-point numbers, or values far out of range or not finite.
+    """
+    if not isinstance(images, Tensor) or not images.is_floating_point() or not images.numel():
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images: {kind} is none; give a tensor of floats in [-1, 1].")
+    largest = images.abs().max().item()
+    if not largest < MAX_OVERSHOOT:
+        raise ValueError(
+            f"images: values of up to {largest:g} are no pictures in [-1, 1]; convert 0 to 255 by "
+            "`images / 127.5 - 1`."
+        )
 
 
 def check_steps(student_times: Sequence[float] | None, steps: int | None) -> None:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from pid_lightning import decoding, hub, memory, tile_choice
 from pid_lightning.compilation import check_not_frozen, compile_for_inference
-from pid_lightning.decode_checks import check_inputs, check_options, text_features
+from pid_lightning.decode_checks import check_inputs, check_options, check_pictures, text_features
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.families import build_encoder
 from pid_lightning.fixed_times import fix_times
@@ -23,8 +23,6 @@ from pid_lightning.sampling import Generators
 from pid_lightning.text import TextEncoder, encode_prompts
 from pid_lightning.tile_choice import TileChoice
 from pid_lightning.weights import ModelInfo, load_model
-
-MAX_OVERSHOOT = 4.0  # of pictures in [-1, 1]; bytes and percentages lie above
 
 
 class PiDDecoder:
@@ -253,18 +251,9 @@ class PiDDecoder:
         """Encode pictures (B, 3, H, W) in [-1, 1] to clean normalised latents (B, C, h, w).
 
         Raises:
-            ValueError: no floating-point numbers, values far out of range (a decoder may overshoot)
-                or not finite, or sides that do not fit.
+            ValueError: see `check_pictures`; or sides that do not fit.
         """
-        if not isinstance(images, Tensor) or not images.is_floating_point() or not images.numel():
-            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f"images: {kind} is none; give a tensor of floats in [-1, 1].")
-        largest = images.abs().max().item()
-        if not largest < MAX_OVERSHOOT:
-            raise ValueError(
-                f"images: values of up to {largest:g} are no pictures in [-1, 1]; convert 0 to 255 "
-                "by `images / 127.5 - 1`."
-            )
+        check_pictures(images)
         return self.encoder.encode(images.to(self.device))
 
     def encode_prompt(self, prompt: str | list[str], cache: str | Path | None = None) -> Tensor:

@@ -21,7 +21,6 @@ from pid_lightning.weights import ModelInfo, check_model_path, save_model
 NETWORK, AVERAGED = "net.", "net_ema."
 IGNORED = ("fake_score.", "discriminator.")
 
-
 VERSIONS = {
     "v1": PiDConfig(learned_null=False),
     "v1.5": PiDConfig(

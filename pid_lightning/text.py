@@ -6,7 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from pid_lightning.files import replaced_file
 from pid_lightning.mistakes import check_choice
 from pid_lightning.tensor_files import opened_safetensors, read_tensors
+
+if TYPE_CHECKING:
+    from pid_lightning.nn import PiDConfig
 
 
 class TextEncoder(nn.Module, ABC):
@@ -58,6 +61,33 @@ class NoText(TextEncoder):
     def encode(self, captions: list[str]) -> None:
         """Return None for any captions."""
         return None
+
+
+def check_text(encoder: TextEncoder, config: PiDConfig, caption_dropout: float) -> None:
+    """Check that a denoiser can be trained with an encoder's features.
+
+    Raises:
+        ValueError: features of another width, captions shorter than the learned null that replaces
+            some, or neither captions nor a null.
+    """
+    silent = isinstance(encoder, NoText)
+    if not silent and config.text_length and encoder.text_width != config.text_width:
+        raise ValueError(
+            f"text: its features are {encoder.text_width} wide, but the denoiser's text_width is "
+            f"{config.text_width}; set model.denoiser.text_width to {encoder.text_width}."
+        )
+    length = getattr(encoder, "length", None)  # cached captions tell theirs when they are read
+    uses_null = config.learned_null and caption_dropout > 0
+    if length is not None and uses_null and length < config.text_length:
+        raise ValueError(
+            f"text: {length} tokens a caption, but the learned null has text_length "
+            f"{config.text_length}; set model.denoiser.text_length to {length}."
+        )
+    if silent and config.text_length and not config.learned_null:
+        raise ValueError(
+            "text: a denoiser without a learned null, as in the published weights, needs "
+            "caption features; give model.text, or set model.denoiser.learned_null to true."
+        )
 
 
 def cache_file(path: str | Path, caption: str) -> Path:

@@ -275,24 +275,30 @@ def test_what_only_a_pid_has_is_refused_with_an_autoencoder(
 class SendSIGTERM(pl.Callback):
     """Sends it to this process in a validation batch."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, num_batches: int) -> None:
+        self.num_batches = num_batches
 
     def on_validation_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
-        if trainer.global_step == self.step and not trainer.sanity_checking:
+        trained = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        if trained == self.num_batches and not trainer.sanity_checking:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("step", [2, 4])
-def test_sigterm_in_a_validation_saves_at_once_and_resumes_exactly(
-    step: int, runs: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("num_batches", "accumulate", "step"),
+    [(2, 1, 2), (4, 1, 4), (4, 2, 3)],
+    ids=["between", "last", "accumulating"],
+)
+def test_sigterm_in_a_validation_saves_between_steps_and_resumes_exactly(
+    num_batches: int, accumulate: int, step: int, runs: Path, tmp_path: Path
 ) -> None:
-    fit = ["fit", f"--config={runs / 'tiny.yaml'}", "--trainer.val_check_interval=2"]
+    fit = ["fit", f"--config={runs / 'tiny.yaml'}", "--trainer.val_check_interval=1"]
     fit += ["--trainer.check_val_every_n_epoch=null", "--trainer.max_steps=4"]
-    fit += ["--test_after_fit=true"]
+    fit += [f"--trainer.accumulate_grad_batches={accumulate}", "--test_after_fit=true"]
     main([*fit, "--trainer.logger.save_dir=whole"])
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    sent = f"--trainer.callbacks+={__name__}.SendSIGTERM", f"--trainer.callbacks.step={step}"
+    sent = (f"--trainer.callbacks+={__name__}.SendSIGTERM",)
+    sent += (f"--trainer.callbacks.num_batches={num_batches}",)
     with pytest.raises(SystemExit) as stopped:
         main([*fit, "--trainer.logger.save_dir=parts", *sent])
     assert stopped.value.code == 128 + signal.SIGTERM

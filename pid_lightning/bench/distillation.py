@@ -8,9 +8,10 @@ from torch import nn
 from pid_lightning.bench.networks import Inputs
 from pid_lightning.bench.training import autocast, learn, move_average, sample_of, stand_in
 from pid_lightning.bench.work import Networks, Work, duplicate
-from pid_lightning.callbacks.dmd2 import DMD2, freeze_unused
+from pid_lightning.callbacks.dmd2 import DMD2
 from pid_lightning.callbacks.turns import resting
 from pid_lightning.memory import num_bytes
+from pid_lightning.modules.optimizers import freeze_unused
 from pid_lightning.nn import Discriminator, PiD
 from pid_lightning.weights import ModelInfo
 

@@ -16,9 +16,9 @@ class CheckMonitors(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare what callbacks watch with what the sanity check logged."""
-        logged = sorted(name for name in trainer.callback_metrics if name.startswith("validate/"))
         if not trainer.sanity_checking:
             return
+        logged = sorted(name for name in trainer.callback_metrics if name.startswith("validate/"))
         for callback in trainer.callbacks:
             name = str(getattr(callback, "monitor", None))
             if name.startswith("validate/") and name not in logged:

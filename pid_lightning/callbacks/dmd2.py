@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from pid_lightning import flow, losses, sampling, weights
 from pid_lightning.callbacks.turns import Turns, resting
@@ -17,6 +17,7 @@ from pid_lightning.hub import find_model
 from pid_lightning.mistakes import check_at_least, check_choice
 from pid_lightning.modules.base import PiDModule
 from pid_lightning.modules.objective import Sample
+from pid_lightning.modules.optimizers import freeze_unused
 from pid_lightning.nn import Condition, Discriminator, PiD
 from pid_lightning.randomness import sample_generators
 
@@ -393,11 +394,3 @@ class DMD2(Callback):
         seed, device = module.training_settings.seed, sample.x0.device
         generators = sample_generators(seed, f"{purpose} noise", sample.numbers, device)
         return sampling.draw_noise(sample.x0.shape, generators, device)
-
-
-def freeze_unused(network: nn.Module) -> None:
-    """Freeze the RGB head, unused in distillation, and the last block's unused text weights."""
-    if network.adapter.rgb_head is not None:
-        network.adapter.rgb_head.requires_grad_(False)
-    for block in network.patch_blocks:
-        block.freeze_unread()

@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+NAME = "last.ckpt"
+
 
 class LastCheckpoint(Callback):
     """Saves beside a run's other checkpoints, so that `--ckpt_path last` always finds its end.
@@ -22,30 +24,8 @@ class LastCheckpoint(Callback):
     def __init__(self) -> None:
         self._asked_by: signal.Signals | None = None
         self._num_steps = 0
+        self._is_between_steps = False
         self._saved_step: int | None = None
-
-    def check_place(self, trainer: Trainer, folder: str | Path, resumed: str | Path | None) -> None:
-        """Refuse to replace another run's `last.ckpt`.
-
-        Args:
-            trainer: of the fit that begins.
-            folder: where checkpoints will be.
-            resumed: the checkpoint that the fit resumes, if any.
-
-        Raises:
-            ValueError: there is one, and neither this trainer nor the run that is resumed wrote it.
-        """
-        path, saver = Path(folder) / "last.ckpt", trainer.checkpoint_callback
-        if trainer.fast_dev_run or not path.exists() or str(path) == saver.last_model_path:
-            return
-        is_requeued = resumed is not None and Path(resumed).name.startswith("hpc_ckpt_")
-        if is_requeued or (resumed and Path(resumed).resolve().parent == path.resolve().parent):
-            return
-        raise ValueError(
-            f"{path} is of an earlier run: resume that with --ckpt_path, or give this run a place "
-            "of its own by trainer.logger.name or version, trainer.default_root_dir, or the "
-            "dirpath of ModelCheckpoint."
-        )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a fit whose checkpoints have a place of their own.
@@ -53,9 +33,7 @@ class LastCheckpoint(Callback):
         Raises:
             ValueError: see `check_place`.
         """
-        path = self._path(trainer)
-        if path is not None:
-            self.check_place(trainer, path.parent, trainer.ckpt_path)
+        check_place(trainer, trainer.ckpt_path)
         self._asked_by = None
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -86,9 +64,9 @@ class LastCheckpoint(Callback):
         batch_idx: int,
     ) -> None:
         """Save after the last step; after Ctrl-C or SIGTERM, save and stop."""
-        is_between_steps = trainer.global_step != self._num_steps
+        self._is_between_steps = trainer.global_step != self._num_steps
         self._num_steps = trainer.global_step
-        if not is_between_steps:
+        if not self._is_between_steps:
             return
         if self._is_asked(trainer, trainer.global_step):
             self._stop(trainer)
@@ -108,7 +86,7 @@ class LastCheckpoint(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Save and stop within a long validation, too: a scheduler does not wait for its end."""
-        if self._num_steps and not trainer.sanity_checking and self._is_asked(trainer, batch_idx):
+        if self._is_between_steps and self._is_asked(trainer, batch_idx):
             self._stop(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -141,7 +119,7 @@ class LastCheckpoint(Callback):
         saver = trainer.checkpoint_callback
         if not isinstance(saver, ModelCheckpoint) or not saver.dirpath or trainer.fast_dev_run:
             return None
-        return Path(saver.dirpath) / "last.ckpt"
+        return Path(saver.dirpath) / NAME
 
     def _save(self, trainer: Trainer) -> Path | None:
         path, saver = self._path(trainer), trainer.checkpoint_callback
@@ -152,3 +130,29 @@ class LastCheckpoint(Callback):
         self._saved_step = trainer.global_step
         trainer.save_checkpoint(path, weights_only=False)
         return path
+
+
+def check_place(trainer: Trainer, resumed: str | Path | None) -> None:
+    """Refuse to replace another run's `last.ckpt`.
+
+    Args:
+        trainer: of the fit that begins.
+        resumed: the checkpoint that the fit resumes, if any.
+
+    Raises:
+        ValueError: there is one, and neither this trainer nor the run that is resumed wrote it.
+    """
+    saver = trainer.checkpoint_callback
+    if not isinstance(saver, ModelCheckpoint) or trainer.fast_dev_run:
+        return
+    path = Path(saver._ModelCheckpoint__resolve_ckpt_dir(trainer)) / NAME
+    if not path.exists() or str(path) == saver.last_model_path:
+        return
+    is_requeued = resumed is not None and Path(resumed).name.startswith("hpc_ckpt_")
+    if is_requeued or (resumed and Path(resumed).resolve().parent == path.resolve().parent):
+        return
+    raise ValueError(
+        f"{path} is of an earlier run: resume that with --ckpt_path, or give this run a place of "
+        "its own by trainer.logger.name or version, trainer.default_root_dir, or the dirpath of "
+        "ModelCheckpoint."
+    )

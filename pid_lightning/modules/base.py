@@ -28,7 +28,7 @@ from pid_lightning.modules.restoring import OPTIMIZER_SETTINGS, TRAINING_KEY, pr
 from pid_lightning.modules.settings import Evaluation, Training
 from pid_lightning.modules.side_stream import SideStream
 from pid_lightning.nn import PiD, PiDConfig
-from pid_lightning.text import NoText, TextEncoder
+from pid_lightning.text import NoText, TextEncoder, check_text
 
 # Submodules with pretrained weights, left out of checkpoints.
 FROZEN = ("encoder.", "text_encoder.", "teacher.")
@@ -90,25 +90,7 @@ class PiDModule(LightningModule):
         self._side_stream: SideStream | None = None
         if init_from == "":
             raise ValueError("init_from: an empty name; name a model, or leave it out.")
-        silent = isinstance(self.text_encoder, NoText)
-        needs = denoiser.text_width
-        if not silent and denoiser.text_length and text.text_width != needs:
-            raise ValueError(
-                f"text: its features are {text.text_width} wide, but the denoiser's text_width is "
-                f"{needs}; set model.denoiser.text_width to {text.text_width}."
-            )
-        length = getattr(text, "length", None)  # cached captions tell theirs when they are read
-        uses_null = denoiser.learned_null and training.caption_dropout > 0
-        if length is not None and uses_null and length < denoiser.text_length:
-            raise ValueError(
-                f"text: {length} tokens a caption, but the learned null has text_length "
-                f"{denoiser.text_length}; set model.denoiser.text_length to {length}."
-            )
-        if silent and denoiser.text_length and not denoiser.learned_null:
-            raise ValueError(
-                "text: a denoiser without a learned null, as in the published weights, needs "
-                "caption features; give model.text, or set model.denoiser.learned_null to true."
-            )
+        check_text(self.text_encoder, denoiser, training.caption_dropout)
         self._freeze_untrained()
         self.register_load_state_dict_post_hook(_forgive_frozen)
 

@@ -151,3 +151,11 @@ def freeze_untrained(denoiser: PiD, train: str, reads_null: bool) -> None:
             unread += adapter.res_blocks[adapter.rgb_head_block :]
         for module in unread:
             module.requires_grad_(False)
+
+
+def freeze_unused(network: PiD) -> None:
+    """Freeze the RGB head, unused in distillation, and the last block's unused text weights."""
+    if network.adapter.rgb_head is not None:
+        network.adapter.rgb_head.requires_grad_(False)
+    for block in network.patch_blocks:
+        block.freeze_unread()
