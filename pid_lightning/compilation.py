@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from pid_lightning.quantisation import is_quantised
+
 MAX_GRAPHS = 64  # input sizes per network, instead of torch's default limit of 8
 
 
@@ -50,7 +52,8 @@ def compile_for_inference(
                 "decode in tiles of one size, or without compile."
             )
         sizes.add(size)
-        with tracing.patch(cache_size_limit=MAX_GRAPHS), generation.patch(freezing=freeze):
+        settings = generation.patch(freezing=freeze, pattern_matcher=_patterns_help(network))
+        with tracing.patch(cache_size_limit=MAX_GRAPHS), settings:
             result = compiled(*inputs, **named)
         # A replayed graph overwrites its last result, but guidance needs two at a time.
         return result.clone() if cuda_graphs else result
@@ -58,6 +61,13 @@ def compile_for_inference(
     # The attribute that `compile` sets: copies of the network do not keep it.
     network._compiled_call_impl = call
     call.holds_weights = freeze
+
+
+def _patterns_help(network: nn.Module) -> bool:
+    """Whether torch should look for operations it has one kernel for: not for 8-bit weights on a
+    GPU, since the kernel it has for them there does not use the matrix units."""
+    weights = list(network.parameters())
+    return weights[0].device.type != "cuda" or not any(map(is_quantised, weights))
 
 
 def check_not_frozen(network: nn.Module, asked: str) -> None:

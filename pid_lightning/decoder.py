@@ -218,6 +218,7 @@ class PiDDecoder:
             ModuleNotFoundError: torchao is not installed.
             ValueError: weights already in 8 bits, or frozen.
         """
+        check_not_frozen(self.denoiser, "quantise")
         quantise(self.denoiser, activations)
         return self
 

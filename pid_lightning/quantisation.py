@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from pid_lightning.compilation import check_not_frozen
 from pid_lightning.nn import PiD
 
 MIN_WIDTH = 64  # of inputs and outputs, for a layer to be worth it
@@ -26,9 +25,8 @@ def quantise(denoiser: PiD, activations: bool = False) -> None:
 
     Raises:
         ModuleNotFoundError: torchao is not installed.
-        ValueError: weights in fp64 or already in 8 bits, or compiled graphs that hold the weights.
+        ValueError: weights in fp64 or already in 8 bits.
     """
-    check_not_frozen(denoiser, "quantise")
     try:
         from torchao.quantization import (
             Int8DynamicActivationInt8WeightConfig,

@@ -9,12 +9,15 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pid_lightning import AdapterConfig, losses
+from pid_lightning.compilation import compile_for_inference
 from pid_lightning.decoding import decode_latents
 from pid_lightning.nn import PiD, PiDConfig
 from pid_lightning.nn.layers import RMSNorm
+from pid_lightning.quantisation import quantise
 from pid_lightning.sampling import STUDENT_TIMES
 
 GPU = torch.device("cuda")
@@ -123,6 +126,27 @@ def test_norms_stay_in_bf16_under_autocast() -> None:
         finally:
             torch.set_autocast_enabled("cuda", was_enabled)
             torch.set_autocast_dtype("cuda", was_dtype)
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+def test_eight_bits_are_not_compiled_to_the_slow_kernel(
+    eight_bits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchao")
+    matched = []
+
+    def compile_network(network: PiD, **_: object) -> None:
+        network._compiled_call_impl = lambda: matched.append(inductor.pattern_matcher)
+
+    monkeypatch.setattr(PiD, "compile", compile_network)
+    with torch.device("meta"):
+        network = PiD(PiDConfig(num_blocks=1), latent_channels=16, latent_stride=8, scale=4)
+    with on_gpu(network.requires_grad_(False)) as network:
+        if eight_bits:
+            quantise(network)
+        compile_for_inference(network)
+        network()
+    assert matched == [not eight_bits]
 
 
 def test_published_sizes_have_the_same_code_paths() -> None:
