@@ -12,19 +12,13 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from pid_lightning.nn import PiD
-from pid_lightning.nn.attention import attend, rotated
-from pid_lightning.nn.rope import patch_angles, rotation, text_angles
+from pid_lightning.nn.attention import attend
 from pid_lightning.nn.windows import Windows, attend_in_windows
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def table(rows: int, columns: int, text_length: int) -> tuple[Tensor, Tensor]:
-    angles = torch.cat((text_angles(text_length, 12), patch_angles(rows, columns, 12)))
-    return rotation(angles)
 
 
 def network(text_length: int, num_blocks: int = 2) -> PiD:
@@ -60,18 +54,17 @@ def test_it_is_attention_under_a_mask(shifted: bool, text_length: int, text_quer
     if text_queries:
         seen = F.pad(seen, (0, 0, text_length, 0), value=True)  # and the text attends to everything
 
-    turned = rotated(q, k, table(rows, columns, text_length))
-    expected = F.scaled_dot_product_attention(*turned, v, attn_mask=seen)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     expected = expected.transpose(1, 2).flatten(2)
-    got = attend_in_windows(q, k, v, table(rows, columns, text_length), windows)
+    got = attend_in_windows(q, k, v, windows)
     assert torch.allclose(got, expected, rtol=0, atol=1e-12)
 
 
 def test_one_window_is_the_whole() -> None:
     q, k, v = draw(3, 1, 2, 5 + 12, 12)
     for shifted in (False, True):
-        windowed = attend_in_windows(q, k, v, table(3, 4, 5), Windows(3, 4, 4, shifted))
-        assert torch.allclose(windowed, attend(q, k, v, table(3, 4, 5)), rtol=0, atol=1e-12)
+        windowed = attend_in_windows(q, k, v, Windows(3, 4, 4, shifted))
+        assert torch.allclose(windowed, attend(q, k, v), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("text_length", [0, 5])

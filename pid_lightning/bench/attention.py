@@ -14,8 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pid_lightning.bench.rates import Rates, time_call
 from pid_lightning.nn.attention import attend
-from pid_lightning.nn.condition import position_tables
-from pid_lightning.nn.rope import rotate
 from pid_lightning.weights import ModelInfo
 
 # Without torch's math kernel, which stores all scores: tens of gigabytes at 2048 x 2048.
@@ -28,12 +26,11 @@ PADDED_TO = 16  # head sizes are also tried padded to the next multiple: 72 to 8
 
 
 class Heads(NamedTuple):
-    """One block's q, k and v (B, heads, N, d) and its RoPE table."""
+    """One block's q, k and v, each (B, heads, N, d)."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    table: tuple[Tensor, Tensor]
 
 
 def attention_rows(
@@ -79,15 +76,15 @@ def draw_heads(
 ) -> dict[str, Heads]:
     """Random q, k and v for both kinds of block, keyed by the names of their rows."""
     config = info.config
-    joint, pixel, _, _ = position_tables(config, size, size, config.text_length, device, dtype)
+    num_patches = (size // config.patch_size) ** 2
     generator = torch.Generator().manual_seed(0)
     drawn = {}
-    for piece, table, num_heads, width in (
-        ("patch attention", joint, config.num_heads, config.width),
-        ("pixel attention", pixel, config.pixel_num_heads, config.pixel_attention_width),
+    for piece, length, num_heads, width in (
+        ("patch attention", config.text_length + num_patches, config.num_heads, config.width),
+        ("pixel attention", num_patches, config.pixel_num_heads, config.pixel_attention_width),
     ):
-        shape = (3, batch_size, num_heads, table[0].shape[0], width // num_heads)
-        drawn[piece] = Heads(*torch.randn(shape, generator=generator).to(device, dtype), table)
+        shape = (3, batch_size, num_heads, length, width // num_heads)
+        drawn[piece] = Heads(*torch.randn(shape, generator=generator).to(device, dtype))
     return drawn
 
 
@@ -108,8 +105,7 @@ def kernels_for(heads: Heads) -> Iterator[tuple[str, Callable[[], Tensor]]]:
 def _attend_by(kernel: SDPBackend, heads: Heads, padding: int) -> Tensor:
     """`attend` by one kernel; zero channels change no score and are cut from the result."""
     head_dim = heads.q.shape[-1]
-    q, k = rotate(heads.q, heads.table), rotate(heads.k, heads.table)
-    padded = (F.pad(x, (0, padding)) for x in (q, k, heads.v))
+    padded = (F.pad(x, (0, padding)) for x in heads)
     with sdpa_kernel(kernel):
         attended = F.scaled_dot_product_attention(*padded, scale=head_dim**-0.5)
     return attended[..., :head_dim].transpose(1, 2).flatten(2)

@@ -1,32 +1,19 @@
-"""Softmax attention with RoPE, by the fastest kernel for device and dtype."""
+"""Softmax attention by the fastest kernel for device and dtype."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
-
-from pid_lightning.nn.rope import rotate
 
 MAX_TRAINED_KEYS = 1024  # beyond, scores saved for the backward pass cost more than they gain
 MAX_QUERIES = 256  # per chunk; with fewer, packing all keys for every matmul costs too much
 SCORES_PER_THREAD = 2**19  # scores in bf16 that fit a core's cache
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Softmax attention with RoPE over q, k, v (B, heads, N, d), heads joined: (B, N, heads*d).
-
-    q may hold the last positions only.
-    """
-    q, k = rotated(q, k, table)
-    return rearrange(softmax_attention(q, k, v), "b h n d -> b n (h d)")
-
-
-def rotated(q: Tensor, k: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Apply RoPE to q, which may hold the last positions only, and to k."""
-    cos, sin = table
-    return rotate(q, (cos[-q.shape[2] :], sin[-q.shape[2] :])), rotate(k, table)
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention over q, k, v (B, heads, N, d), heads joined: (B, N, heads*d)."""
+    return softmax_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from pid_lightning.nn.attention import attend
 from pid_lightning.nn.layers import QKV, RMSNorm, SwiGLU
+from pid_lightning.nn.rope import Table
 from pid_lightning.nn.windows import Windows, attend_in_windows
-
-Table = tuple[Tensor, Tensor]
 
 
 class Stream(nn.Module):
@@ -26,10 +25,12 @@ class Stream(nn.Module):
         self.mlp_norm = RMSNorm(width)
         self.mlp = SwiGLU(width, int(2 * 4 * width / 3))
 
-    def project(self, tokens: Tensor, modulation: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def project(
+        self, tokens: Tensor, modulation: tuple[Tensor, ...], table: Table
+    ) -> tuple[Tensor, ...]:
         """q, k, v of the modulated tokens, each (B, heads, N, d)."""
         shift, scale = modulation[:2]
-        return self.qkv(self.attention_norm.modulated(tokens, shift, scale))
+        return self.qkv(self.attention_norm.modulated(tokens, shift, scale), table)
 
     def update(self, tokens: Tensor, attended: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
         """Add both gated residuals: the attention output, then the MLP's."""
@@ -75,6 +76,7 @@ class PatchBlock(nn.Module):
         text: Tensor | None,
         condition: Tensor,
         table: Table,
+        text_table: Table,
         windows: Windows | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One block.
@@ -83,7 +85,8 @@ class PatchBlock(nn.Module):
             tokens: patches (B, N, D).
             text: text tokens (B, L, D), None without a text stream.
             condition: SiLU of the time embedding (B, 1, D).
-            table: RoPE table of the L text positions followed by the N patches.
+            table: RoPE table of the N patches.
+            text_table: RoPE table of the L text positions.
             windows: attention windows of the patches; None attends to the whole picture.
 
         Returns:
@@ -92,16 +95,16 @@ class PatchBlock(nn.Module):
 
         def attend_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if windows is None:
-                return attend(q, k, v, table)
-            return attend_in_windows(q, k, v, table, windows)
+                return attend(q, k, v)
+            return attend_in_windows(q, k, v, windows)
 
         image_modulation = self.image.modulate(condition)
-        q, k, v = self.image.project(tokens, image_modulation)
+        q, k, v = self.image.project(tokens, image_modulation, table)
         if self.text is None:
             return self.image.update(tokens, attend_all(q, k, v), image_modulation), None
 
         text_modulation = self.text.modulate(condition)
-        text_q, text_k, text_v = self.text.project(text, text_modulation)
+        text_q, text_k, text_v = self.text.project(text, text_modulation, text_table)
         k, v = torch.cat((text_k, k), dim=2), torch.cat((text_v, v), dim=2)
         if self.last:
             return self.image.update(tokens, attend_all(q, k, v), image_modulation), text
@@ -158,7 +161,7 @@ class PixelBlock(nn.Module):
         pairs = zip(pixel_chunks, condition_chunks, strict=True)
         compact = torch.cat([self._compact(*pair, weights[0], biases[0]) for pair in pairs])
         compact = rearrange(compact, "(b n) d -> b n d", b=batch_size)
-        attended = self.attention_out(attend(*self.qkv(compact), table))
+        attended = self.attention_out(attend(*self.qkv(compact, table)))
 
         attended_chunks = attended.flatten(0, 1).split(chunk_size)
         triples = zip(pixel_chunks, condition_chunks, attended_chunks, strict=True)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from pid_lightning.nn import rope
-from pid_lightning.nn.blocks import Table
 from pid_lightning.nn.config import PiDConfig
 from pid_lightning.nn.layers import RMSNorm
+from pid_lightning.nn.rope import Table
 
 
 class Condition(NamedTuple):
@@ -22,7 +22,8 @@ class Condition(NamedTuple):
         text: text tokens (B, L, D), None without a text stream.
         features: adapter features (B, N, D), one per injection.
         openness: `SigmaGate.openness` of each feature.
-        joint_table: RoPE table of text and patches, for the patch blocks.
+        text_table: RoPE table of the text, for the patch blocks.
+        patch_table: RoPE table of the patches, for the patch blocks.
         pixel_table: RoPE table of the patches, for the pixel blocks.
         columns, rows: sine-cosine position tables of the pixels, (W, C/2) and (H, C/2).
         rgb: the adapter's low-resolution image (B, 3, H/scale, W/scale), if requested.
@@ -31,7 +32,8 @@ class Condition(NamedTuple):
     text: Tensor | None
     features: tuple[Tensor, ...]
     openness: tuple[Tensor, ...]
-    joint_table: Table
+    text_table: Table
+    patch_table: Table
     pixel_table: Table
     columns: Tensor
     rows: Tensor
@@ -90,19 +92,19 @@ def position_tables(
     text_length: int,
     device: torch.device,
     dtype: torch.dtype,
-) -> tuple[Table, Table, Tensor, Tensor]:
-    """`joint_table`, `pixel_table`, `columns` and `rows` of a `Condition` for one output size."""
+) -> tuple[Table, Table, Table, Tensor, Tensor]:
+    """The tables of a `Condition` for one output size, in the order of its fields."""
     grid = (height // config.patch_size, width // config.patch_size)
     reference = config.rope_reference
     if reference is not None:
         reference = tuple(side / config.patch_size for side in reference)
     head_dim = config.width // config.num_heads
     text = rope.text_angles(text_length, head_dim)
-    joint = torch.cat((text, rope.patch_angles(*grid, head_dim, reference)))
+    patch = rope.patch_angles(*grid, head_dim, reference)
     pixel_head_dim = config.pixel_attention_width // config.pixel_num_heads
     pixel = rope.patch_angles(*grid, pixel_head_dim, reference)
     columns, rows = (_sine_cosine(side, config.pixel_width // 2) for side in (width, height))
-    tables = (rope.rotation(joint), rope.rotation(pixel), columns, rows)
+    tables = (*map(rope.rotation, (text, patch, pixel)), columns, rows)
     return tree_map(lambda table: table.to(dtype).to(device), tables)
 
 

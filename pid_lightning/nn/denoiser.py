@@ -24,10 +24,10 @@ from pid_lightning.nn.windows import Windows
 MAX_CACHED_SIZES = 8  # output sizes whose position tables are cached
 
 
-def default_chunk_size(device: torch.device) -> int:
+def default_chunk_size(num_patches: int, device: torch.device) -> int:
     """Patches per chunk of a pixel block without gradient: few enough for a CPU's caches, or enough
     to keep a GPU busy and a compiled graph, which unrolls all chunks, short."""
-    return 256 if device.type == "cpu" else 1024
+    return 256 if device.type == "cpu" else max(1024, -(-num_patches // 4))
 
 
 class PiD(nn.Module):
@@ -363,7 +363,7 @@ class PiD(nn.Module):
                 tokens = self.gates[injection](
                     tokens, condition.features[injection], condition.openness[injection]
                 )
-            shared = (block_condition, condition.joint_table, windows[i % 2])
+            shared = (block_condition, condition.patch_table, condition.text_table, windows[i % 2])
             tokens, text = self._run(block, tokens, text, *shared)
             if i in wanted:
                 after[i] = tokens
@@ -377,9 +377,9 @@ class PiD(nn.Module):
         num_rows = pixels.shape[1]
         pixels = rearrange(pixels, "b h w p q c -> b (h w) (p q) c")
 
-        chunk_size = pixels.shape[0] * pixels.shape[1]
+        chunk_size = num_patches = pixels.shape[0] * pixels.shape[1]
         if not torch.is_grad_enabled():
-            chunk_size = self.chunk_size or default_chunk_size(x_t.device)
+            chunk_size = self.chunk_size or default_chunk_size(num_patches, x_t.device)
         for block in self.pixel_blocks:
             pixels = self._run(block, pixels, s, condition.pixel_table, chunk_size)
         chunks = pixels.flatten(0, 1).split(chunk_size)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from pid_lightning.nn.rope import Table, rotate
+
 EPS = 1e-6
 
 
@@ -44,12 +46,12 @@ class QKV(nn.Module):
         self.q_norm = RMSNorm(width // num_heads)
         self.k_norm = RMSNorm(width // num_heads)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, D) to q, k, v, each (B, heads, N, d)."""
+    def forward(self, x: Tensor, table: Table) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, D) to q, k, v, each (B, heads, N, d), with q and k rotated to their positions."""
         q, k, v = rearrange(
             self.linear(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
         )
-        return self.q_norm(q), self.k_norm(k), v
+        return rotate(self.q_norm(q), table), rotate(self.k_norm(k), table), v
 
 
 class SwiGLU(nn.Module):

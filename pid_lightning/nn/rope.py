@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+Table = tuple[Tensor, Tensor]  # cos and sin of the angles of N positions, each (N, d/2)
+
 THETA = 10_000.0
 EXTENT = 16.0  # patch coordinates span [0, 16] at every size
 
@@ -57,12 +59,12 @@ def text_angles(length: int, head_dim: int) -> Tensor:
     return positions[:, None] * _frequencies(head_dim // 2, THETA)
 
 
-def rotation(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of angles (N, d/2), each (N, d/2)."""
+def rotation(angles: Tensor) -> Table:
+    """The table of angles (N, d/2)."""
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, table: Table) -> Tensor:
     """Rotate channel pairs (i, i + d/2) of x (..., N, d) by the table's angles (N, d/2)."""
     cos, sin = table
     a, b = x.chunk(2, dim=-1)

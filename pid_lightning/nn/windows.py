@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from pid_lightning.nn.attention import rotated, softmax_attention
+from pid_lightning.nn.attention import softmax_attention
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,15 @@ class Windows:
         )
 
 
-def attend_in_windows(
-    q: Tensor, k: Tensor, v: Tensor, table: tuple[Tensor, Tensor], windows: Windows
-) -> Tensor:
+def attend_in_windows(q: Tensor, k: Tensor, v: Tensor, windows: Windows) -> Tensor:
     """Like `attention.attend`, but a patch only attends to the text and the patches of its window.
 
-    Positions are those of the whole picture, and text attends to everything.
+    Text attends to everything.
 
     Args:
         q, k, v: (B, heads, L + N, d), text first; q may hold the N patches only.
-        table: RoPE table of the L + N positions.
         windows: windows of the N patches.
     """
-    q, k = rotated(q, k, table)
     num_patches = windows.rows * windows.columns
     text_k, text_v = k[:, :, :-num_patches], v[:, :, :-num_patches]
     grids = [
