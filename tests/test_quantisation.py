@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pid_lightning import PiDDecoder
@@ -53,6 +54,16 @@ def test_a_weight_is_rounded_to_a_127th_of_its_rows_largest() -> None:
         else:
             assert torch.equal(now, weight)
     assert num_rounded > 20
+
+
+def test_a_single_row_is_not_rounded_for_products_in_8_bits() -> None:
+    """A GPU multiplies at least 17 rows in 8 bits; a modulation has one a picture."""
+    stream = make().quantise(activations=True).denoiser.patch_blocks[0].image
+    generator = torch.Generator().manual_seed(0)
+    for linear, rounds in ((stream.modulation, False), (stream.attention_out, True)):
+        x = torch.randn(1, 1, linear.in_features, generator=generator)
+        expected = F.linear(x, linear.weight.dequantize(), linear.bias)
+        assert torch.allclose(linear(x), expected, rtol=0, atol=1e-5) != rounds
 
 
 def test_weights_take_half_the_memory_of_bf16() -> None:
