@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -92,23 +94,18 @@ class PatchBlock(nn.Module):
         Returns:
             Updated patches and text.
         """
-
-        def attend_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if windows is None:
-                return attend(q, k, v)
-            return attend_in_windows(q, k, v, windows)
-
+        attention = attend if windows is None else partial(attend_in_windows, windows=windows)
         image_modulation = self.image.modulate(condition)
         q, k, v = self.image.project(tokens, image_modulation, table)
         if self.text is None:
-            return self.image.update(tokens, attend_all(q, k, v), image_modulation), None
+            return self.image.update(tokens, attention(q, k, v), image_modulation), None
 
         text_modulation = self.text.modulate(condition)
         text_q, text_k, text_v = self.text.project(text, text_modulation, text_table)
         k, v = torch.cat((text_k, k), dim=2), torch.cat((text_v, v), dim=2)
         if self.last:
-            return self.image.update(tokens, attend_all(q, k, v), image_modulation), text
-        attended = attend_all(torch.cat((text_q, q), dim=2), k, v)
+            return self.image.update(tokens, attention(q, k, v), image_modulation), text
+        attended = attention(torch.cat((text_q, q), dim=2), k, v)
         text_attended, image_attended = attended.split((text.shape[1], tokens.shape[1]), dim=1)
         tokens = self.image.update(tokens, image_attended, image_modulation)
         return tokens, self.text.update(text, text_attended, text_modulation)
