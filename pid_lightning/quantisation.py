@@ -20,9 +20,9 @@ def quantise(denoiser: PiD, activations: bool = False) -> None:
 
     Args:
         denoiser: the network.
-        activations: also multiply in 8 bits, with inputs rounded to one scale per token, but for
-            the patch blocks' modulations: a GPU multiplies no fewer than 17 rows in 8 bits, and
-            these have one a picture. Slower in eager mode on a CPU.
+        activations: also multiply in 8 bits, with inputs rounded to one scale per token; slower
+            in eager mode on a CPU. Not in the patch blocks' modulations, which have one row a
+            picture: a GPU's 8-bit products need at least 17.
 
     Raises:
         ModuleNotFoundError: torchao is not installed.
