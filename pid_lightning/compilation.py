@@ -38,7 +38,7 @@ def compile_for_inference(
     options = {"freezing": freeze, "triton.cudagraphs": cuda_graphs}
     network.compile(dynamic=False, fullgraph=True, options=options)
     compiled = network._compiled_call_impl
-    sizes: set[tuple[object, ...]] = set()
+    uses_patterns: dict[tuple[object, ...], bool] = {}  # of each size so far
 
     def call(*inputs: object, **named: object) -> Tensor:
         from torch._dynamo import config as tracing
@@ -46,13 +46,14 @@ def compile_for_inference(
 
         tensors = [x for x in tree_leaves((inputs, named)) if isinstance(x, Tensor)]
         size = (torch.is_inference_mode_enabled(), *(tensor.shape for tensor in tensors))
-        if size not in sizes and len(sizes) == MAX_GRAPHS:
-            raise ValueError(
-                f"compile: {len(sizes) + 1} sizes of input, but at most {MAX_GRAPHS} are compiled; "
-                "decode in tiles of one size, or without compile."
-            )
-        sizes.add(size)
-        settings = generation.patch(freezing=freeze, pattern_matcher=_patterns_help(network))
+        if size not in uses_patterns:
+            if len(uses_patterns) == MAX_GRAPHS:
+                raise ValueError(
+                    f"compile: {MAX_GRAPHS + 1} sizes of input, but at most {MAX_GRAPHS} are "
+                    "compiled; decode in tiles of one size, or without compile."
+                )
+            uses_patterns[size] = _patterns_help(network)
+        settings = generation.patch(freezing=freeze, pattern_matcher=uses_patterns[size])
         with tracing.patch(cache_size_limit=MAX_GRAPHS), settings:
             result = compiled(*inputs, **named)
         # A replayed graph overwrites its last result, but guidance needs two at a time.
@@ -64,10 +65,10 @@ def compile_for_inference(
 
 
 def _patterns_help(network: nn.Module) -> bool:
-    """Whether torch should look for operations it has one kernel for: not for 8-bit weights on a
-    GPU, since the kernel it has for them there does not use the matrix units."""
-    weights = list(network.parameters())
-    return weights[0].device.type != "cuda" or not any(map(is_quantised, weights))
+    """Whether torch may replace known patterns of operations: not products with 8-bit weights on a
+    GPU, where `aten._weight_int8pack_mm` does without matrix units."""
+    on_gpu = next(network.parameters()).device.type == "cuda"
+    return not (on_gpu and any(map(is_quantised, network.parameters())))
 
 
 def check_not_frozen(network: nn.Module, asked: str) -> None:
