@@ -34,7 +34,7 @@ class LastCheckpoint(Callback):
             ValueError: see `check_place`.
         """
         check_place(trainer, trainer.ckpt_path)
-        self._asked_by = None
+        self._asked_by = self._saved_step = None
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self._asked_by = signal.Signals(number)
@@ -91,8 +91,7 @@ class LastCheckpoint(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step if something else ended the run; stop what would follow, if asked."""
-        if self._saved_step != trainer.global_step:
-            self._save(trainer)
+        self._save(trainer)
         if trainer.strategy.reduce_boolean_decision(self._asked_by is not None, all=False):
             self._stop(trainer)
 
@@ -105,9 +104,7 @@ class LastCheckpoint(Callback):
 
     def _stop(self, trainer: Trainer) -> NoReturn:
         """Save and leave, in all processes alike."""
-        path = self._path(trainer)
-        if self._saved_step != trainer.global_step:
-            path = self._save(trainer)
+        path = self._save(trainer)
         if trainer.is_global_zero and path is not None:
             print(f"\nsaved {path}; continue with --ckpt_path last", flush=True)
         is_terminated = self._asked_by == signal.SIGTERM
@@ -115,16 +112,14 @@ class LastCheckpoint(Callback):
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt
 
-    def _path(self, trainer: Trainer) -> Path | None:
+    def _save(self, trainer: Trainer) -> Path | None:
+        """Save this step, once; returns where, or None for a run without checkpoints."""
         saver = trainer.checkpoint_callback
         if not isinstance(saver, ModelCheckpoint) or not saver.dirpath or trainer.fast_dev_run:
             return None
-        return Path(saver.dirpath) / NAME
-
-    def _save(self, trainer: Trainer) -> Path | None:
-        path, saver = self._path(trainer), trainer.checkpoint_callback
-        if path is None:
-            return None
+        path = Path(saver.dirpath) / NAME
+        if self._saved_step == trainer.global_step:
+            return path
         # Tell it about this file, or it would save last-v1.ckpt beside it, or again at the end.
         saver.last_model_path = saver._last_checkpoint_saved = str(path)
         self._saved_step = trainer.global_step
