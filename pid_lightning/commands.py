@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -91,7 +92,7 @@ def decode(arguments: Sequence[str]) -> None:
 
     keep_freed_memory()
     try:
-        decode_files(given.inputs, given.model, Path(given.output).expanduser(), settings)
+        decode_files(given.inputs, given.model, Path(os.path.expanduser(given.output)), settings)
     except KeyboardInterrupt:
         print("\npid: stopped; the files written so far are complete.", file=sys.stderr)
         sys.exit(130)

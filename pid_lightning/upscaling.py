@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from itertools import product
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def read_upscaler(path: str | Path) -> Upscaler:
         FileNotFoundError: the file does not exist.
         ValueError: the file is damaged or holds another network.
     """
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     if not place.is_file():
         raise FileNotFoundError(
             f"evaluation.baseline: {path} does not exist or is not a file; {CURE}."

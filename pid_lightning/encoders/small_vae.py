@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ class SmallVAE(Encoder):
 
     def __init__(self, path: str | Path | None = None) -> None:
         super().__init__()
-        self.path = BUNDLED if path is None else Path(path).expanduser()
+        self.path = BUNDLED if path is None else Path(os.path.expanduser(path))
         with torch.device("meta"):
             self.network = SmallAutoencoder(**_read_sizes(self.path))
         self.latent_channels = self.network.latent_channels

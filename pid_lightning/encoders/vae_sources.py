@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,7 +75,7 @@ def find_vae(vae: str) -> VAESource:
     """Resolve `vae`; only an unknown hub id is looked up online, for its configuration."""
     if vae in KNOWN_VAES:
         return KNOWN_VAES[vae]
-    folder = Path(vae).expanduser()
+    folder = Path(os.path.expanduser(vae))
     if folder.is_dir():
         return _read_folder(folder)
     if folder.exists() or vae.startswith((".", "~")) or folder.is_absolute() or vae.count("/") != 1:
