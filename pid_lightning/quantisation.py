@@ -22,7 +22,7 @@ def quantise(denoiser: PiD, activations: bool = False) -> None:
         denoiser: the network.
         activations: also multiply in 8 bits, with inputs rounded to one scale per token; slower
             in eager mode on a CPU. Not in the patch blocks' modulations, which have one row a
-            picture: a GPU's 8-bit products need at least 17.
+            picture: a GPU's 8-bit products (`torch._int_mm`) need at least 17.
 
     Raises:
         ModuleNotFoundError: torchao is not installed.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 MAX_TRAINED_KEYS = 1024  # beyond, scores saved for the backward pass cost more than they gain
@@ -13,7 +14,7 @@ SCORES_PER_THREAD = 2**19  # scores in bf16 that fit a core's cache
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention over q, k, v (B, heads, N, d), heads joined: (B, N, heads*d)."""
-    return softmax_attention(q, k, v).transpose(1, 2).flatten(2)
+    return rearrange(softmax_attention(q, k, v), "b h n d -> b n (h d)")
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
