@@ -294,6 +294,12 @@ def test_columns_of_another_type_are_told(tmp_path, streaming):
         ready(path, **columns | {"caption_column": "rank"})
     with pytest.raises(ValueError, match=r"^data\.image_column: 'rank' of .* no images; choose"):
         ready(path, **columns | {"image_column": "rank"})
+    with pytest.raises(
+        ValueError, match=r"^data\.caption_column: 'told' of .* no captions; choose"
+    ):
+        ready(path, **columns | {"caption_column": "told"})
+    batch = next(iter(ready(path, **columns | {"caption_column": "empty"}).train_dataloader()))
+    assert set(batch["caption"]) == {""}
 
 
 def test_a_stream_without_a_picture_to_train_on_names_num_val(tmp_path):
