@@ -76,10 +76,11 @@ def find_model(
             local_files_only=local_files_only,
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        # After the hub's status stands what it means: no such repository, no such file, gated.
+        reason = next(iter(str(error).split("\n\n")[1:]), str(error)).strip().splitlines()[0]
         raise OSError(
             f"model {str(name)!r} is no local file or folder, and the hub does not provide its "
-            f"{MODEL_FILE} ({reason}): check the name and the connection."
+            f"{MODEL_FILE} ({reason.rstrip('.')}): check the name and the connection."
         ) from error
     return Path(file)
 

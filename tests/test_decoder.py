@@ -28,7 +28,7 @@ from pid_lightning.memory import free_memory
 from pid_lightning.nn import PiD
 from pid_lightning.randomness import sample_generators
 from pid_lightning.text import TextEncoder
-from pid_lightning.weights import ModelInfo, fingerprint, load_model
+from pid_lightning.weights import ModelInfo
 
 TIMES = (0.999, 0.866, 0.634, 0.342)
 ROOT = Path(__file__).parent.parent
@@ -292,47 +292,6 @@ def test_saved_models_come_back_by_every_name(tmp_path: Path, monkeypatch) -> No
     card = (tmp_path / "folder" / hub.CARD_FILE).read_text()
     assert card.startswith("---\nlibrary_name: pid_lightning\n")
     assert "a student of 4 steps" in card
-
-
-def test_hub_ids_are_asked_of_the_hub(tmp_path: Path, monkeypatch) -> None:
-    import huggingface_hub
-
-    decoder, asked = make(), []
-    decoder.save_pretrained(tmp_path)
-
-    def download(repo_id: str, filename: str, **options):
-        asked.append((repo_id, filename, options["revision"]))
-        return tmp_path / filename
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    found = PiDDecoder.from_pretrained("owner/name", revision="v2")
-    assert asked == [("owner/name", "model.safetensors", "v2")]
-    assert fingerprint(found.denoiser) == fingerprint(decoder.denoiser)
-
-
-def test_pushing_uploads_what_saving_writes(monkeypatch) -> None:
-    import huggingface_hub
-
-    seen = {}
-
-    class Api:
-        def __init__(self, **options) -> None:
-            seen.update(options)
-
-        def create_repo(self, repo_id, private, exist_ok):
-            seen.update(private=private)
-            return type("Url", (), {"repo_id": repo_id})
-
-        def upload_folder(self, repo_id, folder_path, commit_message):
-            seen.update(repo_id=repo_id, files=sorted(p.name for p in Path(folder_path).iterdir()))
-            load_model(Path(folder_path) / hub.MODEL_FILE)
-            return "https://example.org/commit"
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    assert make().push_to_hub("owner/name", private=True) == "https://example.org/commit"
-    assert seen["repo_id"] == "owner/name"
-    assert seen["private"]
-    assert seen["files"] == sorted((hub.MODEL_FILE, hub.CONFIG_FILE, hub.CARD_FILE))
 
 
 def test_unknown_models_are_one_sentence(tmp_path: Path, monkeypatch) -> None:

@@ -115,8 +115,10 @@ class VAEEncoder(Encoder):
             )
         self._space = space_of(network)  # now: a bfloat16 encoder keeps float32 statistics
         current = next(self.network.parameters())
+        if current.dtype != network.dtype:  # diffusers warns of every cast
+            network = network.to(current.dtype)
         device = None if current.is_meta else current.device
-        self.network = network.to(device=device, dtype=current.dtype).requires_grad_(False).eval()
+        self.network = network.to(device=device).requires_grad_(False).eval()
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
