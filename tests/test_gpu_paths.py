@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -12,10 +14,11 @@ from torch import Tensor
 from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pid_lightning import AdapterConfig, losses
+from pid_lightning import DMD2, EMA, AdapterConfig, Training, VAEPiD, losses
 from pid_lightning.compilation import compile_for_inference
 from pid_lightning.decoding import decode_latents
-from pid_lightning.nn import PiD, PiDConfig
+from pid_lightning.modules.objective import draw_sample
+from pid_lightning.nn import Discriminator, PiD, PiDConfig
 from pid_lightning.nn.layers import RMSNorm
 from pid_lightning.quantisation import quantise
 from pid_lightning.sampling import STUDENT_TIMES
@@ -106,6 +109,68 @@ def test_training_losses_stay_on_the_gpu(meta_network: PiD) -> None:
             losses.dmd_loss(velocity, x0, eps),
         ):
             assert loss.device.type == "cuda"
+
+
+class TextOnGPU(tiny.Text):
+    def encode(self, captions: list[str]) -> Tensor:
+        return normal(len(captions), 3, 6)
+
+
+def module_on_gpu(module: VAEPiD) -> VAEPiD:
+    """In a fit's first step, with fake tensors for its weights."""
+    module._apply(lambda weight: torch.empty(weight.shape, dtype=weight.dtype, device=GPU))
+    module._device = GPU
+    module._trainer = SimpleNamespace(global_step=0, precision="bf16-mixed")
+    return module
+
+
+def step_and_average(module: VAEPiD, optimizer: torch.optim.Optimizer) -> None:
+    """What follows the backward pass, which needs a driver."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            weight.grad = torch.empty_like(weight)
+    optimizer.step()
+    EMA()._blend(module, 0.1)
+
+
+@pytest.fixture
+def drawn_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generators of a GPU need its driver, and fakes cannot be pinned."""
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())
+    monkeypatch.setattr(Tensor, "pin_memory", lambda noise: noise)
+
+
+@pytest.mark.parametrize("distils", [False, True])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.usefixtures("drawn_on_the_cpu")
+def test_a_training_step_stays_on_the_gpu(optimizer: str, distils: bool) -> None:
+    module = tiny.module(Training(optimizer=optimizer, caption_dropout=0.1), TextOnGPU())
+    module.encoder.load()
+    module.denoiser_ema = copy.deepcopy(module.denoiser).requires_grad_(False)
+    dmd2 = DMD2("unread", taps=(0, 1), student_steps="last")
+    if distils:
+        module.fake_score = copy.deepcopy(module.denoiser)
+        module.teacher = copy.deepcopy(module.denoiser).bfloat16().requires_grad_(False)
+        module.discriminator = Discriminator(module.denoiser.config.width, len(dmd2.taps))
+    numbers = torch.tensor([0, 1])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module = module_on_gpu(module)
+        batch = {"image": normal(2, 3, 64, 64), "number": numbers, "caption": ["a", "b"]}
+        sample = draw_sample(module, batch, "train")
+        assert all(x.device.type == "cuda" for x in sample if isinstance(x, Tensor))
+        if not distils:
+            loss, parts = module.objective.losses(module, module.denoiser, sample, "train")
+            step_and_average(module, module.make_optimizer())
+        else:
+            (student, critics), _ = dmd2.configure_optimizers(module)
+            loss, parts = dmd2._student_loss(module, sample)
+            step_and_average(module, student)
+            critic_loss, critic_parts = dmd2._critic_loss(module, sample)
+            step_and_average(module, critics)
+            parts |= {"critic_loss": critic_loss} | critic_parts
+        for value in (loss, *parts.values()):
+            assert value.device.type == "cuda"
 
 
 def test_norms_stay_in_bf16_under_autocast() -> None:
