@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 
 NAME = "last.ckpt"
 
@@ -18,13 +19,14 @@ class LastCheckpoint(Callback):
     The first Ctrl-C, or SIGTERM (of a scheduler or a container), finishes the current step, saves
     and stops the run; a second Ctrl-C stops at once. With several processes that is the next logged
     step. Only a checkpoint taken between two steps resumes exactly, so gradient accumulation is
-    completed first.
+    completed first, also where `trainer.max_time` or another callback stops the run.
     """
 
     def __init__(self) -> None:
         self._asked_by: signal.Signals | None = None
         self._num_steps = 0
-        self._is_between_steps = False
+        self._is_between_steps = True
+        self._is_stop_postponed = False
         self._saved_step: int | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -35,6 +37,7 @@ class LastCheckpoint(Callback):
         """
         check_place(trainer, trainer.ckpt_path)
         self._asked_by = self._saved_step = None
+        self._is_stop_postponed = False
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self._asked_by = signal.Signals(number)
@@ -66,15 +69,18 @@ class LastCheckpoint(Callback):
         """Save after the last step; after Ctrl-C or SIGTERM, save and stop."""
         self._is_between_steps = trainer.global_step != self._num_steps
         self._num_steps = trainer.global_step
-        if not self._is_between_steps:
-            return
-        if self._is_asked(trainer, trainer.global_step):
-            self._stop(trainer)
-        # Saved here, the last step of an epoch resumes with the next epoch; saved after training,
-        # it would resume with one more batch of the old epoch.
-        is_last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
-        if trainer.global_step == trainer.max_steps or (is_last_epoch and trainer.is_last_batch):
-            self._save(trainer)
+        if self._is_between_steps:
+            if self._is_asked(trainer, trainer.global_step):
+                self._stop(trainer)
+            trainer.should_stop |= self._is_stop_postponed
+            self._is_stop_postponed = False
+            # Saved here, the last step of an epoch resumes with the next epoch; saved after
+            # training, it would resume with one more batch of the old epoch.
+            is_last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+            is_last_step = trainer.global_step == trainer.max_steps
+            if is_last_step or (is_last_epoch and trainer.is_last_batch):
+                self._save(trainer)
+        self._save_before_stop(trainer)
 
     def on_validation_batch_end(
         self,
@@ -89,11 +95,39 @@ class LastCheckpoint(Callback):
         if self._is_between_steps and self._is_asked(trainer, batch_idx):
             self._stop(trainer)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save where validation stops the run, as `EarlyStopping` does."""
+        self._save_before_stop(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Warn of a checkpoint that does not resume exactly, which validation may bring about."""
+        if not self._is_between_steps and trainer.global_step == self._num_steps:
+            rank_zero_warn(
+                "This checkpoint was saved before accumulated gradients were used; a run that "
+                "resumes from it lacks them. Set trainer.val_check_interval to a multiple of "
+                "trainer.accumulate_grad_batches."
+            )
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step if something else ended the run; stop what would follow, if asked."""
         self._save(trainer)
         if trainer.strategy.reduce_boolean_decision(self._asked_by is not None, all=False):
             self._stop(trainer)
+
+    def _save_before_stop(self, trainer: Trainer) -> None:
+        """Save where a callback stops the run; within an accumulation let it stop after its step.
+
+        Lightning counts an epoch that it leaves early as complete, so a later checkpoint would
+        resume with the next one.
+        """
+        if not trainer.should_stop:
+            return
+        if not self._is_between_steps:
+            trainer.should_stop, self._is_stop_postponed = False, True
+        elif trainer.fit_loop._can_stop_early:  # else `min_steps` or `min_epochs` go on
+            self._save(trainer)
 
     def _is_asked(self, trainer: Trainer, number: int) -> bool:
         # Processes agree on logged steps only, since that waits for the GPU.
