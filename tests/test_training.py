@@ -94,6 +94,19 @@ def test_average_stays_in_fp32_where_the_module_is_bf16(tmp_path: Path) -> None:
     assert fitted.denoiser_ema.dtype == torch.float32
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_run_in_another_precision_resumes_exactly(precision: str, tmp_path: Path) -> None:
+    """Which Lightning sets after it restores weights: neither they nor the average pass through
+    fp32 or bf16."""
+    for folder, stops in (("whole", [4]), ("parts", [2, 4])):
+        last = None
+        for steps in stops:
+            tiny.fit(tmp_path / folder, steps, EMA(), precision=precision, resume=last)
+            last = tmp_path / folder / "last.ckpt"
+    states = [torch.load(tmp_path / f / "last.ckpt", weights_only=True) for f in ("whole", "parts")]
+    tiny.assert_equal_states(*(state["state_dict"] for state in states))
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_trains_and_validates_in_bf16(precision: str, tmp_path: Path) -> None:
     fitted = tiny.module()

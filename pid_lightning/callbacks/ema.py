@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from torch import Tensor
 
 from pid_lightning.modules.base import PiDModule
+
+PREFIX = "denoiser_ema."  # of the average's weights in a checkpoint
 
 
 class EMA(Callback):
@@ -30,6 +33,7 @@ class EMA(Callback):
             raise ValueError(f"EMA power: {power} must be above 0; use 6.94 for 10 % of the run.")
         self.power = power
         self.num_updates = 0
+        self._restored: dict[str, Tensor] = {}
 
     def setup(self, trainer: Trainer, pl_module: PiDModule, stage: str) -> None:
         """Attach the average, in fp32 and without gradient.
@@ -49,6 +53,19 @@ class EMA(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: PiDModule) -> None:
         """Keep the average in fp32 where a precision setting cast the whole module."""
         pl_module.denoiser_ema.float()
+        if self._restored:
+            pl_module.denoiser_ema.load_state_dict(self._restored)
+            self._restored = {}
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: PiDModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep a resumed run's average from being rounded: Lightning casts the module to a
+        precision like bf16-true after it has restored it."""
+        if trainer.state.fn == "fit":
+            weights = checkpoint["state_dict"]
+            own = [name for name in weights if name.startswith(PREFIX)]
+            self._restored = {name.removeprefix(PREFIX): weights[name] for name in own}
 
     def on_train_start(self, trainer: Trainer, pl_module: PiDModule) -> None:
         """Start a new run's average from its initial weights, including those of `init_from`."""

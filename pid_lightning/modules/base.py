@@ -134,6 +134,8 @@ class PiDModule(LightningModule):
         if self.trainer.precision == "bf16-mixed":  # matmuls run in bf16 anyway, at half the memory
             self.encoder.bfloat16()
             self.text_encoder.bfloat16()
+        if self.trainer.precision == "64-true":  # Lightning casts after it restores a checkpoint
+            self.double()
         restores = self.has_own_weights or self.trainer.ckpt_path is not None
         if self.init_from is not None and not restores:
             initialise_from(self, self.init_from)
