@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -167,7 +168,8 @@ def autoencoder_kl_space(config: Mapping[str, Any]) -> LatentSpace:
 
     Both diffusers conventions are supported: ``(z - shift_factor) * scaling_factor``, and
     ``(z - latents_mean) * scaling_factor / latents_std`` if those lists are present. The name is
-    that of the known space with the same numbers, otherwise it is composed of the numbers.
+    that of the known space with the same numbers, otherwise it is composed of the numbers, or of
+    a hash of those of each channel.
     """
     channels = config.get("latent_channels", 4)
     stride = 2 ** (len(config.get("block_out_channels", (64,))) - 1)
@@ -252,8 +254,11 @@ def _named(
         same_geometry = (known.channels, known.stride) == (channels, stride)
         if same_geometry and _close(known.shift, shift) and _close(known.scale, scale):
             return known
-    numbers = "" if len(scale) > 1 else f"-{scale[0]:g}-{shift[0]:g}"
-    return LatentSpace(f"{prefix}-{channels}x{stride}{numbers}", channels, stride, shift, scale)
+    numbers = f"{scale[0]:g}-{shift[0]:g}"
+    if len(scale) > 1:
+        told = " ".join(f"{number:.5g}" for number in (*shift, *scale))
+        numbers = hashlib.sha256(told.encode()).hexdigest()[:8]
+    return LatentSpace(f"{prefix}-{channels}x{stride}-{numbers}", channels, stride, shift, scale)
 
 
 def _close(a: tuple[float, ...], b: tuple[float, ...]) -> bool:

@@ -88,8 +88,16 @@ def test_configurations_are_recognised_by_their_numbers():
     assert autoencoder_kl_space(flux) is KNOWN_SPACES["flux"]
     assert autoencoder_kl_space({**flux, "shift_factor": None}).name == "kl-16x8-0.3611-0"
     assert qwen_space({}) is KNOWN_SPACES["qwen"]
-    other = qwen_space({"z_dim": 2, "latents_mean": [0.0, 1.0], "latents_std": [1.0, 2.0]})
-    assert (other.name, other.channels) == ("qwen-2x8", 2)
+
+
+def test_spaces_of_other_statistics_have_other_names():
+    config = {"z_dim": 2, "latents_mean": [0.0, 1.0], "latents_std": [1.0, 2.0]}
+    space = qwen_space(config)
+    assert space.name.startswith("qwen-2x8-")
+    assert space.channels == 2
+    assert qwen_space(config | {"latents_std": [1.0, 2.0000001]}).name == space.name
+    for changed in ({"latents_mean": [0.0, 1.1]}, {"latents_std": [2.0, 1.0]}):
+        assert qwen_space(config | changed).name != space.name
 
 
 def test_per_channel_statistics_of_autoencoder_kl(generator):
