@@ -17,11 +17,7 @@ def make_decoder() -> PiDDecoder:
     """A student with no zero weights."""
     module = tiny.module(adapter=TEXTLESS, prediction="x0")
     module.student_times, module.image_size = (0.999, 0.866, 0.634, 0.342), 64
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for parameter in module.denoiser.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-    return PiDDecoder(module.denoiser, module.info)
+    return PiDDecoder(tiny.randomise(module.denoiser), module.info)
 
 
 def draw_latents(rows: int, columns: int) -> torch.Tensor:

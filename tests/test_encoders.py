@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models import VisionTransformer, build_model_with_cfg, register_model
+from tiny import randomise
 
 from pid_lightning.encoders.base import Encoder, NoNativeDecoder
 from pid_lightning.encoders.dinov2 import DINOv2Encoder
@@ -73,19 +74,10 @@ def pictures(height, width, batch=2):
     return torch.rand(batch, 3, height, width, generator=generator) * 2 - 1
 
 
-def randomise(network, seed=0):
-    """Give every parameter random values of noticeable size (LayerScale starts at 1e-5)."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return network
-
-
 def random_encoder(build):
     with pytest.warns(UserWarning, match="random weights"):
         encoder = build(pretrained=False)
-    randomise(encoder.network)
+    randomise(encoder.network, std=0.2)  # LayerScale starts at 1e-5
     return encoder
 
 
@@ -358,7 +350,7 @@ def open_clip_siglip(tmp_path, monkeypatch):
 
 
 def test_siglip_reads_open_clips_checkpoint(tmp_path, open_clip_siglip):
-    whole = randomise(open_clip.create_model(open_clip_siglip)).eval()
+    whole = randomise(open_clip.create_model(open_clip_siglip), std=0.2).eval()
     path = tmp_path / "open_clip_model.safetensors"
     save_file({k: v.clone() for k, v in whole.state_dict().items()}, path)
     encoder = SigLIPEncoder(open_clip_siglip, checkpoint=str(tmp_path))

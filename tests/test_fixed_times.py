@@ -18,12 +18,7 @@ TIMES = (0.999, 0.866, 0.634, 0.342)
 
 def make_denoiser(dtype: torch.dtype, text_length: int) -> PiD:
     """A denoiser with no zero weights."""
-    denoiser = tiny.module(text_length=text_length).denoiser
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in denoiser.parameters():
-            parameter.normal_(std=0.1, generator=generator)
-    return denoiser.to(dtype)
+    return tiny.randomise(tiny.module(text_length=text_length).denoiser).to(dtype)
 
 
 def velocity(denoiser: PiD, times: list[float]) -> torch.Tensor:
