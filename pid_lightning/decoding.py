@@ -90,7 +90,6 @@ def decode_latents(
             velocity,
             sampling.draw_noise(shape, generator, latents.device),
             steps,
-            generator,
             shift=shift,
         )
     return x0.clamp_(-1, 1)

@@ -1,7 +1,6 @@
 """Samplers: the student's few steps, the teacher's solver, and guidance.
 
-Every sampler has the signature `sampler(velocity, noise, steps, generator, ...)` over a function
-`velocity(x_t, t)` and only draws from the given generator.
+Samplers integrate a function `velocity(x_t, t)` from noise and only draw from a given generator.
 """
 
 from __future__ import annotations
@@ -118,19 +117,15 @@ def sample_solver(
     velocity: Velocity,
     noise: Tensor,
     steps: int = 25,
-    generator: Generators = None,
     *,
     shift: float,
 ) -> Tensor:
     """The teacher's sampler: DPM-Solver++ 2M (arXiv 2211.01095) on flow times, by diffusers.
 
-    Deterministic: `generator` is only there for the common signature.
-
     Args:
         velocity: `velocity(x_t, t)` with t (B,).
         noise: initial noise (B, 3, H, W), standard normal.
         steps: number of `velocity` evaluations.
-        generator: unused.
         shift: see `flow.resolution_shift`.
 
     Returns:

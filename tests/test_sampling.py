@@ -192,7 +192,7 @@ def samplers() -> dict[str, Callable[[Tensor, sampling.Generators], Tensor]]:
         "deterministic": lambda x, g: sampling.sample_few_steps(
             velocity, x, 4, g, stochastic=False
         ),
-        "solver": lambda x, g: sampling.sample_solver(velocity, x, 4, g, shift=3.0),
+        "solver": lambda x, g: sampling.sample_solver(velocity, x, 4, shift=3.0),
     }
 
 
