@@ -58,6 +58,7 @@ class EarlyStop:
     def _begin(self, pipe: Any, callback_kwargs: dict[str, Any]) -> None:
         self.latent_sigma = None
         _check_pipeline(pipe)
+        _check_spacing(pipe.scheduler)
         if self.at_step > pipe.num_timesteps:
             raise ValueError(
                 f"at_step: {self.at_step} exceeds the {pipe.num_timesteps} steps of this call; "
@@ -148,6 +149,19 @@ def _discrete(scheduler: Any, timestep: int, kind: str) -> tuple[float, float]:
         last = scheduler.final_alpha_cumprod
     kept = float(scheduler.alphas_cumprod[previous] if previous >= 0 else last)
     return kept**0.5, (1 - kept) ** 0.5
+
+
+def _check_spacing(scheduler: Any) -> None:
+    """Refuse steps of DDIM after which latents are not where the next step takes them to be."""
+    if _kind(scheduler) != "DDIMScheduler":
+        return
+    num_steps, timesteps = scheduler.num_inference_steps, scheduler.timesteps
+    if (timesteps[:-1] - timesteps[1:] != scheduler.config.num_train_timesteps // num_steps).any():
+        raise ValueError(
+            f"scheduler: with timestep_spacing {scheduler.config.timestep_spacing!r} and "
+            f"{num_steps} steps, DDIM leaves latents at other noise levels than it states; use "
+            "timestep_spacing 'leading', or another scheduler."
+        )
 
 
 def _kind(scheduler: Any) -> str:

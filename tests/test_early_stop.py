@@ -278,3 +278,19 @@ def test_an_unknown_scheduler_is_refused() -> None:
     tiny = with_pid(tiny_pipelines.sdxl(diffusers.KDPM2DiscreteScheduler(**XL)))
     with pytest.raises(ValueError, match="noise level of a KDPM2DiscreteScheduler is not known"):
         stop_early(tiny.pipe)
+
+
+@pytest.mark.parametrize(("spacing", "steps"), [("linspace", 5), ("trailing", 7)])
+def test_uneven_steps_of_ddim_are_refused(spacing: str, steps: int) -> None:
+    scheduler = diffusers.DDIMScheduler(**XL, timestep_spacing=spacing)
+    tiny = with_pid(tiny_pipelines.sdxl(scheduler))
+    with pytest.raises(ValueError, match=f"^scheduler: with timestep_spacing '{spacing}' and"):
+        call(tiny, steps, callback_on_step_end=stop_early(tiny.pipe, 2))
+
+
+def test_even_steps_of_ddim_are_taken() -> None:
+    scheduler = diffusers.DDIMScheduler(**XL, timestep_spacing="trailing")
+    tiny = with_pid(tiny_pipelines.sdxl(scheduler))
+    stop = stop_early(tiny.pipe, 2)
+    call(tiny, 5, callback_on_step_end=stop)
+    assert 0 < stop.latent_sigma < 1
