@@ -7,6 +7,7 @@ import csv
 import lightning.pytorch as pl
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from torch.nn import functional as F
@@ -167,9 +168,41 @@ def test_a_place_that_cannot_be_written_to_is_told_before_training():
         module.setup("fit")
 
 
+def numbered(crops):
+    samples = [{"image": image, "number": i} for i, image in enumerate(crops)]
+    return DataLoader(samples, batch_size=6)
+
+
+def test_runs_resume_exactly(crops, tmp_path):
+    class StopAfterAnEpoch(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = True
+
+    def fit(*callbacks, resume=None):
+        torch.manual_seed(0)  # as the command line does, for the initial weights
+        module = AutoencoderModule(**TINY, warmup_steps=1)
+        trainer = pl.Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=list(callbacks),
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(module, numbered(crops[:, :, :64, :64]), ckpt_path=resume)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return module.state_dict()
+
+    whole = fit()
+    fit(StopAfterAnEpoch())
+    tiny.assert_equal_states(fit(resume=tmp_path / "last.ckpt"), whole)
+
+
 def test_fit_starts_from_components_learns_and_exports(crops, tmp_path):
     torch.manual_seed(0)
-    loader = DataLoader([{"image": image} for image in crops[:, :, :64, :64]], batch_size=6)
+    loader = numbered(crops[:, :, :64, :64])
     path = tmp_path / "new" / "small.safetensors"
     module = AutoencoderModule(**TINY, warmup_steps=1, export_path=str(path))
     losses = []

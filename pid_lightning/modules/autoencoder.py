@@ -15,14 +15,14 @@ from pid_lightning.files import make_folder
 from pid_lightning.metrics import psnr
 from pid_lightning.mistakes import check_at_least
 from pid_lightning.modules.optimizers import make_schedule
-from pid_lightning.nn.autoencoder import (
-    SmallAutoencoder,
-    block_moments,
-)
+from pid_lightning.nn.autoencoder import SmallAutoencoder, block_moments
+from pid_lightning.randomness import sample_generators
+from pid_lightning.sampling import draw_noise
 
 
 class AutoencoderModule(pl.LightningModule):
-    """Trains a `SmallAutoencoder` on batches with an ``"image"`` (B, 3, H, W) in [-1, 1].
+    """Trains a `SmallAutoencoder` on batches with an ``"image"`` (B, 3, H, W) in [-1, 1] and its
+    ``"number"`` (B,).
 
     It is a KL autoencoder with a fixed posterior width: latents are normalised by running
     statistics (mean 0, variance 1 per channel), then decoded with Gaussian noise of
@@ -36,6 +36,7 @@ class AutoencoderModule(pl.LightningModule):
         num_init_batches: training batches used to compute the principal components.
         learning_rate: peak learning rate of Adam.
         warmup_steps: of linear warm-up, before a cosine that ends at 0 with the last step.
+        seed: of the noise.
         export_path: file for `VAEPiD(vae=...)`, written when training ends.
 
     Raises:
@@ -52,6 +53,7 @@ class AutoencoderModule(pl.LightningModule):
         num_init_batches: int = 64,
         learning_rate: float = 1.5e-3,
         warmup_steps: int = 200,
+        seed: int = 0,
         export_path: str | None = None,
     ) -> None:
         super().__init__()
@@ -97,7 +99,12 @@ class AutoencoderModule(pl.LightningModule):
         raw = self.network.encode_raw(images)
         self.update_statistics(raw)
         latents = (raw - self.network.latent_mean) / self.network.latent_std
-        latents = latents + self.hparams.posterior_std * torch.randn_like(latents)
+        # By sample, so that runs resume exactly.
+        generators = sample_generators(
+            self.hparams.seed, "posterior", batch["number"].tolist(), self.device
+        )
+        eps = draw_noise(latents.shape, generators, self.device)
+        latents = latents + self.hparams.posterior_std * eps
         loss = reconstruction_loss(self.network.decode(latents), images)
         self.log("train/loss", loss, prog_bar=True)
         return loss
