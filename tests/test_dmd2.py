@@ -110,6 +110,21 @@ def test_three_and_three_steps_are_six(run: Path, teacher: Path, tmp_path: Path)
     assert len(once["optimizer_states"]) == 2
 
 
+def test_the_students_learning_rate_is_logged_at_its_steps(teacher: Path, tmp_path: Path) -> None:
+    rates = {}
+
+    class Logger(tiny.pl.loggers.CSVLogger):
+        def log_metrics(self, metrics, step=None) -> None:
+            if "lr-AdamW" in metrics:
+                rates[step] = metrics["lr-AdamW"]
+
+    logger, monitor = Logger(tmp_path), tiny.pl.callbacks.LearningRateMonitor()
+    callbacks = (distillation(teacher), EMA(), monitor)
+    tiny.fit(tmp_path, 6, *callbacks, logger=logger, log_every_n_steps=1)
+    # Two steps of warm-up, one every other batch.
+    assert rates == {0: 5e-4, 1: 5e-4, 2: 1e-3, 3: 1e-3, 4: 1e-3, 5: 1e-3}
+
+
 @pytest.mark.parametrize("with_callback", [True, False])
 def test_student_is_tested_with_its_own_steps(
     with_callback: bool, run: Path, teacher: Path, tmp_path: Path

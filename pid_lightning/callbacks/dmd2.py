@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from pid_lightning import flow, losses, sampling, weights
@@ -37,7 +38,8 @@ class DMD2(Callback):
     its steps.
 
     Args:
-        teacher: checkpoint of a run with the same config, a model file, a bundled name or a hub id.
+        teacher: a run with the same config (a checkpoint, or the folder, for its newest one), a
+            model file, a bundled name or a hub id.
         student_times: pixel times of the student's steps, from noise to clean.
         student_every: batches from one student step to the next.
         student_input: ``"rollout"``, the student's own steps from noise without gradient, or
@@ -148,6 +150,7 @@ class DMD2(Callback):
             raise ValueError("training.train: rgb_head makes no pictures to distil; set it to all.")
         pl_module.prepare(trainer.datamodule, stage)  # tells the size of the pictures
         teacher = self.open_teacher(pl_module)
+        rank_zero_info(f"DMD2 teacher: {find_model(self.teacher)}")
         self._fingerprint = weights.fingerprint(teacher)
         pl_module.denoiser.load_state_dict(teacher.state_dict())
         pl_module.fake_score = copy.deepcopy(pl_module.denoiser).requires_grad_(True)
@@ -228,7 +231,9 @@ class DMD2(Callback):
             betas=self.betas,
             fused=True,
         )
-        return [student, critics], [module.make_schedule(student)]
+        # Stepped by hand; the interval is that at which `LearningRateMonitor` logs it.
+        schedule = {"scheduler": module.make_schedule(student), "interval": "step"}
+        return [student, critics], [schedule]
 
     def num_denoiser_updates(self, module: PiDModule) -> int:
         """The number of student steps."""

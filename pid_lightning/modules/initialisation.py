@@ -18,13 +18,14 @@ def initialise_from(module: PiDModule, path: str) -> None:
 
     Args:
         module: the module to initialise.
-        path: a run's checkpoint, a model file, a folder, a bundled name or a hub id.
+        path: see `find_model`.
 
     Raises:
         ValueError: the networks' sizes differ; names the differences.
         OSError: `path` is neither a local model nor on the hub.
     """
-    source, info = weights.load_model(find_model(path))
+    found = find_model(path)
+    source, info = weights.load_model(found)
     taken = source.state_dict()
     ours = module.denoiser.state_dict()
     if info.latent_space != module.encoder.latent_space or info.scale != module.scale:
@@ -55,4 +56,4 @@ def initialise_from(module: PiDModule, path: str) -> None:
     new = len(module.denoiser.state_dict()) - len(taken)
     parts = "backbone" if new else "backbone, adapter and gates"
     rest = f"{new} tensors are new (adapter and gates)" if new else "nothing is new"
-    rank_zero_info(f"init_from {path}: loaded {len(taken)} tensors ({parts}), {rest}")
+    rank_zero_info(f"init_from {found}: loaded {len(taken)} tensors ({parts}), {rest}")
