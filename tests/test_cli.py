@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -412,6 +413,14 @@ def test_a_checkpoint_of_another_family_is_one_sentence(
         assert "family: SigLIPPiD, here DINOv2PiD" in said
 
 
+def test_a_file_of_something_else_is_no_checkpoint(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(torch.zeros(3), tmp_path / "z.pt")
+    said = mistake(capsys, "fit", f"--config={runs / 'tiny.yaml'}", "--ckpt_path=z.pt")
+    assert "ckpt_path: not a checkpoint of a PiD run" in said
+
+
 def test_testing_nothing_is_one_sentence(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = f"--config={runs / 'tiny.yaml'}"
     assert "pid test needs a trained network" in mistake(capsys, "test", config)
@@ -536,16 +545,37 @@ def test_last_is_the_newest_run_and_goes_on_in_its_folder(runs: Path, tmp_path: 
 
 def test_a_fit_may_end_with_the_test_of_what_it_made(tmp_path: Path) -> None:
     config = processes.write_config(tmp_path)
-    table = tmp_path / "runs/tiny/version_0/metrics.csv"
 
-    def quality() -> list[str]:  # without seconds and bytes
+    def quality(name: str) -> list[str]:  # without seconds and bytes
+        table = tmp_path / "runs/tiny/version_0" / name
         return [",".join(row.split(",")[:6]) for row in table.read_text().splitlines()]
 
     main(["fit", f"--config={config}", "--trainer.max_steps=2", "--test_after_fit=true"])
-    after_fit = quality()
-    table.unlink()
     main(["test", f"--config={config}", "--ckpt_path=last"])
-    assert quality() == after_fit
+    assert quality("metrics.csv") == quality("metrics_1.csv")
+
+
+def test_tests_and_validations_of_a_checkpoint_are_at_its_step_and_replace_nothing(
+    tmp_path: Path,
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config, folder = processes.write_config(tmp_path), tmp_path / "runs/tiny/version_0"
+    main(["fit", f"--config={config}", "--trainer.max_steps=2"])
+    again = (f"--config={config}", "--ckpt_path=last")
+    main(["test", *again])
+    first = (folder / "metrics.csv").read_bytes()
+    main(["test", *again, "--model.evaluation.steps=3"])
+    assert (folder / "metrics.csv").read_bytes() == first
+    assert (folder / "metrics_1.csv").is_file()
+    told = [json.loads((folder / f"test_grid{n}.json").read_text()) for n in ("", "_1")]
+    assert [one["sampling_steps"] for one in told] == [2, 3]
+    assert {(one["trained_steps"], Path(one["weights"]).name) for one in told} == {(2, "last.ckpt")}
+    main(["validate", *again])
+    found = EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in found.Scalars("test/PiD/psnr/sigma_0.8")] == [2, 2]
+    assert found.Scalars("validate/loss")[-1].step == 2
+    assert {event.step for event in found.Images("pictures")} == {2}
 
 
 # Stopped anywhere, a run goes on as if it had not been.

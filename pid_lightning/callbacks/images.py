@@ -87,8 +87,8 @@ class PictureGrids(Callback):
         grid = picture_grid(rows, list(columns))
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_image"):  # TensorBoard; others take scalars only
-                logger.experiment.add_image(self.title, grid, trainer.global_step)
-            logger.log_metrics(scalars, step=trainer.global_step)
+                logger.experiment.add_image(self.title, grid, pl_module.num_trained_steps)
+            logger.log_metrics(scalars, step=pl_module.num_trained_steps)
 
     def columns(
         self, module: PiDModule, clean: Tensor, text: Tensor | None, numbers: list[int]

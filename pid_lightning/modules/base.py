@@ -86,6 +86,7 @@ class PiDModule(LightningModule):
         self.image_size: int | None = None
         self.objective: Objective = FlowMatching()
         self.has_own_weights = False
+        self._num_restored_steps = 0
         self._batch_end: float | None = None
         self._side_stream: SideStream | None = None
         if init_from == "":
@@ -140,6 +141,11 @@ class PiDModule(LightningModule):
         if self.init_from is not None and not restores:
             initialise_from(self, self.init_from)
         self.has_own_weights |= stage == "fit"
+
+    @property
+    def num_trained_steps(self) -> int:
+        """The trainer's steps, also where it only tests or validates a checkpoint."""
+        return self.trainer.global_step or self._num_restored_steps
 
     def _drop_what_no_callback_keeps(self) -> None:
         """Drop the average and the distillation of an earlier fit whose callbacks are gone."""
@@ -208,6 +214,7 @@ class PiDModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model's checkpoint; adopt its student times and its average."""
         prepare_restoring(self, checkpoint)
+        self._num_restored_steps = checkpoint.get("global_step", 0)
 
     # Training.
 
@@ -266,6 +273,8 @@ class PiDModule(LightningModule):
         _, parts = FlowMatching().losses(self, self.averaged_denoiser, sample, "validate")
         parts = {f"validate/{name}": value for name, value in parts.items()}
         self.log_dict(parts, batch_size=len(sample.x0), sync_dist=True, prog_bar=True)
+        if self.trainer.state.fn == "validate":  # which the loggers would take to be at step 0
+            self.log("step", float(self.num_trained_steps))
 
     def configure_optimizers(self) -> Any:
         """The optimisers and schedules of the objective."""

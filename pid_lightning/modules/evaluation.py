@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,8 @@ def read_baseline(module: PiDModule) -> Upscaler | None:
 
 class Report:
     """Measures PiD and the enlarged native decode at every noise level.
+
+    A report replaces no earlier one: a second table is ``metrics_1.csv``.
 
     Args:
         module: the module to test, with its evaluation settings.
@@ -156,13 +159,27 @@ class Report:
             print(f"baseline {self.module.evaluation.baseline}: native + {how}")
         if trainer.fast_dev_run:
             return
-        write_csv(rows, folder / "metrics.csv")
+        table, pictures = _unused(folder / "metrics.csv", folder / "test_grid.png")
+        write_csv(rows, table)
         grid = picture_grid(self.grid_rows, self.labels()) * 2 - 1
-        write_picture(grid, folder / "test_grid.png", {"columns": self.labels()})
+        write_picture(grid, pictures, {"columns": self.labels(), **self._description(steps)})
         if trainer.logger is not None:
             self._log_scalars(rows)
-        print(f"table    {folder / 'metrics.csv'}")
-        print(f"pictures {folder / 'test_grid.png'}")
+        print(f"table    {table}")
+        print(f"pictures {pictures}")
+
+    def _description(self, steps: int) -> dict[str, Any]:
+        """What was tested, to be stored beside the pictures."""
+        module, trainer = self.module, self.module.trainer
+        weights = trainer.ckpt_path or module.init_from
+        return {
+            "weights": None if weights is None else str(weights),
+            "trained_steps": module.num_trained_steps,
+            "sampling_steps": steps,
+            "guidance_scale": module.evaluation.guidance_scale,
+            "seed": module.training_settings.seed,
+            "size": list(self.grid_rows[0][-1].shape[-2:]),
+        }
 
     def _log_scalars(self, rows: list[dict[str, Any]]) -> None:
         scalars = {
@@ -172,4 +189,13 @@ class Report:
             if not isinstance(row[name], str)
         }
         module = self.module
-        module.logger.log_metrics(scalars, step=module.trainer.global_step)
+        module.logger.log_metrics(scalars, step=module.num_trained_steps)
+
+
+def _unused(*paths: Path) -> list[Path]:
+    """The paths, or with the first number behind their names that none of them has yet."""
+    for number in itertools.count():
+        suffix = f"_{number}" if number else ""
+        numbered = [path.with_stem(path.stem + suffix) for path in paths]
+        if not any(path.exists() for path in numbered):
+            return numbered

@@ -20,7 +20,7 @@ def check_checkpoint(module: PiDModule, checkpoint: dict[str, Any]) -> ModelInfo
     Raises:
         ValueError: the checkpoint has no description, or that of another model.
     """
-    if METADATA_KEY not in checkpoint:
+    if not isinstance(checkpoint, dict) or METADATA_KEY not in checkpoint:
         raise ValueError(
             "ckpt_path: not a checkpoint of a PiD run (it has no model description); give one "
             "that pid fit wrote."
