@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pid_lightning import commands
 from pid_lightning.mistakes import exit_on_mistake
 
+TRAINING = ("fit", "validate", "test", "predict")  # by `cli`
 HELP = """usage: pid COMMAND [options]; pid COMMAND --help lists them
 
   decode    upscale pictures or decode latents
@@ -32,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given[0] in commands.COMMANDS:
             with exit_on_mistake():
                 commands.COMMANDS[given[0]](given[1:])
+        elif given[0] not in TRAINING and not given[0].startswith("-"):
+            known = ", ".join((*TRAINING, *commands.COMMANDS))
+            print(f"pid: {given[0]!r} is no command; use one of {known}.", file=sys.stderr)
+            sys.exit(2)
         else:
             from pid_lightning import cli
 

@@ -111,7 +111,8 @@ def export(arguments: Sequence[str]) -> None:
     from pid_lightning.weights import DTYPES, check_model_path, load_model, save_model
 
     check_model_path(given.out)
-    if not Path(given.run).exists():
+    _check_unused(given.out)
+    if not os.path.exists(os.path.expanduser(given.run)):
         raise FileNotFoundError(f"{given.run}: no such run; name its folder or a .ckpt.")
     path = find_model(given.run)
     make_folder("out", Path(given.out).parent)
@@ -140,9 +141,10 @@ def import_(arguments: Sequence[str]) -> None:
         "--image_size", type=int, default=2048, help="Side of the training outputs in pixels."
     )
     given = parser.parse_args(arguments)
+    _check_unused(given.out)
     options = {"student_times": None} if given.teacher else {}
     info = import_released.import_released(
-        given.released,
+        os.path.expanduser(given.released),
         given.out,
         given.family,
         given.version,
@@ -161,6 +163,11 @@ def bench(arguments: Sequence[str]) -> None:
     from pid_lightning.bench.command import bench
 
     bench(arguments)
+
+
+def _check_unused(path: str) -> None:
+    if os.path.exists(os.path.expanduser(path)):
+        raise FileExistsError(f"{path} exists already: give another name, or move it away.")
 
 
 def _parser(command: str, description: str) -> ArgumentParser:

@@ -37,7 +37,7 @@ class ImageData(LightningDataModule):
     Splits are the source's own (sub-folders or splits named train, val or validation, test). If
     only one of val and test exists, it serves as both; if neither does, `num_val` pictures of the
     training split are held out for both. Unusable pictures (unreadable, smaller than `image_size`,
-    more than 8 bits per channel) are skipped with a warning: for a folder, one that lists them
+    float pixels) are skipped with a warning: for a folder, one that lists them
     before training; for other sources, as they are encountered.
 
     Prediction reads only `inputs`, one file per batch: {"image": (1, 3, H, W)} or {"latents":

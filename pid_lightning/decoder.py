@@ -83,8 +83,11 @@ class PiDDecoder:
         Raises:
             FileNotFoundError: there is no such model on this machine.
             OSError: the hub does not provide it.
-            ValueError: the file is damaged or does not match its own description.
+            ValueError: the file is damaged or does not match its own description, or `dtype` is no
+                dtype.
         """
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype: {dtype!r} is no torch.dtype; give one, as torch.bfloat16.")
         path = hub.find_model(
             name,
             revision=revision,

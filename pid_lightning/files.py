@@ -17,6 +17,7 @@ def make_folder(option: str, folder: Path) -> None:
     Raises:
         OSError: it cannot be made, or not be written to.
     """
+    folder = Path(os.path.expanduser(folder))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -31,12 +32,12 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which replaces `path` if the block succeeds.
 
     If the block raises, the temporary file is removed and `path` stays as it was. Missing folders
-    are created.
+    are created; `~` is the home folder.
 
     Raises:
         OSError: the disk is full or not writable.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

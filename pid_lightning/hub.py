@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pid_lightning.files import replaced_file
+from pid_lightning.files import make_folder, replaced_file
 from pid_lightning.nn import PiD
 from pid_lightning.weights import ModelInfo, save_model
 
@@ -96,8 +96,16 @@ def find_last_checkpoint(folder: Path) -> Path | None:
 
 
 def save_folder(denoiser: PiD, info: ModelInfo, folder: str | Path, dtype: torch.dtype) -> None:
-    """Write the model file, its metadata as ``config.json``, and a model card."""
-    folder = Path(folder)
+    """Write the model file, its metadata as ``config.json``, and a model card.
+
+    Raises:
+        ValueError: no folder is named.
+        OSError: it cannot be made or written to.
+    """
+    if not str(folder):
+        raise ValueError("folder: an empty name; name the folder to write.")
+    folder = Path(os.path.expanduser(folder))
+    make_folder("folder", folder)
     save_model(denoiser, info, folder / MODEL_FILE, dtype)
     with replaced_file(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(info.to_plain(), indent=2) + "\n", encoding="utf-8")

@@ -294,6 +294,12 @@ def test_help_is_quick_and_brings_no_library(command: str, told: str) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_a_misspelt_command_is_told_all(capsys: pytest.CaptureFixture) -> None:
+    told = refused(capsys, "decod", "a.png")
+    assert told.startswith("pid: 'decod' is no command; use one of fit, ")
+    assert "decode" in told.split("use one of")[1]
+
+
 # ------------------------------------------------------------------- pid export
 
 
@@ -314,7 +320,10 @@ def test_a_run_is_exported_averaged(tmp_path: Path, capsys: pytest.CaptureFixtur
     for folder in (tmp_path / "run", newest.parent.parent, newest.parent):
         assert find_model(folder) == newest
     (tmp_path / "empty").mkdir()
-    assert "nor a run's checkpoints" in refused(capsys, "export", tmp_path / "empty", out)
+    assert "nor a run's checkpoints" in refused(
+        capsys, "export", tmp_path / "empty", tmp_path / "new.safetensors"
+    )
+    assert "exists already: give another name" in refused(capsys, "export", tmp_path / "run", out)
     assert "must end in .safetensors" in refused(
         capsys, "export", tmp_path / "run", tmp_path / "out.pth"
     )

@@ -294,6 +294,23 @@ def test_saved_models_come_back_by_every_name(tmp_path: Path, monkeypatch) -> No
     assert "a student of 4 steps" in card
 
 
+def test_a_home_folder_is_meant_where_it_is_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make().save_pretrained("~/model")
+    assert (tmp_path / "model" / hub.MODEL_FILE).is_file()
+    PiDDecoder.from_pretrained("~/model")
+
+
+def test_names_that_are_no_folder_or_dtype_are_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"^folder: cannot write to folder"):
+        make().save_pretrained(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"^folder: an empty name"):
+        make().save_pretrained("")
+    with pytest.raises(ValueError, match=r"^dtype: 'bf16' is no torch\.dtype"):
+        PiDDecoder.from_pretrained("pid-small-vae-4x", "bf16")
+
+
 def test_unknown_models_are_one_sentence(tmp_path: Path, monkeypatch) -> None:
     for name in ("no-such-bundled", "folder/none.safetensors", "./a/b", str(tmp_path)):
         with pytest.raises(FileNotFoundError, match=r"name a model|was not found") as raised:
