@@ -24,7 +24,7 @@ HELP = """usage: pid COMMAND [options]; pid COMMAND --help lists them
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `pid`: commands that need no Lightning by `commands`, the others by `cli`. A user's
-    mistake is one sentence and exit status 2; Ctrl-C is 130."""
+    mistake is one sentence and exit status 2; Ctrl-C is 130, and 1 where Lightning ends a fit."""
     given = sys.argv[1:] if arguments is None else arguments
     if not given or given[0] in ("-h", "--help"):
         print(HELP, end="")

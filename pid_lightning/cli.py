@@ -309,5 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         mistake = raised_here(error) or _building_error(error)
         if mistake is None and not isinstance(error, (ArgumentError, MisconfigurationException)):
             raise  # a bug
-        print(f"pid: {mistake or parser_sentence(str(error))}", file=sys.stderr)
+        told = str(mistake or parser_sentence(str(error)))
+        hint = "; --config FILE gives them" if "arguments are required" in told else ""
+        print(f"pid: {told}{hint}", file=sys.stderr)
         sys.exit(2)

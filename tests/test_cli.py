@@ -413,6 +413,12 @@ def test_a_checkpoint_of_another_family_is_one_sentence(
         assert "family: SigLIPPiD, here DINOv2PiD" in said
 
 
+def test_a_fit_of_nothing_asks_for_a_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert mistake(capsys, "fit").endswith(
+        "required: fit.data, fit.model; --config FILE gives them"
+    )
+
+
 def test_a_file_of_something_else_is_no_checkpoint(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
