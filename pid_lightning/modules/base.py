@@ -261,6 +261,11 @@ class PiDModule(LightningModule):
             self.log("train/images_per_second", rate)
         self._batch_end = now
 
+    def on_validation_epoch_end(self) -> None:
+        """Tell loggers the step of a checkpoint that is only validated, which they take to be 0."""
+        if self.trainer.state.fn == "validate":
+            self.log("step", float(self.num_trained_steps), sync_dist=True)
+
     def on_validation_end(self) -> None:
         """Exclude validation from the throughput."""
         self._batch_end = time.perf_counter()
@@ -273,8 +278,6 @@ class PiDModule(LightningModule):
         _, parts = FlowMatching().losses(self, self.averaged_denoiser, sample, "validate")
         parts = {f"validate/{name}": value for name, value in parts.items()}
         self.log_dict(parts, batch_size=len(sample.x0), sync_dist=True, prog_bar=True)
-        if self.trainer.state.fn == "validate":  # which the loggers would take to be at step 0
-            self.log("step", float(self.num_trained_steps))
 
     def configure_optimizers(self) -> Any:
         """The optimisers and schedules of the objective."""
