@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -68,6 +67,6 @@ def _difference(picture: Tensor, native: Tensor) -> Tensor:
             f"colours of a picture {tuple(picture.shape)} cannot be matched to a native decode "
             f"{tuple(native.shape)}; give the (3, H/scale, W/scale) decode of the same latents."
         )
-    cells = [max(1, round(side / CELL)) for side in native.shape[1:]]
-    means = [F.adaptive_avg_pool2d(x.float().clamp(-1, 1), cells) for x in (picture, native)]
-    return torch.sub(means[0], means[1].to(picture.device))
+    reduced = F.avg_pool2d(picture.float().clamp(-1, 1), scale)
+    difference = reduced - native.to(picture.device).float().clamp(-1, 1)
+    return F.adaptive_avg_pool2d(difference, [max(1, round(s / CELL)) for s in native.shape[1:]])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pid_lightning.freed_memory import keep_freed_memory
-from pid_lightning.mistakes import check_between
+from pid_lightning.mistakes import check_at_least, check_between
 
 # Each command imports what it uses, so that help and argument errors are quick.
 if TYPE_CHECKING:
@@ -141,6 +141,7 @@ def import_(arguments: Sequence[str]) -> None:
         "--image_size", type=int, default=2048, help="Side of the training outputs in pixels."
     )
     given = parser.parse_args(arguments)
+    check_at_least("image_size", given.image_size, 1)
     _check_unused(given.out)
     options = {"student_times": None} if given.teacher else {}
     info = import_released.import_released(

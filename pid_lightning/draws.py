@@ -95,7 +95,7 @@ class Pictures(Dataset):
         else:
             picture = centre_crop(picture, self.image_size)
         caption = row.get("caption") or ""
-        caption = caption if isinstance(caption, str) else caption[0]
+        caption = caption if isinstance(caption, str) else caption[0] or ""
         image = picture.float() / 127.5 - 1
         return {"image": image, "caption": caption, "name": row["name"], "number": draw}
 

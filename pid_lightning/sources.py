@@ -49,12 +49,14 @@ def _open(image: dict[str, Any]) -> Image.Image:
     return Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
 
 
-def check_header(image: dict[str, Any], image_size: int) -> tuple[int, int]:
+def check_header(image: dict[str, Any] | None, image_size: int) -> tuple[int, int]:
     """Width and height of {"path", "bytes"}, read from the header alone.
 
     Raises:
         UnusablePicture: no picture, float pixels, or smaller than `image_size`.
     """
+    if image is None or (image["bytes"] is None and image["path"] is None):
+        raise UnusablePicture("no picture")
     try:
         with _open(image) as picture:
             width, height, mode = *picture.size, picture.mode
@@ -67,7 +69,7 @@ def check_header(image: dict[str, Any], image_size: int) -> tuple[int, int]:
     return width, height
 
 
-def decode(image: dict[str, Any], image_size: int) -> Tensor:
+def decode(image: dict[str, Any] | None, image_size: int) -> Tensor:
     """Decode {"path", "bytes"} to an upright uint8 RGB picture (3, H, W).
 
     Raises:
@@ -281,15 +283,13 @@ def as_rows(table: Any, path: str, image_column: str, caption_column: str | None
             raise ValueError(
                 f"data.{name}_column: {path} has no column {column!r}; choose from {columns}."
             )
-    table = table.select_columns(list(wanted))
-    table = table.rename_columns({old: new for old, new in wanted.items() if old != new})
     text = ("string", "large_string", "string_view")
     accepted = {
         "caption": (*text, "null"),
         "image": (*text, "binary", "large_binary", "binary_view"),
     }
     for column, name in wanted.items():
-        kind = (table.features or {}).get(name)  # a stream may not know them
+        kind = (table.features or {}).get(column)  # a stream may not know them
         if name == "caption":
             kind = getattr(kind, "feature", kind)  # of each of several captions
         is_value = isinstance(kind, datasets.Value)
@@ -300,7 +300,10 @@ def as_rows(table: Any, path: str, image_column: str, caption_column: str | None
                 f"data.{name}_column: {column!r} of {path} holds {kind}, no {name}s; choose from "
                 f"{columns}."
             )
-    return Split(table.cast_column("image", datasets.Image(decode=False)))
+    # First: any other step on a stream of decoded pictures would decode and compress them again.
+    table = table.cast_column(image_column, datasets.Image(decode=False))
+    table = table.select_columns(list(wanted))
+    return Split(table.rename_columns({old: new for old, new in wanted.items() if old != new}))
 
 
 def hold_out(split: Split, num_held: int) -> tuple[Split, Split]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -117,12 +118,12 @@ def cache_captions(
     """
     from safetensors.torch import save_file
 
-    missing = []
-    for caption in dict.fromkeys(captions):
-        file = cache_file(path, caption)
-        if not file.exists():
-            missing.append(caption)
-            continue
+    files = {caption: cache_file(path, caption) for caption in captions}
+    missing = [caption for caption, file in files.items() if not file.exists()]
+    # Any other one too: a folder holds the features of one encoder.
+    stored = {file for file in files.values() if file.exists()}
+    stored.update(islice(Path(path).glob("*.safetensors"), 1))
+    for file in stored:
         with opened_safetensors(file) as stored:
             found = (stored.metadata() or {}).get("encoder")
         if found != encoder.description:

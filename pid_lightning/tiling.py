@@ -136,6 +136,7 @@ def blended_velocity(velocity_of: Callable[[Tile], Velocity], tiles: Tiles) -> V
                 for weights in (tile.row_weights, tile.column_weights)
             )
             blended[place].addcmul_(tile_velocity, rows * columns)
+            del tile_velocity  # or it would be there while the next one is computed
         return blended
 
     return velocity

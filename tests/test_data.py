@@ -18,7 +18,7 @@ from PIL import Image
 from pid_lightning.data import ImageData
 from pid_lightning.draws import Pictures, ShuffledDraws, random_crop
 from pid_lightning.pictures import read_picture
-from pid_lightning.sources import BUNDLED_PHOTOS
+from pid_lightning.sources import BUNDLED_PHOTOS, open_source
 
 
 def picture(number: int, width: int = 24, height: int = 20, mode: str = "RGB") -> Image.Image:
@@ -275,6 +275,31 @@ def test_parquet_columns(tmp_path, streaming):
     assert shown == {f"caption {i}" for i in range(9)} - set(held)
     with pytest.raises(ValueError, match="no column 'image'; choose from"):
         ready(path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pictures_of_a_table_are_read_as_they_were_stored(tmp_path, streaming):
+    """Also from a column of the type `Image`, which a stream might decode and compress again."""
+    stored = []
+    for i in range(3):
+        picture(i).save(tmp_path / f"{i}.jpg", quality=90)
+        stored.append((tmp_path / f"{i}.jpg").read_bytes())
+    features = {"photo": datasets.Image(), "words": datasets.List(datasets.Value("string"))}
+    table = {
+        "photo": [*({"bytes": b, "path": None} for b in stored), None],
+        "words": [["a"], ["b", "c"], [None], ["d"]],
+    }
+    table = datasets.Dataset.from_dict(table, features=datasets.Features(features))
+    table.to_parquet(tmp_path / "train.parquet")
+    path, columns = str(tmp_path / "train.parquet"), ("photo", "words")
+    rows = open_source(path, 16, 0, streaming, *columns)["train"]().rows
+    assert [row["image"]["bytes"] for row in rows if row["image"] is not None] == stored
+    data = data_module(path, streaming=streaming, samples_per_epoch=12, num_val=0)
+    data.image_column, data.caption_column = columns
+    data.setup("fit")
+    with pytest.warns(UserWarning, match="no picture"):
+        shown = {caption for batch in data.train_dataloader() for caption in batch["caption"]}
+    assert shown == {"a", "b", ""}
 
 
 # ---- errors

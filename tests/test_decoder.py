@@ -467,6 +467,13 @@ def test_colour_is_matched_and_detail_kept() -> None:
         match_colour(picture, native[:, :40])
 
 
+@pytest.mark.parametrize("size", [(88, 104), (7, 25)])
+def test_an_enlargement_has_the_colours_of_its_native_decode(size: tuple[int, int]) -> None:
+    native = noise(3, *size).clamp(-1, 1)
+    picture = torch.nn.functional.interpolate(native[None], scale_factor=4)[0]
+    assert colour_shift(picture, native).largest < 1e-3
+
+
 def test_a_cast_of_half_a_picture_is_seen_and_matched() -> None:
     native = torch.zeros(3, 64, 128)
     sides = torch.where(torch.arange(512) < 256, 0.2, -0.2).expand(3, 256, -1)

@@ -158,6 +158,8 @@ def test_features_of_two_encoders_are_not_mixed(folder, tmp_path):
     cache_captions(encoder(folder), ["a fox"], tmp_path)
     with pytest.raises(ValueError, match="another folder"):
         cache_captions(encoder(folder, prefix=""), ["a fox"], tmp_path)
+    with pytest.raises(ValueError, match="another folder"):
+        cache_captions(encoder(folder, prefix=""), ["red snow"], tmp_path)
     with pytest.raises(ValueError, match="set text_width"):
         CachedText(str(tmp_path), text_width=64).encode(["a fox"])
 

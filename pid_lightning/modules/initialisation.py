@@ -21,7 +21,8 @@ def initialise_from(module: PiDModule, path: str) -> None:
         path: see `find_model`.
 
     Raises:
-        ValueError: the networks' sizes differ; names the differences.
+        ValueError: the networks' sizes differ, or only the backbone fits and there is no fit to
+            train the rest; names the differences.
         OSError: `path` is neither a local model nor on the hub.
     """
     found = find_model(path)
@@ -29,9 +30,9 @@ def initialise_from(module: PiDModule, path: str) -> None:
     taken = source.state_dict()
     ours = module.denoiser.state_dict()
     if info.latent_space != module.encoder.latent_space or info.scale != module.scale:
-        new = ("adapter.", "gates.")
-        taken = {k: v for k, v in taken.items() if not k.startswith(new)}
-        ours = {k: v for k, v in ours.items() if not k.startswith(new)}
+        own = ("adapter.", "gates.")
+        taken = {k: v for k, v in taken.items() if not k.startswith(own)}
+        ours = {k: v for k, v in ours.items() if not k.startswith(own)}
     mismatched = sorted(ours.keys() ^ taken.keys())
     mismatched += [k for k in ours if k in taken and ours[k].shape != taken[k].shape]
     if mismatched:
@@ -39,9 +40,16 @@ def initialise_from(module: PiDModule, path: str) -> None:
         raise ValueError(
             f"init_from: {path} is a different network ({details}); use its model.denoiser."
         )
+    new = len(module.denoiser.state_dict()) - len(taken)
+    if new and module.trainer.state.fn != "fit":
+        raise ValueError(
+            f"init_from: {path} is for another latent space or scale "
+            f"({'; '.join(module.info.differences(info))}), so its adapter is not used and this "
+            "one's is untrained; fit first, or use the config of its family and scale."
+        )
     # Differences that the shapes of tensors do not show.
     hidden = ["rope_reference", "prediction"]
-    if len(taken) == len(module.denoiser.state_dict()):
+    if not new:
         hidden += ["adapter.", "noise_frame"]
     told = [d for d in module.info.differences(info) if d.startswith(tuple(hidden))]
     solves = module.trainer.state.fn != "fit" and info.student_times is None
@@ -53,7 +61,6 @@ def initialise_from(module: PiDModule, path: str) -> None:
     module.student_times = None if module.trainer.state.fn == "fit" else info.student_times
     if module.image_size is None:
         module.image_size = info.image_size
-    new = len(module.denoiser.state_dict()) - len(taken)
     parts = "backbone" if new else "backbone, adapter and gates"
     rest = f"{new} tensors are new (adapter and gates)" if new else "nothing is new"
     rank_zero_info(f"init_from {found}: loaded {len(taken)} tensors ({parts}), {rest}")
