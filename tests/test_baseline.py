@@ -250,7 +250,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
 
 def table(folder: Path) -> dict[tuple[str, str], dict[str, str]]:
     """The newest one."""
-    path = max(folder.glob("runs/tiny/*/metrics*.csv"))
+    path = max(folder.glob("runs/tiny/*/test_metrics*.csv"))
     with path.open(newline="") as rows:
         return {(row["method"], row["latent_sigma"]): row for row in csv.DictReader(rows)}
 

@@ -306,7 +306,7 @@ def test_sigterm_in_a_validation_saves_between_steps_and_resumes_exactly(
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     last = tmp_path / "parts/tiny/version_0/checkpoints/last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == step
-    assert not (last.parent.parent / "metrics.csv").exists()  # no test
+    assert not (last.parent.parent / "test_metrics.csv").exists()  # no test
     main([*fit, "--trainer.logger.save_dir=parts", f"--ckpt_path={last}"])
     assert_ends_equal(last, tmp_path / "whole/tiny/version_0/checkpoints/last.ckpt", 4)
 
@@ -543,7 +543,7 @@ def test_last_is_the_newest_run_and_goes_on_in_its_folder(runs: Path, tmp_path: 
     assert contents(0) == first
     assert sorted(path.name for path in family.iterdir()) == ["version_0", "version_1"]
     assert (family / "version_1/config.yaml").read_text() == kept
-    assert (family / "version_1/metrics.csv").is_file()
+    assert (family / "version_1/test_metrics.csv").is_file()
     last = torch.load(family / "version_1/checkpoints/last.ckpt", weights_only=True)
     assert last["global_step"] == 4
     assert [p.name for p in (family / "version_1/checkpoints").glob("last*")] == ["last.ckpt"]
@@ -558,7 +558,7 @@ def test_a_fit_may_end_with_the_test_of_what_it_made(tmp_path: Path) -> None:
 
     main(["fit", f"--config={config}", "--trainer.max_steps=2", "--test_after_fit=true"])
     main(["test", f"--config={config}", "--ckpt_path=last"])
-    assert quality("metrics.csv") == quality("metrics_1.csv")
+    assert quality("test_metrics.csv") == quality("test_metrics_1.csv")
 
 
 def test_tests_and_validations_of_a_checkpoint_are_at_its_step_and_replace_nothing(
@@ -570,10 +570,10 @@ def test_tests_and_validations_of_a_checkpoint_are_at_its_step_and_replace_nothi
     main(["fit", f"--config={config}", "--trainer.max_steps=2"])
     again = (f"--config={config}", "--ckpt_path=last")
     main(["test", *again])
-    first = (folder / "metrics.csv").read_bytes()
+    first = (folder / "test_metrics.csv").read_bytes()
     main(["test", *again, "--model.evaluation.steps=3"])
-    assert (folder / "metrics.csv").read_bytes() == first
-    assert (folder / "metrics_1.csv").is_file()
+    assert (folder / "test_metrics.csv").read_bytes() == first
+    assert (folder / "test_metrics_1.csv").is_file()
     told = [json.loads((folder / f"test_grid{n}.json").read_text()) for n in ("", "_1")]
     assert [one["sampling_steps"] for one in told] == [2, 3]
     assert {(one["trained_steps"], Path(one["weights"]).name) for one in told} == {(2, "last.ckpt")}

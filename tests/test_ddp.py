@@ -98,7 +98,7 @@ def test_the_table_is_the_same_from_two_processes(tmp_path: Path) -> None:
         return (f"--config={config}", "--data.num_val=3", *arguments)
 
     def table() -> list[list[str]]:
-        with open(tmp_path / "runs/tiny/version_0/metrics.csv") as file:
+        with open(tmp_path / "runs/tiny/version_0/test_metrics.csv") as file:
             rows = list(csv.reader(file))
         kept = [i for i, name in enumerate(rows[0]) if not name.startswith(("seconds", "peak"))]
         return [[row[i] for i in kept] for row in rows]

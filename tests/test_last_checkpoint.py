@@ -20,8 +20,17 @@ RUN = {
     "val_check_interval": 3,
     "limit_val_batches": 1,
     "num_sanity_val_steps": 0,
-    "batch_size": 2,
 }
+
+
+def run(
+    folder: Path, *callbacks: tiny.pl.Callback, resume: Path | None = None, **changes: int
+) -> None:
+    """A fit with callbacks in the command line's order, up to its last epoch."""
+    settings = RUN | changes
+    trainer = tiny.trainer(folder, settings.pop("max_steps", -1), EMA(), *callbacks, **settings)
+    trainer.callbacks.append(LastCheckpoint())
+    trainer.fit(tiny.module(), tiny.data(2), ckpt_path=resume)
 
 
 class Stop(tiny.pl.Callback):
@@ -43,7 +52,7 @@ class Stop(tiny.pl.Callback):
 
 
 def fit(folder: Path, stop: Stop, resume: Path | None = None) -> Path:
-    tiny.fit(folder, -1, EMA(), stop, LastCheckpoint(), resume=resume, **RUN)
+    run(folder, stop, resume=resume)
     return folder / "last.ckpt"
 
 
@@ -83,8 +92,32 @@ def test_a_checkpoint_within_a_step_is_told(interval: int, warns: bool, tmp_path
     saver = tiny.pl.callbacks.ModelCheckpoint(tmp_path, filename="validated", save_top_k=-1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        changes = RUN | {"max_epochs": 1, "val_check_interval": interval}
-        tiny.fit(tmp_path, -1, EMA(), saver, LastCheckpoint(), **changes)
+        run(tmp_path, saver, max_epochs=1, val_check_interval=interval)
     assert (tmp_path / "validated.ckpt").exists()
     told = [str(w.message) for w in caught if "accumulated gradients" in str(w.message)]
     assert bool(told) == warns
+
+
+class Score(tiny.pl.Callback):
+    """Logs a quality that rises to its best at the second validation."""
+
+    def on_validation_epoch_end(self, trainer, pl_module) -> None:
+        pl_module.log("score", {2: 1.0, 4: 2.0}.get(trainer.global_step, 0.0))
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_the_last_step_is_saved_with_its_validation(stops: bool, tmp_path: Path) -> None:
+    """A checkpoint's best file must be there when the run resumes."""
+    changes = {"limit_train_batches": 6, "val_check_interval": 2, "accumulate_grad_batches": 1}
+
+    def resumed_best(stop: Stop, steps: int, resume: Path | None = None) -> Path:
+        best = tiny.pl.callbacks.ModelCheckpoint(
+            tmp_path, filename="best-{step}", monitor="score", mode="max"
+        )
+        run(tmp_path, Score(), stop, best, resume=resume, max_steps=steps, **changes)
+        return Path(best.best_model_path)
+
+    first = resumed_best(Stop("batch", 4 if stops else 0), -1 if stops else 4)
+    assert first.name == "best-step=4.ckpt"
+    assert resumed_best(Stop(), 5, tmp_path / "last.ckpt") == first
+    assert [path.name for path in tmp_path.glob("best*")] == [first.name]

@@ -220,7 +220,7 @@ def test_test_uses_the_average_with_or_without_the_callback(run: Path, tmp_path:
         trainer.test(fitted, tiny.data(), ckpt_path=run, verbose=False)
         source, _ = weights.load_model(run)
         tiny.assert_equal_states(fitted.averaged_denoiser.state_dict(), source.state_dict())
-        rows = (tmp_path / "metrics.csv").read_text().splitlines()
+        rows = (tmp_path / "test_metrics.csv").read_text().splitlines()
         return [",".join(row.split(",")[:4]) for row in rows], rows[0]
 
     with_callback, header = score(EMA())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +29,7 @@ class LastCheckpoint(Callback):
         self._is_between_steps = True
         self._is_stop_postponed = False
         self._saved_step: int | None = None
+        self._saved_loops: dict[str, Any] = {}  # how far they were then
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a fit whose checkpoints have a place of their own.
@@ -96,7 +98,10 @@ class LastCheckpoint(Callback):
             self._stop(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save where validation stops the run, as `EarlyStopping` does."""
+        """Save where validation stops the run, as `EarlyStopping` does; save a last step again,
+        with what callbacks learned from its validation."""
+        if trainer.state.fn == "fit" and self._saved_step == trainer.global_step:
+            self._save(trainer, again=True)
         self._save_before_stop(trainer)
 
     def on_save_checkpoint(
@@ -146,18 +151,24 @@ class LastCheckpoint(Callback):
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt
 
-    def _save(self, trainer: Trainer) -> Path | None:
-        """Save this step, once; returns where, or None for a run without checkpoints."""
+    def _save(self, trainer: Trainer, again: bool = False) -> Path | None:
+        """Save this step, once; returns where, or None for a run without checkpoints. Saved again,
+        it resumes from the same place."""
         saver = trainer.checkpoint_callback
         if not isinstance(saver, ModelCheckpoint) or not saver.dirpath or trainer.fast_dev_run:
             return None
         path = Path(saver.dirpath) / NAME
-        if self._saved_step == trainer.global_step:
+        if self._saved_step == trainer.global_step and not again:
             return path
         # Tell it about this file, or it would save last-v1.ckpt beside it, or again at the end.
         saver.last_model_path = saver._last_checkpoint_saved = str(path)
         self._saved_step = trainer.global_step
-        trainer.save_checkpoint(path, weights_only=False)
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        if again:
+            checkpoint["loops"] = self._saved_loops
+        self._saved_loops = copy.deepcopy(checkpoint["loops"])
+        trainer.strategy.save_checkpoint(checkpoint, path)
+        trainer.strategy.barrier("LastCheckpoint")
         return path
 
 

@@ -86,7 +86,7 @@ class PiDModule(LightningModule):
         self.image_size: int | None = None
         self.objective: Objective = FlowMatching()
         self.has_own_weights = False
-        self._num_restored_steps = 0
+        self._num_past_steps = 0  # of the last fit or checkpoint
         self._batch_end: float | None = None
         self._side_stream: SideStream | None = None
         if init_from == "":
@@ -144,8 +144,9 @@ class PiDModule(LightningModule):
 
     @property
     def num_trained_steps(self) -> int:
-        """The trainer's steps, also where it only tests or validates a checkpoint."""
-        return self.trainer.global_step or self._num_restored_steps
+        """Steps that made the weights, also where a checkpoint is only tested or validated."""
+        is_fit = self.trainer.state.fn == "fit"
+        return self.trainer.global_step if is_fit else self._num_past_steps
 
     def _drop_what_no_callback_keeps(self) -> None:
         """Drop the average and the distillation of an earlier fit whose callbacks are gone."""
@@ -214,7 +215,7 @@ class PiDModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model's checkpoint; adopt its student times and its average."""
         prepare_restoring(self, checkpoint)
-        self._num_restored_steps = checkpoint.get("global_step", 0)
+        self._num_past_steps = checkpoint.get("global_step", 0)
 
     # Training.
 
@@ -271,6 +272,10 @@ class PiDModule(LightningModule):
         self._batch_end = time.perf_counter()
         if self._side_stream is not None:
             self._side_stream.catch_up()
+
+    def on_fit_end(self) -> None:
+        """Remember the steps for tests to come."""
+        self._num_past_steps = self.trainer.global_step
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log the flow-matching loss of the average, with the same random draws every time."""

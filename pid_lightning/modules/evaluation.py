@@ -73,7 +73,7 @@ def read_baseline(module: PiDModule) -> Upscaler | None:
 class Report:
     """Measures PiD and the enlarged native decode at every noise level.
 
-    A report replaces no earlier one: a second table is ``metrics_1.csv``.
+    A report replaces no earlier one: a second table is ``test_metrics_1.csv``.
 
     Args:
         module: the module to test, with its evaluation settings.
@@ -159,7 +159,7 @@ class Report:
             print(f"baseline {self.module.evaluation.baseline}: native + {how}")
         if trainer.fast_dev_run:
             return
-        table, pictures = _unused(folder / "metrics.csv", folder / "test_grid.png")
+        table, pictures = _unused(folder / "test_metrics.csv", folder / "test_grid.png")
         write_csv(rows, table)
         grid = picture_grid(self.grid_rows, self.labels()) * 2 - 1
         write_picture(grid, pictures, {"columns": self.labels(), **self._description(steps)})
