@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "c" * 40
+CREATED = "created.json"  # what the last request for a new repository said
 FILE = rf"/(datasets/)?([^/]+/[^/]+)/resolve/(main|{COMMIT})/(.+)"
 REPOSITORY = r"/api/(models|datasets)/([^/]+/[^/]+)/([\w-]+)/[^/]+/?(.*)"
 
@@ -55,12 +56,14 @@ class Handler(SimpleHTTPRequestHandler):
             return self._answer({}, 404, "RepoNotFound")
         if found and found[3] == "tree":
             return self._list(repository, repository / unquote(found[4]))
-        files = [{"rfilename": str(file)} for file in _files(repository)]
+        paths = sorted(path for path in repository.rglob("*") if path.is_file())
+        files = [{"rfilename": str(path.relative_to(repository))} for path in paths]
         return self._answer({"id": name.split("/", 1)[1], "sha": COMMIT, "siblings": files})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.path == "/api/repos/create":
+            Path(self.directory, CREATED).write_bytes(body)
             name = f"{json.loads(body)['organization']}/{json.loads(body)['name']}"
             Path(self.directory, "models", name).mkdir(parents=True, exist_ok=True)
             return self._answer({"url": f"http://{self.headers['Host']}/{name}"})
@@ -105,10 +108,6 @@ class Handler(SimpleHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(text)
-
-
-def _files(repository: Path) -> list[Path]:
-    return sorted(p.relative_to(repository) for p in repository.rglob("*") if p.is_file())
 
 
 def pretended_hub(folder: Path) -> ThreadingHTTPServer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import threading
 from concurrent.futures import ProcessPoolExecutor
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretended_hub import pretended_hub
+from pretended_hub import COMMIT, CREATED, pretended_hub
 
 DINOV2 = "vit_small_patch14_reg4_dinov2.lvd142m"
 
@@ -46,7 +47,8 @@ def push_and_pull() -> None:
     from pid_lightning import PiDDecoder
 
     sent = PiDDecoder.from_pretrained("pid-small-vae-4x")
-    assert sent.push_to_hub("owner/pid").endswith("/owner/pid/commit/" + "c" * 40)
+    address = sent.push_to_hub("owner/pid", private=True)
+    assert address.endswith(f"/owner/pid/commit/{COMMIT}")
     received = PiDDecoder.from_pretrained("owner/pid", revision="main")
     assert received.info == sent.info
     cached = PiDDecoder.from_pretrained("owner/pid", local_files_only=True)
@@ -59,6 +61,8 @@ def test_a_pushed_model_comes_back(run, repositories):
     run(push_and_pull)
     files = sorted(file.name for file in (repositories / "models" / "owner" / "pid").iterdir())
     assert files == ["README.md", "config.json", "model.safetensors"]
+    created = json.loads((repositories / CREATED).read_text())
+    assert created.get("private") or created.get("visibility") == "private"  # by library version
 
 
 def reason_of_failure(name: str, revision: str) -> str:
