@@ -95,7 +95,8 @@ def stop_early(pipe: Any, at_step: int = 24) -> EarlyStop:
 
     Raises:
         ValueError: `vae` is not a `PiDAutoencoder`, the pipeline cannot be interrupted, the noise
-            levels of its scheduler are not known, or `at_step` is less than 1.
+            levels of its scheduler are not known, or `at_step` is less than 1. At the first step:
+            `at_step` exceeds the call's steps, or DDIM's steps are uneven.
     """
     check_whole("at_step", at_step)
     check_at_least("at_step", at_step, 1)

@@ -78,7 +78,8 @@ def find_model(
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         # Below the hub's status stands what it means: no such repository, no such file, gated.
         told = [part.strip() for part in str(error).split("\n\n") if part.strip()]
-        reason = (told or [type(error).__name__])[:2][-1].splitlines()[0]
+        status, *meaning = told or [type(error).__name__]
+        reason = (meaning or [status])[0].splitlines()[0]
         raise OSError(
             f"model {str(name)!r} is no local file or folder, and the hub does not provide its "
             f"{MODEL_FILE} ({reason.rstrip('.')}): check the name and the connection."

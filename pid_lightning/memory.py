@@ -105,7 +105,7 @@ def _estimate(
 
     def sum_of_tiles(x_t: Tensor, t: Tensor) -> Tensor:
         total = torch.empty_like(x_t)
-        cut = x_t.new_empty(batch_size, 3, *seen)
+        cut = x_t.new_empty(batch_size, 3, *seen)  # what the tile sees of x_t
         torch.empty(making, dtype=torch.uint8, device="meta")
         del cut
         return total

@@ -121,9 +121,9 @@ def cache_captions(
     files = {caption: cache_file(path, caption) for caption in captions}
     missing = [caption for caption, file in files.items() if not file.exists()]
     # Any other one too: a folder holds the features of one encoder.
-    stored = {file for file in files.values() if file.exists()}
-    stored.update(islice(Path(path).glob("*.safetensors"), 1))
-    for file in stored:
+    present = {file for file in files.values() if file.exists()}
+    present.update(islice(Path(path).glob("*.safetensors"), 1))
+    for file in present:
         with opened_safetensors(file) as stored:
             found = (stored.metadata() or {}).get("encoder")
         if found != encoder.description:

@@ -10,8 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from pid_lightning.modules.base import PiDModule
-
-PREFIX = "denoiser_ema."  # of the average's weights in a checkpoint
+from pid_lightning.weights import AVERAGE
 
 
 class EMA(Callback):
@@ -63,9 +62,9 @@ class EMA(Callback):
         """Keep a resumed run's average from being rounded: Lightning casts the module to a
         precision like bf16-true after it has restored it."""
         if trainer.state.fn == "fit":
-            weights = checkpoint["state_dict"]
-            own = [name for name in weights if name.startswith(PREFIX)]
-            self._restored = {name.removeprefix(PREFIX): weights[name] for name in own}
+            state = checkpoint["state_dict"]
+            own = [name for name in state if name.startswith(AVERAGE)]
+            self._restored = {name.removeprefix(AVERAGE): state[name] for name in own}
 
     def on_train_start(self, trainer: Trainer, pl_module: PiDModule) -> None:
         """Start a new run's average from its initial weights, including those of `init_from`."""
