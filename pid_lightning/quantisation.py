@@ -56,10 +56,12 @@ def quantise(denoiser: PiD, activations: bool = False) -> None:
         streams = [s for block in denoiser.patch_blocks for s in (block.image, block.text)]
         weights_only = {stream.modulation for stream in filter(None, streams)} & wide
     in_products = wide - weights_only
-    quantize_(denoiser, Int8WeightOnlyConfig(), lambda module, _: module in weights_only)
-    quantize_(
-        denoiser, Int8DynamicActivationInt8WeightConfig(), lambda module, _: module in in_products
-    )
+    # torchao's settings of torch's compiler would hold for every network of the process, and take
+    # minutes a graph on a GPU.
+    weights_config = Int8WeightOnlyConfig(set_inductor_config=False)
+    products_config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+    quantize_(denoiser, weights_config, lambda module, _: module in weights_only)
+    quantize_(denoiser, products_config, lambda module, _: module in in_products)
 
 
 def is_quantised(weight: Tensor) -> bool:

@@ -56,6 +56,15 @@ def test_a_weight_is_rounded_to_a_127th_of_its_rows_largest() -> None:
     assert num_rounded > 20
 
 
+@pytest.mark.parametrize("activations", [False, True])
+def test_the_settings_of_the_process_stay_as_they_were(activations: bool) -> None:
+    from torch._inductor import config
+
+    before = config.get_config_copy(), torch.get_float32_matmul_precision()
+    make().quantise(activations)
+    assert (config.get_config_copy(), torch.get_float32_matmul_precision()) == before
+
+
 def test_a_single_row_is_not_rounded_for_products_in_8_bits() -> None:
     """A GPU multiplies at least 17 rows in 8 bits; a modulation has one a picture."""
     stream = make().quantise(activations=True).denoiser.patch_blocks[0].image

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -10,6 +13,8 @@ from torch import Tensor
 MAX_TRAINED_KEYS = 1024  # beyond, scores saved for the backward pass cost more than they gain
 MAX_QUERIES = 256  # per chunk; with fewer, packing all keys for every matmul costs too much
 SCORES_PER_THREAD = 2**19  # scores in bf16 that fit a core's cache
+KERNEL_HEAD_DIM = 64
+MIN_KERNEL_KEYS = 4096  # with fewer, `attention_kernel` gains nothing
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -19,8 +24,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention over (B, heads, N, d); on a GPU torch picks a kernel by card and head size
-    (on Hopper cuDNN's from torch 2.11 on, about twice as fast as the one it picks before)."""
+    (on Hopper cuDNN's from torch 2.11 on) where `attention_kernel` is not faster."""
     learns = torch.is_grad_enabled()
+    if not learns and _has_kernel(q.device, q.dtype, q.shape[-1], k.shape[2]):
+        return attend_by_kernel(q, k, v)
     if q.device.type == "cpu":
         # torch's bf16 kernels take twice the time.
         by_parts = q.dtype == torch.bfloat16 and (k.shape[2] <= MAX_TRAINED_KEYS or not learns)
@@ -55,3 +62,31 @@ def attend_in_chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @attend_in_chunks.register_fake
 def _attended_like(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q.new_empty(q.shape)
+
+
+@torch.compiler.assume_constant_result
+def _has_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, num_keys: int) -> bool:
+    """Whether `attention_kernel` supports these heads and is the fastest."""
+    fits = dtype == torch.bfloat16 and head_dim == KERNEL_HEAD_DIM and num_keys >= MIN_KERNEL_KEYS
+    return device.type == "cuda" and fits and _runs_kernel(device)
+
+
+@functools.cache
+def _runs_kernel(device: torch.device) -> bool:
+    """Whether this is a Hopper GPU, with the Triton that torch brings to Linux from 2.8 on."""
+    if torch.__version__ < (2, 8) or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@torch.library.custom_op("pid_lightning::attend_by_kernel", mutates_args=())
+def attend_by_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention by `attention_kernel`, as one operation for compiled graphs."""
+    from pid_lightning.nn import attention_kernel
+
+    return attention_kernel.attend_by_kernel(q, k, v)
+
+
+@attend_by_kernel.register_fake
+def _stored_by_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty(q.transpose(1, 2).shape).transpose(1, 2)
