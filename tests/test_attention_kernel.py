@@ -93,6 +93,14 @@ def test_is_one_operation_of_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -
     assert error(attended.unflatten(2, (3, 64)).transpose(1, 2), q, k, v) < ROUNDING
 
 
+@pytest.mark.skipif(INTERPRETS or ON_HOPPER or not has_triton(), reason="needs Triton, no GPU")
+def test_without_a_working_triton_torch_attends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.warns(UserWarning, match=r"^attention: Triton does not work here \(.*C compiler"):
+        assert not attention._runs_kernel(torch.device("cuda", 7))
+
+
 @pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
 def test_a_hopper_gpu_uses_it_for_long_sequences_without_gradient(
     monkeypatch: pytest.MonkeyPatch,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import textwrap
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -73,18 +75,32 @@ def _has_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, num_key
 
 @functools.cache
 def _runs_kernel(device: torch.device) -> bool:
-    """Whether this is a Hopper GPU, with the Triton that torch brings to Linux from 2.8 on."""
+    """Whether this is a Hopper GPU where Triton works, which torch brings to Linux from 2.8 on."""
     if torch.__version__ < (2, 8) or importlib.util.find_spec("triton") is None:
         return False
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    import triton
+
+    try:
+        triton.runtime.driver.active.get_current_target()  # compiles Triton's own C code
+    except Exception as error:  # no compiler, no headers, no linker cache: each raises its own
+        reason = textwrap.shorten(str(error), 100)
+        warnings.warn(
+            f"attention: Triton does not work here ({reason}), so torch's kernel is used, which takes "
+            "a quarter longer on this GPU; Triton needs a C compiler and Python's headers.",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 @torch.library.custom_op("pid_lightning::attend_by_kernel", mutates_args=())
 def attend_by_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention by `attention_kernel`, as one operation for compiled graphs."""
-    from pid_lightning.nn import attention_kernel
+    from pid_lightning.nn.attention_kernel import launch
 
-    return attention_kernel.attend_by_kernel(q, k, v)
+    return launch(q, k, v)
 
 
 @attend_by_kernel.register_fake

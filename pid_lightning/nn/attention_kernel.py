@@ -111,7 +111,7 @@ def _attend(
     attended_at.store([sample, head, first, 0], attended.reshape(1, 1, QUERIES, HEAD_DIM))
 
 
-def attend_by_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def launch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention over q, k, v (B, heads, N, 64) in bf16, contiguous in the last dimension.
 
     Returns:
