@@ -87,8 +87,8 @@ def _runs_kernel(device: torch.device) -> bool:
     except Exception as error:  # no compiler, no headers, no linker cache: each raises its own
         reason = textwrap.shorten(str(error), 100)
         warnings.warn(
-            f"attention: Triton does not work here ({reason}), so torch's kernel is used, which takes "
-            "a quarter longer on this GPU; Triton needs a C compiler and Python's headers.",
+            f"attention: Triton does not work here ({reason}), so torch's kernel is used, which "
+            "takes a quarter longer on this GPU; Triton needs a C compiler and Python's headers.",
             stacklevel=2,
         )
         return False
