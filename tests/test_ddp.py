@@ -122,32 +122,6 @@ def test_the_table_is_the_same_from_two_processes(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "runs/tiny").iterdir()] == ["version_0"]
 
 
-def validate(folder: Path, num_ranks: int) -> None:
-    """Validate random weights on few pictures as one of `num_ranks` processes."""
-    settings = {"devices": num_ranks, "strategy": "ddp"} if num_ranks > 1 else {}
-    module = tiny.module()
-    tiny.randomise(module.denoiser)
-    for num_val in (1, 3):
-        trainer = tiny.trainer(folder, 1, limit_val_batches=None, **settings)
-        (logged,) = trainer.validate(module, tiny.data(2, num_val=num_val), verbose=False)
-        rank = os.environ.get("LOCAL_RANK", "0")
-        torch.save(logged, folder / f"{num_val}_pictures_rank_{rank}_of_{num_ranks}.pt")
-
-
-def test_the_validation_loss_is_the_same_from_two_processes(tmp_path: Path) -> None:
-    """One process only has a picture that the sampler repeated, or one beside its own."""
-    alone = processes.start(tmp_path / "log", validate, tmp_path, 1)
-    processes.run_ranks(tmp_path / "log", validate, tmp_path, 2)
-    processes.finish(alone, tmp_path / "log")
-    for num_val in (1, 3):
-        wanted, *logged = (
-            torch.load(tmp_path / f"{num_val}_pictures_rank_{rank}.pt", weights_only=True)
-            for rank in ("0_of_1", "0_of_2", "1_of_2")
-        )
-        assert wanted["validate/loss"] > 0
-        assert logged == [pytest.approx(wanted, rel=1e-5)] * 2
-
-
 def refuse(folder: Path, config: Path) -> None:
     with pytest.raises(SystemExit) as stopped:
         processes.run_pid(

@@ -279,13 +279,10 @@ class PiDModule(LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Log the flow-matching loss of the average, with the same random draws every time."""
-        own = self._own_part(batch)
-        num_own = len(own["image"])
-        # All processes log, if only with weight 0: they wait for each other's sums.
-        sample = draw_sample(self, own if num_own else batch, "validate")
+        sample = draw_sample(self, batch, "validate")
         _, parts = FlowMatching().losses(self, self.averaged_denoiser, sample, "validate")
         parts = {f"validate/{name}": value for name, value in parts.items()}
-        self.log_dict(parts, batch_size=num_own, sync_dist=True, prog_bar=True)
+        self.log_dict(parts, batch_size=len(sample.x0), sync_dist=True, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
         """The optimisers and schedules of the objective."""
@@ -361,20 +358,20 @@ class PiDModule(LightningModule):
         self.report = Report(self)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Decode the batch at every noise level, by PiD and by the native decoder."""
-        own = self._own_part(batch)
-        if len(own["image"]):
-            self.report.add(own)
+        """Decode the batch at every noise level, by PiD and by the native decoder.
 
-    def _own_part(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch without what the distributed sampler repeats so that every process has the
-        same number of pictures."""
+        The distributed sampler repeats pictures so that every process has the same number; the
+        repeats are left out.
+        """
         rank, num_ranks = self.trainer.global_rank, self.trainer.world_size
         own = [i for i, n in enumerate(batch["number"].tolist()) if n % num_ranks == rank]
-        return {
-            key: values[own] if isinstance(values, Tensor) else [values[i] for i in own]
-            for key, values in batch.items()
-        }
+        if own:
+            self.report.add(
+                {
+                    key: values[own] if isinstance(values, Tensor) else [values[i] for i in own]
+                    for key, values in batch.items()
+                }
+            )
 
     def on_test_end(self) -> None:
         """Print the table and write it to the run's folder."""
