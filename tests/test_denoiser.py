@@ -523,7 +523,7 @@ def test_mistakes_are_told_in_one_sentence() -> None:
     condition = network.condition(latents, latent_sigma, text)
     with pytest.raises(ValueError, match=r"^x_t: 16 x 40 does not match .* noise of 24 x 40\.$"):
         network(x_t[:, :, :16], t, condition)
-    for size in ((20, 40), (24, 41)):
+    for size in ((20, 40), (24, 41), (-16, 24), (0, 24)):
         with pytest.raises(ValueError, match=r"is not a multiple of 8 .*; use \d+ x \d+\.$"):
             network.check_size(*size)
 

@@ -177,10 +177,10 @@ class PiD(nn.Module):
         """Check that an output size is a whole number of patches and of latent cells.
 
         Raises:
-            ValueError: a side is not a multiple of `alignment`.
+            ValueError: a side is not a positive multiple of `alignment`.
         """
         step = self.alignment
-        if height % step or width % step:
+        if height % step or width % step or min(height, width) < step:
             raise ValueError(
                 f"output size {height} x {width} is not a multiple of {step} (patch_size and "
                 "scale x latent_stride); use "
