@@ -15,47 +15,70 @@ from torch import Tensor
 from pid_lightning.nn import attention
 
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
-ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+HAS_TRITON = torch.__version__ >= (2, 8) and importlib.util.find_spec("triton") is not None
+ON_HOPPER = HAS_TRITON and torch.cuda.is_available() and attention._has_triton(torch.device("cuda"))
 DEVICE, DTYPE = ("cpu", torch.float32) if INTERPRETS else ("cuda", torch.bfloat16)
 ROUNDING = 1e-6 if INTERPRETS else 2**-8
 
 needs_kernel = pytest.mark.skipif(not (INTERPRETS or ON_HOPPER), reason="needs a Hopper GPU")
-
-
-def has_triton() -> bool:
-    """Whether this torch brings a Triton whose interpreter goes with the installed numpy."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    import triton
-
-    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+needs_triton = pytest.mark.skipif(INTERPRETS or not HAS_TRITON, reason="needs Triton 3.4")
 
 
 def draw(num_queries: int, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Standard normal q, k, v of 2 samples with 3 heads."""
+    """Standard normal q, k, v of 2 samples with 3 heads, as views of what one layer computes."""
     generator = torch.Generator().manual_seed(0)
-    lengths = (num_queries, num_keys, num_keys)
-    q, k, v = (torch.randn(2, 3, n, 64, generator=generator) for n in lengths)
-    return tuple(x.to(DEVICE, DTYPE) for x in (q, k, v))
-
-
-def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    packed = torch.randn(2, max(num_queries, num_keys), 3, 3, 64, generator=generator)
+    q, k, v = packed.to(DEVICE, DTYPE).permute(2, 0, 3, 1, 4)
+    return q[:, :, :num_queries], k[:, :, :num_keys], v[:, :, :num_keys]
 
 
 def error(attended: Tensor, q: Tensor, k: Tensor, v: Tensor) -> float:
-    wanted = exact(q, k, v)
-    return ((attended - wanted).norm() / wanted.norm()).item()
+    """Relative to softmax attention in fp64."""
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    return ((attended - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.skipif(INTERPRETS or ON_HOPPER or not has_triton(), reason="needs Triton, no GPU")
+@pytest.mark.skipif(ON_HOPPER, reason="the GPU runs these tests itself")
+@needs_triton
 def test_on_a_cpu_triton_interprets_the_kernel() -> None:
     """In a process of its own: Triton decides when it is imported."""
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
+        pytest.skip("needs Triton 3.8, whose interpreter goes with any numpy")
     command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", __file__]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stdout
-    assert "6 passed" in run.stdout
+    assert "7 passed" in run.stdout
+
+
+@needs_triton
+def test_compiles_for_a_hopper_gpu() -> None:
+    """To asynchronous matrix instructions fed by bulk copies, two tiles a multiprocessor; without
+    a GPU, which only runs it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from pid_lightning.nn import attention_kernel as kernel
+
+    rows = {"q": kernel.QUERIES, "k": kernel.KEYS, "v": kernel.KEYS, "attended": kernel.QUERIES}
+    kinds = {f"{name}_desc": f"tensordesc<bf16[1, 1, {n}, 64]>" for name, n in rows.items()}
+    constants = {"QUERIES": kernel.QUERIES, "KEYS": kernel.KEYS, "HEAD_DIM": 64, "SCALE": 0.18}
+    names = kernel._attend.arg_names
+    kinds |= {"num_keys": "i32"} | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(
+        fn=kernel._attend,
+        signature={name: kinds[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={},
+    )
+    options = {"num_warps": kernel.WARPS, "num_stages": kernel.STAGES}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16" in compiled.asm["ptx"]
+    assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
+    assert compiled.metadata.shared < 113 * 2**10
 
 
 @needs_kernel
@@ -79,25 +102,48 @@ def test_scores_of_any_size_are_safe() -> None:
 
 
 @needs_kernel
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_sums_are_done_again_before_values_make_them_overflow() -> None:
+    """The largest score's exponential is 2^127, a finite number."""
+    q, k, v = draw(140, 90)
+    q = torch.zeros_like(q)
+    q[..., 0] = 8 * 127 / 2**0.5 * torch.log(torch.tensor(2.0))
+    k = torch.zeros_like(k)
+    k[:, :, 5, 0] = 2**0.5
+    attended = attention.attend_by_kernel(q, k, v)
+    assert error(attended, q, k, v) < ROUNDING
+    assert error(attended, q, k, v[:, :, 5:6].expand_as(v)) < ROUNDING
+
+
+@needs_kernel
 def test_is_one_operation_of_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without gradient; the views that heads are cut from need no copies."""
-    always = torch.compiler.assume_constant_result(lambda *heads: True)
-    monkeypatch.setattr(attention, "_has_kernel", always)
-    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in draw(70, 90))
+    """Of any number of queries and keys, whose heads are joined without a copy."""
+    always = torch.compiler.assume_constant_result(lambda device: True)
+    monkeypatch.setattr(attention, "_runs_kernel", always)
+    monkeypatch.setattr(attention, "MIN_KERNEL_KEYS", 80)
+    monkeypatch.setattr(attention, "KERNEL_DTYPE", DTYPE)
     torch._dynamo.reset()
     compiled = torch.compile(attention.attend, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        attended = compiled(q, k, v)
-        assert torch.equal(attended, attention.attend(q, k, v))
+    for num_queries, num_keys in ((70, 90), (80, 100), (81, 102)):
+        heads = draw(num_queries, num_keys)
+        with torch.no_grad():
+            attended = compiled(*heads)
         assert attended.is_contiguous()
-    assert error(attended.unflatten(2, (3, 64)).transpose(1, 2), q, k, v) < ROUNDING
+        assert error(attended.unflatten(2, (3, 64)).transpose(1, 2), *heads) < ROUNDING
 
 
-@pytest.mark.skipif(INTERPRETS or ON_HOPPER or not has_triton(), reason="needs Triton, no GPU")
+@needs_triton
 def test_without_a_working_triton_torch_attends(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    def fail() -> None:
+        raise RuntimeError("Failed to find C compiler")
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    with pytest.warns(UserWarning, match=r"^attention: Triton does not work here \(.*C compiler"):
+    broken = type("Driver", (), {"get_current_target": staticmethod(fail)})
+    monkeypatch.setattr(triton.runtime.driver, "_active", broken)
+    with pytest.warns(UserWarning, match=r"^attention: Triton does not work .*\(Failed to find C"):
         assert not attention._runs_kernel(torch.device("cuda", 7))
 
 

@@ -139,8 +139,10 @@ class OpenGate(nn.Module):
 class GroupNorm(nn.GroupNorm):
     """Group norm with statistics in fp32 at least, in any memory format.
 
-    torch's kernels use one multiprocessor of a GPU for a whole group, an eighth of the speed, and
-    on a CPU cancel digits in channels_last where a group's mean outweighs its spread.
+    torch's kernel for a GPU leaves each group to one multiprocessor, which took seven times as long
+    at 2048 x 2048, 2% of a decode. Its kernel for channels_last on a CPU cancels digits where a
+    group's mean outweighs its spread. The price is fp32 copies of the input, two for the backward
+    pass.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 MAX_TRAINED_KEYS = 1024  # beyond, scores saved for the backward pass cost more than they gain
 MAX_QUERIES = 256  # per chunk; with fewer, packing all keys for every matmul costs too much
 SCORES_PER_THREAD = 2**19  # scores in bf16 that fit a core's cache
-KERNEL_HEAD_DIM = 64
+KERNEL_DTYPE, KERNEL_HEAD_DIM = torch.bfloat16, 64
 MIN_KERNEL_KEYS = 4096  # with fewer, `attention_kernel` gains nothing
 
 
@@ -26,9 +26,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention over (B, heads, N, d); on a GPU torch picks a kernel by card and head size
-    (on Hopper cuDNN's from torch 2.11 on) where `attention_kernel` is not faster."""
+    (on Hopper cuDNN's from torch 2.11 on, about twice as fast as the one it picks before), unless
+    `attention_kernel` is faster still."""
     learns = torch.is_grad_enabled()
-    if not learns and _has_kernel(q.device, q.dtype, q.shape[-1], k.shape[2]):
+    fits = q.dtype == KERNEL_DTYPE and q.shape[-1] == KERNEL_HEAD_DIM
+    if fits and k.shape[2] >= MIN_KERNEL_KEYS and not learns and _runs_kernel(q.device):
         return attend_by_kernel(q, k, v)
     if q.device.type == "cpu":
         # torch's bf16 kernels take twice the time.
@@ -67,28 +69,28 @@ def _attended_like(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @torch.compiler.assume_constant_result
-def _has_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, num_keys: int) -> bool:
-    """Whether `attention_kernel` supports these heads and is the fastest."""
-    fits = dtype == torch.bfloat16 and head_dim == KERNEL_HEAD_DIM and num_keys >= MIN_KERNEL_KEYS
-    return device.type == "cuda" and fits and _runs_kernel(device)
+def _runs_kernel(device: torch.device) -> bool:
+    """Whether `attention_kernel` works on this device and is the fastest: a Hopper GPU, with Triton
+    3.4 or newer, which torch 2.8 brings on Linux."""
+    return device.type == "cuda" and _has_triton(device)
 
 
 @functools.cache
-def _runs_kernel(device: torch.device) -> bool:
-    """Whether this is a Hopper GPU where Triton works, which torch brings to Linux from 2.8 on."""
-    if torch.__version__ < (2, 8) or importlib.util.find_spec("triton") is None:
+def _has_triton(device: torch.device) -> bool:
+    if torch.__version__ < (2, 8) or torch.version.hip is not None or not torch.cuda.is_available():
         return False
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability(device) != (9, 0):
+    found = importlib.util.find_spec("triton") is not None
+    if not found or torch.cuda.get_device_capability(device) != (9, 0):
         return False
-    import triton
-
     try:
+        import triton
+
         triton.runtime.driver.active.get_current_target()  # compiles Triton's own C code
     except Exception as error:  # no compiler, no headers, no linker cache: each raises its own
         reason = textwrap.shorten(str(error), 100)
         warnings.warn(
-            f"attention: Triton does not work here ({reason}), so torch's kernel is used, which "
-            "takes a quarter longer on this GPU; Triton needs a C compiler and Python's headers.",
+            f"attention: Triton does not work here ({reason}), so torch's kernel is used, which is "
+            "slower; Triton needs a C compiler and Python's headers.",
             stacklevel=2,
         )
         return False

@@ -2,8 +2,8 @@
 
 Flash attention (arXiv 2205.14135) keeps the maximum of each query's scores so that no exponential
 overflows, and rescales its sums whenever it grows. Queries and keys that went through an RMSNorm
-have small scores, so these sums start from zero and are only checked at the end; queries whose sums
-left the safe range are computed again with the maximum.
+have small scores, so here the exponentials are summed as they are, and the sums are only checked at
+the end: a tile of queries with a sum outside the safe range is computed again with the maximum.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Queries and keys of a tile, warps and pipeline stages: the fastest of 40 choices on an H200.
+# Queries and keys of a tile, warps and pipeline stages: the fastest of 40 choices on an H200 for 24
+# heads of 16,684 queries and keys.
 QUERIES, KEYS, WARPS, STAGES = 128, 64, 4, 3
-# In between, neither sums nor weights that matter overflow or are flushed to zero.
+# A sum of weights in between has lost none to zero that bf16 would show, and does not overflow when
+# multiplied by values below 2^60.
 LEAST, MOST = tl.constexpr(2.0**-40), tl.constexpr(2.0**60)
 
 
@@ -41,8 +43,8 @@ def _add_keys(
         scores = tl.where(tl.arange(0, k.shape[0])[None, :] < num_keys, scores, -float("inf"))
     if WITH_MAXIMUM:
         higher = tl.maximum(maximum, tl.max(scores, 1) * SCALE)
-        fade = tl.math.exp2(maximum - higher)
-        attended, total, maximum = attended * fade[:, None], total * fade, higher
+        rescale = tl.math.exp2(maximum - higher)
+        attended, total, maximum = attended * rescale[:, None], total * rescale, higher
         weights = tl.math.exp2(scores * SCALE - maximum[:, None])
     else:
         weights = tl.math.exp2(scores * SCALE)
@@ -54,8 +56,8 @@ def _add_keys(
 @triton.jit
 def _add_all_keys(
     q,
-    k_at,
-    v_at,
+    k_desc,
+    v_desc,
     sample,
     head,
     num_keys,
@@ -71,14 +73,14 @@ def _add_all_keys(
     maximum = tl.full([QUERIES], -float("inf"), tl.float32)
     whole = num_keys // KEYS * KEYS
     for first in range(0, whole, KEYS):
-        k = k_at.load([sample, head, first, 0]).reshape(KEYS, HEAD_DIM)
-        v = v_at.load([sample, head, first, 0]).reshape(KEYS, HEAD_DIM)
+        k = k_desc.load([sample, head, first, 0]).reshape(KEYS, HEAD_DIM)
+        v = v_desc.load([sample, head, first, 0]).reshape(KEYS, HEAD_DIM)
         attended, total, maximum = _add_keys(
             q, k, v, attended, total, maximum, KEYS, SCALE, WITH_MAXIMUM, False
         )
     if whole < num_keys:  # rows out of range are loaded as zeros
-        k = k_at.load([sample, head, whole, 0]).reshape(KEYS, HEAD_DIM)
-        v = v_at.load([sample, head, whole, 0]).reshape(KEYS, HEAD_DIM)
+        k = k_desc.load([sample, head, whole, 0]).reshape(KEYS, HEAD_DIM)
+        v = v_desc.load([sample, head, whole, 0]).reshape(KEYS, HEAD_DIM)
         attended, total, maximum = _add_keys(
             q, k, v, attended, total, maximum, num_keys - whole, SCALE, WITH_MAXIMUM, True
         )
@@ -87,10 +89,10 @@ def _add_all_keys(
 
 @triton.jit
 def _attend(
-    q_at,
-    k_at,
-    v_at,
-    attended_at,
+    q_desc,
+    k_desc,
+    v_desc,
+    attended_desc,
     num_keys,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -99,16 +101,16 @@ def _attend(
 ):
     """One tile of queries of one head."""
     first, head, sample = tl.program_id(0) * QUERIES, tl.program_id(1), tl.program_id(2)
-    q = q_at.load([sample, head, first, 0]).reshape(QUERIES, HEAD_DIM)
+    q = q_desc.load([sample, head, first, 0]).reshape(QUERIES, HEAD_DIM)
     attended, total = _add_all_keys(
-        q, k_at, v_at, sample, head, num_keys, KEYS, SCALE, WITH_MAXIMUM=False
+        q, k_desc, v_desc, sample, head, num_keys, KEYS, SCALE, WITH_MAXIMUM=False
     )
     if tl.min(((total > LEAST) & (total < MOST)).to(tl.int32), 0) == 0:
         attended, total = _add_all_keys(
-            q, k_at, v_at, sample, head, num_keys, KEYS, SCALE, WITH_MAXIMUM=True
+            q, k_desc, v_desc, sample, head, num_keys, KEYS, SCALE, WITH_MAXIMUM=True
         )
     attended = (attended / total[:, None]).to(q.dtype)
-    attended_at.store([sample, head, first, 0], attended.reshape(1, 1, QUERIES, HEAD_DIM))
+    attended_desc.store([sample, head, first, 0], attended.reshape(1, 1, QUERIES, HEAD_DIM))
 
 
 def launch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
