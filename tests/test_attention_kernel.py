@@ -17,7 +17,7 @@ from pid_lightning.nn import attention
 
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = torch.__version__ >= (2, 8) and importlib.util.find_spec("triton") is not None
-ON_HOPPER = HAS_TRITON and torch.cuda.is_available() and attention._has_triton(torch.device("cuda"))
+ON_HOPPER = attention._runs_kernel(torch.device("cuda"))
 DEVICE, DTYPE = ("cpu", torch.float32) if INTERPRETS else ("cuda", torch.bfloat16)
 ROUNDING = 1e-6 if INTERPRETS else 2**-8
 

@@ -46,7 +46,7 @@ PLAIN_TORCH = (
 )
 LAZY = ("timm", "open_clip", "transformers", "datasets", "diffusers", "torchmetrics")
 # Modules that the method's files may import at the top level; others only inside functions.
-# torch brings triton, except where `nn/attention_kernel.py` is not used.
+# torch brings triton on Linux, and `nn/attention_kernel.py` is used nowhere else.
 METHOD = {"torch", "triton", "einops", "pid_lightning"} | set(sys.stdlib_module_names)
 
 # Imports the modules one by one; prints the heavy imports of each and fails on any CUDA call.

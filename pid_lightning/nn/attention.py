@@ -70,17 +70,18 @@ def _attended_like(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @torch.compiler.assume_constant_result
 def _runs_kernel(device: torch.device) -> bool:
-    """Whether `attention_kernel` works on this device and is the fastest: a Hopper GPU, with Triton
-    3.4 or newer, which torch 2.8 brings on Linux."""
-    return device.type == "cuda" and _has_triton(device)
+    """Whether `attention_kernel` works on this device and is the fastest."""
+    return _is_hopper_with_triton(device)  # on its own: torch.compile would trace through a cache
 
 
 @functools.cache
-def _has_triton(device: torch.device) -> bool:
-    if torch.__version__ < (2, 8) or torch.version.hip is not None or not torch.cuda.is_available():
+def _is_hopper_with_triton(device: torch.device) -> bool:
+    """With Triton 3.4 or newer, which torch 2.8 brings on Linux."""
+    if device.type != "cuda" or torch.version.hip is not None or torch.__version__ < (2, 8):
         return False
-    found = importlib.util.find_spec("triton") is not None
-    if not found or torch.cuda.get_device_capability(device) != (9, 0):
+    if importlib.util.find_spec("triton") is None or not torch.cuda.is_available():
+        return False
+    if torch.cuda.get_device_capability(device) != (9, 0):
         return False
     try:
         import triton
