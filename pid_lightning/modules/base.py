@@ -24,14 +24,17 @@ from pid_lightning.modules.initialisation import initialise_from
 from pid_lightning.modules.objective import FlowMatching, Objective, draw_sample
 from pid_lightning.modules.optimizers import freeze_untrained, make_optimizer, make_schedule
 from pid_lightning.modules.prediction import PredictionWriter
-from pid_lightning.modules.restoring import OPTIMIZER_SETTINGS, TRAINING_KEY, prepare_restoring
+from pid_lightning.modules.restoring import (
+    FROZEN,
+    OPTIMIZER_SETTINGS,
+    TRAINING_KEY,
+    forgive_frozen,
+    prepare_restoring,
+)
 from pid_lightning.modules.settings import Evaluation, Training
 from pid_lightning.modules.side_stream import SideStream
 from pid_lightning.nn import PiD, PiDConfig
 from pid_lightning.text import NoText, TextEncoder, check_text
-
-# Submodules with pretrained weights, left out of checkpoints.
-FROZEN = ("encoder.", "text_encoder.", "teacher.")
 
 
 class PiDModule(LightningModule):
@@ -93,7 +96,7 @@ class PiDModule(LightningModule):
             raise ValueError("init_from: an empty name; name a model, or leave it out.")
         check_text(self.text_encoder, denoiser, training.caption_dropout)
         self._freeze_untrained()
-        self.register_load_state_dict_post_hook(_forgive_frozen)
+        self.register_load_state_dict_post_hook(forgive_frozen)
 
     # Description and setup.
 
@@ -400,9 +403,3 @@ def check_strategy(strategy: Strategy) -> None:
             "average at different places, and takes no frozen encoder in bf16; use ddp, with "
             "training.activation_checkpointing if memory is short."
         )
-
-
-def _forgive_frozen(module: PiDModule, incompatible: Any) -> None:
-    """Accept missing frozen networks, which are never in checkpoints."""
-    kept = [name for name in incompatible.missing_keys if not name.startswith(FROZEN)]
-    incompatible.missing_keys[:] = kept

@@ -9,6 +9,8 @@ from pid_lightning.weights import AVERAGE, METADATA_KEY, ModelInfo
 if TYPE_CHECKING:
     from pid_lightning.modules.base import PiDModule
 
+# Submodules with pretrained weights, left out of checkpoints.
+FROZEN = ("encoder.", "text_encoder.", "teacher.")
 CRITICS = ("fake_score.", "discriminator.")  # attached to a module by DMD2
 TRAINING_KEY = "pid_training"  # in checkpoints: settings that the optimiser's state holds
 OPTIMIZER_SETTINGS = ("optimizer", "train", "learning_rate", "weight_decay")
@@ -72,6 +74,12 @@ def prepare_restoring(module: PiDModule, checkpoint: dict[str, Any]) -> None:
     module.student_times = theirs.student_times
     if module.image_size is None:
         module.image_size = theirs.image_size
+
+
+def forgive_frozen(module: PiDModule, incompatible: Any) -> None:
+    """Accept missing frozen networks, which are never in checkpoints."""
+    kept = [name for name in incompatible.missing_keys if not name.startswith(FROZEN)]
+    incompatible.missing_keys[:] = kept
 
 
 def _check_callbacks(
