@@ -173,19 +173,6 @@ def numbered(crops):
     return DataLoader(samples, batch_size=6)
 
 
-def quiet_trainer(folder, max_epochs, *callbacks):
-    return pl.Trainer(
-        max_epochs=max_epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-        default_root_dir=folder,
-    )
-
-
 def test_runs_resume_exactly(crops, tmp_path):
     class StopAfterAnEpoch(pl.Callback):
         def on_train_epoch_end(self, trainer, pl_module):
@@ -194,7 +181,7 @@ def test_runs_resume_exactly(crops, tmp_path):
     def fit(*callbacks, resume=None):
         torch.manual_seed(0)  # as the command line does, for the initial weights
         module = AutoencoderModule(**TINY, warmup_steps=1)
-        trainer = quiet_trainer(tmp_path, 2, *callbacks)
+        trainer = tiny.quiet_trainer(tmp_path, max_epochs=2, callbacks=[*callbacks])
         trainer.fit(module, numbered(crops[:, :, :64, :64]), ckpt_path=resume)
         trainer.save_checkpoint(tmp_path / "last.ckpt")
         return module.state_dict()
@@ -215,7 +202,8 @@ def test_fit_starts_from_components_learns_and_exports(crops, tmp_path):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             losses.append(outputs["loss"].item())
 
-    quiet_trainer(tmp_path, 10, Record()).fit(module, loader, loader)
+    trainer = tiny.quiet_trainer(tmp_path, max_epochs=10, callbacks=[Record()])
+    trainer.fit(module, loader, loader)
     losses = torch.tensor(losses).view(10, 3).mean(1)  # by epoch
     assert losses.isfinite().all()
     assert losses[-1] < losses[0] < 0.2  # a random linear path would give about 0.5

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -45,18 +45,6 @@ def make_model(scale: int = 2, patch_size: int = 16, **evaluation) -> VAEPiD:
     return model
 
 
-def trainer(folder, **options) -> pl.Trainer:
-    return pl.Trainer(
-        default_root_dir=folder,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        **options,
-    )
-
-
 def predict(model, folder, *inputs, num_workers: int = 0, **options) -> list:
     """The files that `pid predict` writes for `inputs`; the training source does not exist."""
     data = ImageData(
@@ -66,7 +54,7 @@ def predict(model, folder, *inputs, num_workers: int = 0, **options) -> list:
         num_workers=num_workers,
         inputs=[str(path) for path in inputs],
     )
-    written = trainer(folder, **options).predict(model, data)
+    written = tiny.quiet_trainer(folder, **options).predict(model, data)
     return [path for paths in written for path in paths]
 
 

@@ -81,21 +81,30 @@ def data(batch_size: int = 4, **changes: Any) -> ImageData:
     )
 
 
-def trainer(folder: Path, steps: int, *callbacks: pl.Callback, **changes: Any) -> pl.Trainer:
-    """A quiet trainer on the CPU that leaves `last.ckpt` in `folder`."""
-    saved = ModelCheckpoint(folder, save_last=True, every_n_train_steps=1, save_top_k=0)
+def quiet_trainer(folder: Path, **options: Any) -> pl.Trainer:
+    """A trainer on the CPU that prints, logs and saves nothing."""
     settings = {
-        "max_steps": steps,
         "accelerator": "cpu",
         "devices": 1,
         "logger": False,
+        "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "default_root_dir": folder,
+    }
+    return pl.Trainer(**(settings | options))
+
+
+def trainer(folder: Path, steps: int, *callbacks: pl.Callback, **changes: Any) -> pl.Trainer:
+    """A quiet trainer that leaves `last.ckpt` in `folder`."""
+    saved = ModelCheckpoint(folder, save_last=True, every_n_train_steps=1, save_top_k=0)
+    settings = {
+        "max_steps": steps,
+        "enable_checkpointing": True,
         "limit_val_batches": 0,
         "callbacks": [*callbacks, saved],
     }
-    return pl.Trainer(**(settings | changes))
+    return quiet_trainer(folder, **(settings | changes))
 
 
 def fit(
