@@ -17,6 +17,7 @@ import os
 import platform
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,14 +132,16 @@ def here() -> dict[str, str]:
 def assert_as_recorded(name: str, losses: dict[str, list[float]]) -> None:
     """Compare with the record: to the last bit where sums round alike, else to `TOLERANCE`."""
     recorded = json.loads(RECORDED.read_text())
-    if recorded["made on"] == here():
-        assert losses == recorded[name]
-        return
-    assert losses.keys() == recorded[name].keys()
-    for key, values in losses.items():
-        assert len(values) == len(recorded[name][key]), key
-        for value, before in zip(values, recorded[name][key], strict=True):
-            assert math.isclose(value, before, rel_tol=TOLERANCE), (key, value, before)
+    tolerance = 0.0 if recorded["made on"] == here() else TOLERANCE
+    then = recorded[name]
+    assert losses.keys() == then.keys(), f"{name}: {sorted(losses)}, recorded {sorted(then)}"
+    apart = [
+        f"{name} {key}: {losses[key]}, recorded {then[key]}"
+        for key in then
+        if len(losses[key]) != len(then[key])
+        or not all(map(partial(math.isclose, rel_tol=tolerance), losses[key], then[key]))
+    ]
+    assert not apart, "\n".join(apart)
 
 
 def record() -> None:
