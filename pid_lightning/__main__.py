@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from pid_lightning import commands
-from pid_lightning.mistakes import exit_on_mistake
+from pid_lightning.commands import decode as commands
+from pid_lightning.commands.parsing import exit_on_mistake
 
 TRAINING = ("fit", "validate", "test", "predict")  # by `cli`
 HELP = """usage: pid COMMAND [options]; pid COMMAND --help lists them
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"pid: {given[0]!r} is no command; use one of {known}.", file=sys.stderr)
             sys.exit(2)
         else:
-            from pid_lightning import cli
+            from pid_lightning.commands import fit as cli
 
             cli.main(arguments)  # None: LightningCLI reads sys.argv; given arguments make it warn
     except KeyboardInterrupt:

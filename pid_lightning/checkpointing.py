@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
-from pid_lightning.files import replaced_file
-from pid_lightning.tensor_files import read_torch_file
+from pid_lightning.files.atomic import replaced_file
+from pid_lightning.files.tensors import read_torch_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pid_lightning.tensor_files import read_tensors
+from pid_lightning.files.tensors import read_tensors
 
 
 def read_latents(path: Path) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pid_lightning.encoders.pretrained import find_weights
 from pid_lightning.encoders.vit import STRIDE, ViTEncoder, build_vit
-from pid_lightning.tensor_files import read_tensors
+from pid_lightning.files.tensors import read_tensors
 
 STATISTICS_EPS = 1e-5
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pid_lightning.encoders.base import Encoder
-from pid_lightning.weights import ModelInfo
+from pid_lightning.files.models import ModelInfo
 
 
 def build_encoder(info: ModelInfo) -> Encoder:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from pid_lightning.encoders.vit import ViTEncoder, build_vit
-from pid_lightning.tensor_files import read_tensors
+from pid_lightning.files.tensors import read_tensors
 
 # SigLIP was trained with the tanh approximation of GELU, as in transformers. Many timm towers, and
 # so open_clip's, specify exact GELU, so the approximation is set here for all.

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.pretrained import check_images, check_loaded
-from pid_lightning.files import replaced_file
-from pid_lightning.nn.autoencoder import SmallAutoencoder
-from pid_lightning.tensor_files import fill, opened_safetensors, read_tensors
+from pid_lightning.encoders.small_autoencoder import SmallAutoencoder
+from pid_lightning.files.atomic import replaced_file
+from pid_lightning.files.tensors import fill, opened_safetensors, read_tensors
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "autoencoder.safetensors"
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pid_lightning.encoders.base import Encoder
+from pid_lightning.encoders.latent_spaces import LatentSpace, space_of
 from pid_lightning.encoders.pretrained import (
     check_images,
     check_loaded,
@@ -18,7 +19,6 @@ from pid_lightning.encoders.pretrained import (
 )
 from pid_lightning.encoders.small_vae import SmallVAE
 from pid_lightning.encoders.vae_sources import KNOWN_VAES, VAESource, find_vae
-from pid_lightning.latent_spaces import LatentSpace, space_of
 
 
 def build_vae_encoder(vae: str = "bundled", pretrained: bool = True) -> Encoder:

@@ -8,8 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pid_lightning.encoders.latent_spaces import (
+    KNOWN_SPACES,
+    QWEN_MEAN,
+    QWEN_STD,
+    SUPPORTED_CLASSES,
+)
 from pid_lightning.encoders.pretrained import unreachable_weights
-from pid_lightning.latent_spaces import KNOWN_SPACES, QWEN_MEAN, QWEN_STD, SUPPORTED_CLASSES
 
 
 class VAESource(NamedTuple):

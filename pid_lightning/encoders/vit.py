@@ -20,7 +20,7 @@ from pid_lightning.encoders.pretrained import (
     unreachable_weights,
     warn_random_weights,
 )
-from pid_lightning.tensor_files import fill, read_tensors
+from pid_lightning.files.tensors import fill, read_tensors
 
 STRIDE = 16  # pixels per token, because images are resized by patch/16 before the transformer
 NORM_EPS = 1e-6

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from pid_lightning import weights
-from pid_lightning.hub import find_model
+from pid_lightning.files import models as weights
+from pid_lightning.files.hub import find_model
 
 if TYPE_CHECKING:
-    from pid_lightning.modules.base import PiDModule
+    from pid_lightning.training.modules.base import PiDModule
 
 
 def initialise_from(module: PiDModule, path: str) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pid_lightning.mistakes import check_at_least, check_choice
+from pid_lightning.commands.parsing import check_at_least, check_choice
 
 GATES = ("channel", "token", "none")
 PADDINGS = ("zeros", "replicate")

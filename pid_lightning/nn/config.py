@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from pid_lightning.mistakes import check_at_least, check_choice
+from pid_lightning.commands.parsing import check_at_least, check_choice
 from pid_lightning.nn.adapter import AdapterConfig
 
 PREDICTIONS = ("velocity", "x0")

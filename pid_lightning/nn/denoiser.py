@@ -12,8 +12,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pid_lightning import flow
-from pid_lightning.mistakes import check_whole
+from pid_lightning.commands.parsing import check_whole
+from pid_lightning.diffusion import flow
 from pid_lightning.nn.adapter import LatentAdapter, OpenGate, SigmaGate
 from pid_lightning.nn.blocks import PatchBlock, PixelBlock
 from pid_lightning.nn.condition import Condition, TextEmbedding, position_tables

@@ -1,8 +1,0 @@
-"""Lightning callbacks around the modules."""
-
-from pid_lightning.callbacks.dmd2 import DMD2
-from pid_lightning.callbacks.ema import EMA
-from pid_lightning.callbacks.images import DistillationGrids, PictureGrids
-from pid_lightning.callbacks.last_checkpoint import LastCheckpoint
-
-__all__ = ["DMD2", "EMA", "DistillationGrids", "LastCheckpoint", "PictureGrids"]

@@ -1,0 +1,405 @@
+"""PiDDecoder: decodes latents to pictures, for inference only; does not need Lightning."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pid_lightning.decoding import latents as decoding
+from pid_lightning.decoding import memory_estimate as memory
+from pid_lightning.decoding import tile_choice
+from pid_lightning.decoding.arguments import (
+    check_inputs,
+    check_options,
+    check_pictures,
+    text_features,
+)
+from pid_lightning.decoding.tile_choice import TileChoice
+from pid_lightning.diffusion.randomness import sample_generators
+from pid_lightning.diffusion.sampling import Generators
+from pid_lightning.encoders.base import Encoder
+from pid_lightning.encoders.families import build_encoder
+from pid_lightning.encoders.text import TextEncoder, encode_prompts
+from pid_lightning.files import hub
+from pid_lightning.files.models import ModelInfo, load_model
+from pid_lightning.nn import PiD
+from pid_lightning.nn.compilation import check_not_frozen, compile_for_inference
+from pid_lightning.nn.fixed_times import fix_times
+from pid_lightning.nn.quantisation import is_quantised, quantise
+
+
+class PiDDecoder:
+    """A trained PiD with an interface like ``vae.decode``::
+
+        decoder = PiDDecoder.from_pretrained("model.safetensors").to("cuda")
+        pictures = decoder.decode(latents, seed=0)
+
+    Args:
+        denoiser: the network, with weights in the dtype to compute in.
+        info: description of the model.
+        encoder: encodes pictures to its latents; None builds the one named by `info` on first use.
+
+    Attributes:
+        denoiser, info: as given.
+        text_encoder: for prompts given as words; None until set, since model files do not name it.
+
+    Raises:
+        ValueError: the network's geometry differs from that in `info`.
+    """
+
+    def __init__(self, denoiser: PiD, info: ModelInfo, encoder: Encoder | None = None) -> None:
+        for name in ("scale", "latent_stride", "latent_channels"):
+            built, trained = getattr(denoiser, name), getattr(info, name)
+            if built != trained:
+                raise ValueError(
+                    f"{name}: this network was built for {built}, but was trained for {trained}; "
+                    "build it with info.build()."
+                )
+        self.denoiser = denoiser.eval().requires_grad_(False)
+        self.info = info
+        self.text_encoder: TextEncoder | None = None
+        self._encoder = encoder
+        self._prompts: dict[str, Tensor] = {}
+        self._prompts_by: str | None = None  # description of the text encoder that made them
+
+    # Files and the hub.
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        dtype: torch.dtype | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> PiDDecoder:
+        """Load a decoder on the CPU.
+
+        Args:
+            name: a model's ``.safetensors``, a run's ``.ckpt`` (its averaged weights), a folder of
+                `save_pretrained`, a bundled name, or a hub id ``owner/name``.
+            dtype: dtype to compute in; None is the dtype of the stored weights.
+            revision, token, cache_dir, local_files_only: options of the hub download.
+
+        Raises:
+            FileNotFoundError: there is no such model on this machine.
+            OSError: the hub does not provide it.
+            ValueError: the file is damaged or does not match its own description, or `dtype` is no
+                dtype.
+        """
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype: {dtype!r} is no torch.dtype; give one, as torch.bfloat16.")
+        path = hub.find_model(
+            name,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        denoiser, info = load_model(path)
+        return cls(denoiser.to(dtype=dtype) if dtype is not None else denoiser, info)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model, its description and a model card, for `from_pretrained`."""
+        hub.save_folder(self.denoiser, self.info, folder, self.dtype)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload a PiD decoder",
+    ) -> str:
+        """Upload what `save_pretrained` writes to ``owner/name``, created if missing, and return
+        the URL of the commit."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token, library_name="pid_lightning")
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=commit_message
+            )
+        return str(commit)
+
+    # Properties and placement.
+
+    @property
+    def scale(self) -> int:
+        """Side of the output divided by the side of the native decoder's picture."""
+        return self.info.scale
+
+    @property
+    def latent_stride(self) -> int:
+        """Pixels of the native picture per latent cell."""
+        return self.info.latent_stride
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the normalised latents."""
+        return self.info.latent_channels
+
+    @property
+    def latent_space(self) -> str:
+        """Name of the latent space, e.g. ``"flux"``."""
+        return self.info.latent_space
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network."""
+        return self.denoiser.out.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the network's weights."""
+        return self.denoiser.dtype
+
+    def to(
+        self,
+        device: torch.device | str | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> PiDDecoder:
+        """Move everything to a device; `dtype` applies to the denoiser only, and may stand alone.
+
+        Raises:
+            ValueError: a dtype for weights that are in 8 bits or frozen.
+        """
+        if isinstance(device, torch.dtype):  # `to(torch.bfloat16)`, as modules are cast
+            device, dtype = None, device
+        if dtype is not None:
+            check_not_frozen(self.denoiser, f"dtype: {dtype}")
+        if dtype is not None and any(map(is_quantised, self.denoiser.parameters())):
+            raise ValueError(
+                f"dtype: {dtype} comes too late: the weights are in 8 bits; give the dtype to "
+                "from_pretrained, before quantise."
+            )
+        self.denoiser.to(device=device, dtype=dtype)
+        for other in (self._encoder, self.text_encoder):
+            if other is not None:
+                other.to(device=device)
+        return self
+
+    def compile(self, freeze: bool = False, cuda_graphs: bool = False) -> PiDDecoder:
+        """Compile the network, once per size of output or tile. `freeze` is for CPUs, `cuda_graphs`
+        for small pictures on a GPU: see `compilation.compile_for_inference`.
+
+        Raises:
+            ValueError: CUDA graphs for a network that is not on a GPU.
+        """
+        compile_for_inference(self.denoiser, freeze, cuda_graphs)
+        return self
+
+    def fix_times(self) -> PiDDecoder:
+        """Precompute a student's modulations and drop the weights that make them: same pictures,
+        29 % less weight memory at the published size; see `fixed_times.fix_times`.
+
+        Raises:
+            ValueError: a teacher, times already fixed, or frozen weights.
+        """
+        fix_times(self.denoiser, self.info.student_times)
+        return self
+
+    def attend_in_windows(self, size: int | None) -> PiDDecoder:
+        """Restrict the patch blocks' attention to windows of at most `size` pixels a side, for
+        nearly the exact picture; None undoes it. See `nn.PiD.attend_in_windows`.
+
+        Raises:
+            ValueError: `size` is not a multiple of the patch size, or below two patches.
+        """
+        self.denoiser.attend_in_windows(size)
+        return self
+
+    def quantise(self, activations: bool = False) -> PiDDecoder:
+        """Store weights in 8 bits, half the memory of bf16, close to the exact picture; see
+        `quantisation.quantise`. Only `from_pretrained` undoes it.
+
+        Args:
+            activations: also multiply in 8 bits.
+
+        Raises:
+            ModuleNotFoundError: torchao is not installed.
+            ValueError: weights already in 8 bits, or frozen.
+        """
+        check_not_frozen(self.denoiser, "quantise")
+        quantise(self.denoiser, activations)
+        return self
+
+    def release(self) -> None:
+        """Free memory: drop the encoders (`encoder` is rebuilt when needed) and cached prompts, and
+        move the network to the CPU; `to` moves it back. Compiled graphs keep what they hold."""
+        self._encoder = self.text_encoder = None
+        self._prompts.clear()
+        device = self.device
+        self.denoiser.to("cpu")
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.empty_cache()
+
+    # Encoding pictures and prompts.
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder of the model's latents, loaded, on the network's device.
+
+        Raises:
+            OSError: its weights are not available.
+            ValueError: `info` names a family that this package does not have.
+        """
+        if self._encoder is None:
+            self._encoder = build_encoder(self.info)
+        self._encoder.load()
+        return self._encoder.to(self.device)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode pictures (B, 3, H, W) in [-1, 1] to clean normalised latents (B, C, h, w).
+
+        Raises:
+            ValueError: see `check_pictures`; or sides that do not fit.
+        """
+        check_pictures(images)
+        return self.encoder.encode(images.to(self.device))
+
+    def encode_prompt(self, prompt: str | list[str], cache: str | Path | None = None) -> Tensor:
+        """Encode prompts to features (B, L, D_text).
+
+        Remembered, so that the language model may be dropped afterwards (``text_encoder = None``),
+        until another one is set.
+
+        Args:
+            prompt: one or several.
+            cache: a folder of features (`text.cache_captions`); prompts found there need no
+                `text_encoder`, others are added.
+
+        Raises:
+            ValueError: a network without text, or no `text_encoder` for an unknown prompt.
+        """
+        if self.denoiser.text_embedding is None:
+            raise ValueError("prompt: this model was trained without text; leave it out.")
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
+            raise ValueError(f"prompt: {prompt!r} must be words, a list of words, or features.")
+        if not prompts:
+            raise ValueError("prompt: an empty list; give one prompt or one per sample, or None.")
+        if self.text_encoder is not None and self.text_encoder.description != self._prompts_by:
+            self._prompts.clear()
+            self._prompts_by = self.text_encoder.description
+        # A cache folder gets what is remembered too, where there is an encoder to name it by.
+        again = cache is not None and self.text_encoder is not None
+        unknown = [p for p in dict.fromkeys(prompts) if again or p not in self._prompts]
+        if unknown:
+            width = self.info.config.text_width
+            features = encode_prompts(self.text_encoder, unknown, width, cache, self.device)
+            self._prompts.update(zip(unknown, features, strict=True))
+        return torch.stack([self._prompts[p].to(self.device) for p in prompts])
+
+    # Decoding.
+
+    @torch.no_grad()
+    def decode(
+        self,
+        latents: Tensor,
+        latent_sigma: float | Sequence[float] | Tensor = 0.0,
+        prompt: str | list[str] | Tensor | None = None,
+        steps: int | None = None,
+        generator: Generators = None,
+        seed: int | None = None,
+        tile: TileChoice = None,
+        progress: bool = True,
+        guidance_scale: float = 1.0,
+    ) -> Tensor:
+        """Decode normalised latents to pictures.
+
+        Args:
+            latents: (B, C, h, w); see `latent_spaces` for what normalised means.
+            latent_sigma: noise level of the latents in [0, 1], one or one per sample; 0 is clean.
+            prompt: words, one or one per sample; or text features (L, D_text) or (B, L, D_text);
+                None is the learned null.
+            steps: sampling steps; None is as many as trained (a teacher: 25).
+            generator: the source of noise, one or one per sample.
+            seed: instead of a generator: sample i draws its noise on the CPU from (seed, i), so
+                its picture depends neither on the rest of the batch nor on the device. Without
+                seed and generator, torch's global generator is used. Large pictures on a GPU
+                are faster with a generator of the GPU, which draws their noise there.
+            tile: side of tiles in output pixels; ``"auto"`` takes tiles of the trained size for
+                larger pictures, and smaller ones if memory is short; None decodes without tiles.
+            progress: whether to show a progress bar.
+            guidance_scale: strength of a teacher's text guidance; 1 turns it off.
+
+        Returns:
+            (B, 3, H, W) in [-1, 1], fp32, on the network's device.
+
+        Raises:
+            ValueError: an argument does not fit the model, or its weights overflow in their dtype.
+        """
+        check_options(self, steps, tile, prompt, guidance_scale)
+        sigma = check_inputs(self, latents, latent_sigma, generator, seed)
+        height, width = self.output_size(latents)
+        side = self.choose_tile(height, width, tile, len(latents))
+        text = null_text = None
+        if prompt is not None:
+            text = prompt if isinstance(prompt, Tensor) else self.encode_prompt(prompt)
+            text = text_features(text, self.info.config.text_width, len(latents)).to(self.device)
+        if guidance_scale != 1.0 and not self.info.config.learned_null:
+            null_text = self.encode_prompt([""] * len(latents))
+        if seed is not None:
+            generator = sample_generators(int(seed), "decode", range(len(latents)))
+        tiles = decoding.tiles_for(self.denoiser, height, width, side)
+        num_steps = decoding.num_sampling_steps(self.info.student_times, steps)
+        label, num_tiles = f"{width} x {height}", 1
+        if tiles is not None:
+            num_tiles = len(tiles)
+            label += f" in {num_tiles} tiles of {side}"
+        total = num_steps * num_tiles * (1 if guidance_scale == 1.0 else 2)
+        with tqdm(total=total, desc=label, disable=not progress, leave=False) as bar:
+            pictures = decoding.decode_latents(
+                self.denoiser,
+                latents.to(self.device),
+                sigma,
+                student_times=self.info.student_times,
+                time_shift=self.info.time_shift,
+                steps=steps,
+                text=text,
+                null_text=null_text,
+                guidance_scale=guidance_scale,
+                generator=generator,
+                tile=side,
+                on_forward=bar.update,
+            )
+        if not pictures.isfinite().all():
+            cure = "check the weights and the latents"
+            if self.dtype == torch.float16:
+                cure = "it overflows with these weights, which need torch.bfloat16 or float32"
+            raise ValueError(f"The picture is not finite in {self.dtype}; {cure}.")
+        return pictures
+
+    def output_size(self, latents: Tensor) -> tuple[int, int]:
+        """(height, width) in pixels of the pictures that latents (B, C, h, w) decode to."""
+        return decoding.output_size(self.denoiser, latents)
+
+    def choose_tile(
+        self, height: int, width: int, tile: TileChoice, batch_size: int = 1
+    ) -> int | None:
+        """The side of the tiles that `decode` uses; None is the whole picture.
+
+        Warns if the model was not trained for the size it will see.
+        """
+        return tile_choice.choose_tile(self.denoiser, self.info, height, width, tile, batch_size)
+
+    def estimate_memory(
+        self, height: int, width: int, tile: int | None = None, batch_size: int = 1
+    ) -> int:
+        """Estimate the peak bytes of decoding to height x width pixels, including the weights but
+        not copies in compiled graphs; see `memory`."""
+        working = memory.estimate_working_memory(
+            self.info, height, width, tile, self.dtype, batch_size
+        )
+        return memory.weight_bytes(self.denoiser) + working

@@ -1,0 +1,190 @@
+"""Early stop: end a diffusers pipeline while its latents are still noisy and let PiD finish."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from pid_lightning.commands.parsing import check_at_least, check_whole
+from pid_lightning.decoding.diffusers_vae import PiDAutoencoder
+
+# Schedulers by the form of their latents between steps, at noise level `sigma` of their schedule.
+FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+EXPLODING = (
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+)
+VARIANCE_PRESERVING = (
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+)
+DISCRETE = ("DDIMScheduler", "DDPMScheduler")  # variance-preserving, without a table of sigmas
+KNOWN_SCHEDULERS = (*FLOW, *EXPLODING, *VARIANCE_PRESERVING, *DISCRETE)
+
+
+class EarlyStop:
+    """A `callback_on_step_end` that ends the loop after `at_step` steps; see `stop_early`.
+
+    Attributes:
+        at_step: number of steps to run.
+        latent_sigma: noise level, in the decoder's frame, of the latents that the last pipeline
+            call passed on; None before.
+    """
+
+    def __init__(self, at_step: int) -> None:
+        self.at_step = at_step
+        self.latent_sigma: float | None = None
+
+    def __call__(
+        self, pipe: Any, step: int, timestep: Tensor, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Called by the pipeline after each step; returns the tensors to continue with."""
+        if step == 0:
+            self._begin(pipe, callback_kwargs)
+        if step + 1 != self.at_step:
+            return callback_kwargs
+        signal, noise = signal_and_noise(pipe.scheduler, timestep)
+        frame = pipe.vae.pid_decoder.info.noise_frame
+        latents, self.latent_sigma = to_frame(callback_kwargs["latents"], signal, noise, frame)
+        pipe.vae.expect_noise(self.latent_sigma, lambda: pipe.interrupt)
+        pipe._interrupt = True  # diffusers' documented way to stop from a callback
+        return {**callback_kwargs, "latents": latents}
+
+    def _begin(self, pipe: Any, callback_kwargs: dict[str, Any]) -> None:
+        self.latent_sigma = None
+        _check_pipeline(pipe)
+        _check_spacing(pipe.scheduler)
+        if self.at_step > pipe.num_timesteps:
+            raise ValueError(
+                f"at_step: {self.at_step} exceeds the {pipe.num_timesteps} steps of this call; "
+                "lower it or raise num_inference_steps."
+            )
+        if "latents" not in callback_kwargs:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs: {[*callback_kwargs]} must include 'latents' "
+                "for an early stop; add it or omit the argument."
+            )
+
+
+def stop_early(pipe: Any, at_step: int = 24) -> EarlyStop:
+    """End a pipeline's loop after `at_step` steps and decode the still noisy latents with PiD.
+
+    ::
+
+        pipe.vae = PiDAutoencoder(pipe.vae, decoder)
+        picture = pipe(prompt, num_inference_steps=28,
+                       callback_on_step_end=stop_early(pipe, 24)).images[0]
+
+    PiD receives the remaining noise level, which is the sigma of the next step. Latents in a
+    different frame than the decoder was trained in (SDXL's `z + sigma eps`) are converted. With
+    `output_type="latent"` the pipeline returns the converted latents, and `latent_sigma` of the
+    callback is their noise level; the autoencoder takes the latents of its next `decode` to be
+    these, once, and `pipe.vae.pid_decoder.decode` takes latents and level at any time.
+
+    Args:
+        pipe: a diffusers pipeline whose `vae` is a `PiDAutoencoder`.
+        at_step: number of steps to run, at most the number of steps of the call.
+
+    Returns:
+        The callback, which can be used for any number of calls.
+
+    Raises:
+        ValueError: `vae` is not a `PiDAutoencoder`, the pipeline cannot be interrupted, the noise
+            levels of its scheduler are not known, or `at_step` is less than 1. At the first step:
+            `at_step` exceeds the call's steps, or DDIM's steps are uneven.
+    """
+    check_whole("at_step", at_step)
+    check_at_least("at_step", at_step, 1)
+    _check_pipeline(pipe)
+    return EarlyStop(at_step)
+
+
+def signal_and_noise(scheduler: Any, timestep: Tensor | int) -> tuple[float, float]:
+    """Coefficients of the latents after a step, which are `signal * z + noise * eps`.
+
+    Args:
+        scheduler: a diffusers scheduler whose `step` has just been called.
+        timestep: the timestep that `step` was called with.
+
+    Raises:
+        ValueError: the scheduler is not supported.
+    """
+    kind = _kind(scheduler)
+    if kind in DISCRETE:
+        return _discrete(scheduler, int(timestep), kind)
+    sigma = float(scheduler.sigmas[scheduler.step_index])  # `step` has already advanced the index
+    if kind in FLOW or scheduler.config.get("use_flow_sigmas", False):
+        return 1 - sigma, sigma
+    if kind in EXPLODING:
+        return 1.0, sigma
+    spread = (sigma**2 + 1) ** 0.5
+    return 1 / spread, sigma / spread
+
+
+def to_frame(latents: Tensor, signal: float, noise: float, frame: str) -> tuple[Tensor, float]:
+    """Latents `signal * z + noise * eps` converted to a frame of `noising`, and their level there.
+
+    Args:
+        latents: of any shape; computed in fp32, returned in their own dtype.
+        signal: coefficient of the clean latents.
+        noise: coefficient of the noise.
+        frame: ``"flow"`` or ``"variance_preserving"``.
+    """
+    # A frame's signal and noise sum to 1, or their squares do.
+    spread = signal + noise if frame == "flow" else math.hypot(signal, noise)
+    return (latents.float() / spread).to(latents.dtype), noise / spread
+
+
+def _discrete(scheduler: Any, timestep: int, kind: str) -> tuple[float, float]:
+    """Signal and noise from the cumulative alpha at the timestep after the step."""
+    if kind == "DDPMScheduler":
+        previous, last = int(scheduler.previous_timestep(timestep)), scheduler.one
+    else:
+        config = scheduler.config
+        previous = timestep - config.num_train_timesteps // scheduler.num_inference_steps
+        last = scheduler.final_alpha_cumprod
+    kept = float(scheduler.alphas_cumprod[previous] if previous >= 0 else last)
+    return kept**0.5, (1 - kept) ** 0.5
+
+
+def _check_spacing(scheduler: Any) -> None:
+    """Refuse steps of DDIM after which latents are not where the next step takes them to be."""
+    if _kind(scheduler) != "DDIMScheduler":
+        return
+    num_steps, timesteps = scheduler.num_inference_steps, scheduler.timesteps
+    if (timesteps[:-1] - timesteps[1:] != scheduler.config.num_train_timesteps // num_steps).any():
+        raise ValueError(
+            f"scheduler: with timestep_spacing {scheduler.config.timestep_spacing!r} and "
+            f"{num_steps} steps, DDIM leaves latents at other noise levels than it states; use "
+            "timestep_spacing 'leading', or another scheduler."
+        )
+
+
+def _kind(scheduler: Any) -> str:
+    for ancestor in type(scheduler).__mro__:
+        if ancestor.__name__ in KNOWN_SCHEDULERS:
+            return ancestor.__name__
+    raise ValueError(
+        f"scheduler: the noise level of a {type(scheduler).__name__} is not known; use one of "
+        f"{', '.join(KNOWN_SCHEDULERS)}."
+    )
+
+
+def _check_pipeline(pipe: Any) -> None:
+    name = type(pipe).__name__
+    vae = getattr(pipe, "vae", None)
+    if not isinstance(vae, PiDAutoencoder):
+        raise ValueError(
+            f"pipe.vae: {type(vae).__name__} cannot decode noisy latents; set pipe.vae = "
+            "PiDAutoencoder(pipe.vae, decoder) first."
+        )
+    if not hasattr(type(pipe), "interrupt"):
+        raise ValueError(
+            f"pipe: a {name} cannot be stopped early; use a pipeline with an `interrupt` property."
+        )
+    _kind(pipe.scheduler)

@@ -1,0 +1,197 @@
+"""Estimates the memory of a decode by a run without data that tracks live tensors."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pid_lightning.decoding.latents import adapt_tile, tiles_for
+from pid_lightning.diffusion import sampling
+from pid_lightning.diffusion.tiling import Tile, Tiles
+from pid_lightning.files.models import ModelInfo
+from pid_lightning.nn.quantisation import is_quantised
+
+
+def estimate_working_memory(
+    info: ModelInfo,
+    height: int,
+    width: int,
+    tile: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    batch_size: int = 1,
+) -> int:
+    """Estimate the peak bytes of decoding one batch, without the weights of the denoiser.
+
+    Attention counts as one operation, as on a GPU. Not counted: a chunk of scores in bf16 on a CPU,
+    1 KiB per token and thread (16 MiB a thread at 2048 x 2048); guidance, which holds one more
+    picture; allocator overhead and workspaces of libraries.
+
+    Args:
+        info: the model.
+        height, width: size of the output in pixels.
+        tile: side of the tiles; None decodes without tiles.
+        dtype: dtype of the weights.
+        batch_size: pictures decoded together.
+
+    Raises:
+        ValueError: the size or the tile does not fit the model.
+    """
+    dtype = counted_dtype(dtype)
+    return _estimate(json.dumps(info.to_plain()), height, width, tile, dtype, batch_size)
+
+
+def counted_dtype(dtype: torch.dtype) -> torch.dtype:
+    """A dtype of the same size whose attention on a CPU is torch's own operation, as on a GPU, and
+    is known to torch's counter."""
+    return torch.float16 if dtype == torch.bfloat16 else dtype
+
+
+@lru_cache(maxsize=64)  # a run without data takes a second for a large network
+@torch.no_grad()
+def _estimate(
+    plain: str, height: int, width: int, tile: int | None, dtype: torch.dtype, batch_size: int
+) -> int:
+    info = ModelInfo.from_plain(json.loads(plain))
+    with torch.device("meta"):
+        denoiser = info.build().eval()
+    tiles = tiles_for(denoiser, height, width, tile)
+    seen = (height, width) if tiles is None else tiles.shape
+    place = None if tiles is None else max(tiles, key=lambda tile: _seen_area(tile, tiles))
+    cells = (side // (info.latent_stride * info.scale) for side in (height, width))
+    shapes = {name: weight.shape for name, weight in denoiser.state_dict().items()}
+    with FakeTensorMode():
+        state = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+        denoiser.load_state_dict(state, assign=True)
+        latents = torch.empty(batch_size, info.latent_channels, *cells)
+        t = torch.empty(batch_size)
+        text = None
+        if denoiser.text_embedding is not None:
+            config = info.config
+            text = torch.empty(batch_size, config.text_length, config.text_width, dtype=dtype)
+        x = torch.empty(batch_size, 3, *seen)
+
+        def adapt() -> Tensor:
+            if tiles is None:
+                return denoiser.adapt(latents, t)[0]
+            return adapt_tile(denoiser, latents, t, tiles, place)
+
+        adapted = adapt()
+        condition = denoiser.condition_on(adapted, t, text)
+        adapting = peak_bytes(adapt)
+        conditioning = peak_bytes(lambda: denoiser.condition_on(adapted, t, text))
+        held = num_bytes(filter(_is_tensor, tree_leaves(condition)))
+        running = peak_bytes(lambda: denoiser(x, t, condition))
+
+    if tiles is None:
+
+        def velocity(x_t: Tensor, t: Tensor) -> Tensor:
+            torch.empty(running, dtype=torch.uint8, device="meta")
+            return torch.empty_like(x_t)
+
+        making = max(adapting, num_bytes([adapted]) + conditioning)
+        return max(making, held + _sampling_bytes(info, (batch_size, 3, height, width), velocity))
+
+    making = max(adapting, conditioning, held + running)
+
+    def sum_of_tiles(x_t: Tensor, t: Tensor) -> Tensor:
+        total = torch.empty_like(x_t)
+        cut = x_t.new_empty(batch_size, 3, *seen)  # what the tile sees of x_t
+        torch.empty(making, dtype=torch.uint8, device="meta")
+        del cut
+        return total
+
+    held = len(tiles) * num_bytes([adapted])
+    return held + _sampling_bytes(info, (batch_size, 3, height, width), sum_of_tiles)
+
+
+def _sampling_bytes(
+    info: ModelInfo, shape: tuple[int, ...], velocity: Callable[[Tensor, Tensor], Tensor]
+) -> int:
+    """Peak bytes of the model's own sampler, including what `velocity` allocates and frees."""
+
+    def sample() -> Tensor:
+        noise, times = partial(torch.empty, shape, device="meta"), info.student_times
+        if times is None:
+            return sampling.sample_solver(velocity, noise(), shift=1.0)
+        return sampling.sample_few_steps(velocity, noise(), len(times), student_times=times)
+
+    return peak_bytes(sample)
+
+
+def _seen_area(tile: Tile, tiles: Tiles) -> int:
+    rows, columns = tile.widened(tiles.step, tiles.height, tiles.width)
+    return (rows.stop - rows.start) * (columns.stop - columns.start)
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the elements; a tensor that occurs twice counts once."""
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+
+
+def weight_bytes(network: nn.Module) -> int:
+    """Bytes of a network's weights as stored, including 8-bit ones."""
+    parts = []
+    for weight in network.parameters():
+        names = weight.data.__tensor_flatten__()[0] if is_quantised(weight) else ["data"]
+        parts += [getattr(weight, name) for name in names]
+    return num_bytes(parts)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a decode could still allocate on a device; None if unknown."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.is_file():
+        return None
+    line = next(s for s in meminfo.read_text().splitlines() if s.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
+
+
+def peak_bytes(compute: Callable[[], object]) -> int:
+    """Peak bytes of the tensors that `compute` allocates."""
+    with _LiveBytes() as live:
+        compute()
+    return live.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Tracks the storages that operations allocate, and the peak bytes alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        given = {a.untyped_storage()._cdata for a in tree_leaves(arguments) if _is_tensor(a)}
+        result = function(*arguments, **(options or {}))
+        for tensor in filter(_is_tensor, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self.sizes and key not in given:
+                self.sizes[key] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._forget, key)
+        return result
+
+    def _forget(self, key: int) -> None:
+        self.now -= self.sizes.pop(key, 0)
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)

@@ -1,0 +1,340 @@
+"""Caption features for the denoiser: none, cached on disk, or from a frozen language model."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pid_lightning.commands.parsing import check_choice
+from pid_lightning.files.atomic import replaced_file
+from pid_lightning.files.tensors import opened_safetensors, read_tensors
+
+if TYPE_CHECKING:
+    from pid_lightning.nn import PiDConfig
+
+
+class TextEncoder(nn.Module, ABC):
+    """A frozen encoder of captions; its features feed the denoiser's text stream.
+
+    Construction is cheap and offline; `load` gets weights or files.
+
+    Attributes:
+        text_width: width D_text of the features.
+        description: what features depend on besides the caption; identifies caches.
+    """
+
+    text_width: int
+    description: str
+
+    @abstractmethod
+    def load(self) -> None:
+        """Get weights or files; a second call does nothing.
+
+        Raises:
+            OSError: they are not available; the message says how to fix that.
+        """
+
+    @abstractmethod
+    def encode(self, captions: list[str]) -> Tensor | None:
+        """Encode B captions as features (B, L, D_text); None stands for the learned null."""
+
+    def train(self, mode: bool = True) -> TextEncoder:
+        """Stay in evaluation mode: a frozen encoder is never trained."""
+        return super().train(False)
+
+
+class NoText(TextEncoder):
+    """No captions: the denoiser uses its learned null for every sample."""
+
+    text_width = 0
+    description = "none"
+
+    def load(self) -> None:
+        """Do nothing."""
+
+    def encode(self, captions: list[str]) -> None:
+        """Return None for any captions."""
+        return None
+
+
+def check_text(encoder: TextEncoder, config: PiDConfig, caption_dropout: float) -> None:
+    """Check that a denoiser can be trained with an encoder's features.
+
+    Raises:
+        ValueError: features of another width, captions shorter than the learned null that replaces
+            some, or neither captions nor a null.
+    """
+    silent = isinstance(encoder, NoText)
+    if not silent and config.text_length and encoder.text_width != config.text_width:
+        raise ValueError(
+            f"text: its features are {encoder.text_width} wide, but the denoiser's text_width is "
+            f"{config.text_width}; set model.denoiser.text_width to {encoder.text_width}."
+        )
+    length = getattr(encoder, "length", None)  # cached captions tell theirs when they are read
+    uses_null = config.learned_null and caption_dropout > 0
+    if length is not None and uses_null and length < config.text_length:
+        raise ValueError(
+            f"text: {length} tokens a caption, but the learned null has text_length "
+            f"{config.text_length}; set model.denoiser.text_length to {length}."
+        )
+    if silent and config.text_length and not config.learned_null:
+        raise ValueError(
+            "text: a denoiser without a learned null, as in the published weights, needs "
+            "caption features; give model.text, or set model.denoiser.learned_null to true."
+        )
+
+
+def cache_file(path: str | Path, caption: str) -> Path:
+    """Path in a cache folder of the features of `caption`."""
+    return Path(path) / f"{hashlib.sha256(caption.encode()).hexdigest()[:32]}.safetensors"
+
+
+def cache_captions(
+    encoder: TextEncoder, captions: Iterable[str], path: str | Path, batch_size: int = 8
+) -> int:
+    """Encode captions once and store their features in a folder for `CachedText`.
+
+    Each caption has its own file, which appears only when complete: several processes can fill
+    one folder, and running it again resumes a stopped one.
+
+    Args:
+        encoder: makes features, e.g. `LanguageModelText`; loaded, unless all captions are stored.
+        captions: what to encode; stored ones are skipped. Include "" for pictures without one.
+        path: the folder, created if missing.
+        batch_size: captions per batch.
+
+    Returns:
+        The number of captions newly stored.
+
+    Raises:
+        ValueError: the folder holds another encoder's features, or `encoder` makes none.
+    """
+    from safetensors.torch import save_file
+
+    files = {caption: cache_file(path, caption) for caption in captions}
+    missing = [caption for caption, file in files.items() if not file.exists()]
+    # Any other one too: a folder holds the features of one encoder.
+    present = {file for file in files.values() if file.exists()}
+    present.update(islice(Path(path).glob("*.safetensors"), 1))
+    for file in present:
+        with opened_safetensors(file) as stored:
+            found = (stored.metadata() or {}).get("encoder")
+        if found != encoder.description:
+            raise ValueError(
+                f"{path} holds caption features of {found}, not of {encoder.description}: "
+                "name another folder, or remove this one."
+            )
+    for start in range(0, len(missing), batch_size):
+        batch = missing[start : start + batch_size]
+        features = encoder.encode(batch)
+        if features is None:
+            raise ValueError(
+                f"{type(encoder).__name__} makes no features to cache; use LanguageModelText."
+            )
+        for caption, feature in zip(batch, features, strict=True):
+            metadata = {"caption": caption, "encoder": encoder.description}
+            with replaced_file(cache_file(path, caption)) as temporary:
+                save_file({"features": feature.cpu().contiguous()}, temporary, metadata)
+    return len(missing)
+
+
+class CachedText(TextEncoder):
+    """Features stored by `cache_captions`: training needs no language model in memory.
+
+    Args:
+        path: the folder of the cache.
+        text_width: width of the stored features.
+    """
+
+    def __init__(self, path: str, text_width: int = 2304) -> None:
+        super().__init__()
+        self.path = path
+        self.text_width = text_width
+        self.description = f"cache {path}"
+        # Follows `.to(device)`, so that features are returned on the denoiser's device.
+        self.register_buffer("place", torch.empty(0), persistent=False)
+
+    def load(self) -> None:
+        """Check that the folder exists.
+
+        Raises:
+            FileNotFoundError: it does not.
+        """
+        if not Path(self.path).is_dir():
+            raise FileNotFoundError(
+                f"text cache {self.path} does not exist: create it with "
+                "pid_lightning.encoders.text.cache_captions(encoder, captions, path)."
+            )
+
+    def encode(self, captions: list[str]) -> Tensor:
+        """Read features (B, L, D_text), in their stored dtype.
+
+        Raises:
+            FileNotFoundError: a caption is not in the cache.
+            ValueError: features of another width, or of different lengths L.
+        """
+        features = [self._read(caption) for caption in captions]
+        shapes = sorted({tuple(feature.shape) for feature in features})
+        if len(shapes) > 1 or shapes[0][-1] != self.text_width:
+            raise ValueError(
+                f"text cache {self.path} holds features of shapes {shapes}, expected one length "
+                f"and width {self.text_width}: set text_width, or cache all with one encoder."
+            )
+        return torch.stack(features).to(self.place.device)
+
+    def _read(self, caption: str) -> Tensor:
+        file = cache_file(self.path, caption)
+        if not file.exists():
+            raise FileNotFoundError(
+                f"caption {caption!r} is not in the text cache {self.path}: add it with "
+                "pid_lightning.encoders.text.cache_captions(encoder, captions, path)."
+            )
+        return read_tensors(file)["features"]
+
+
+def encode_prompts(
+    encoder: TextEncoder | None,
+    prompts: list[str],
+    text_width: int,
+    cache: str | Path | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Encode a decoder's prompts as features (B, L, D_text).
+
+    Args:
+        encoder: the decoder's text encoder; None reads from the cache only.
+        prompts: B prompts.
+        text_width: width D_text that the denoiser expects.
+        cache: folder of `cache_captions`; new prompts are added to it.
+        device: where the encoder is moved and runs; None leaves it where it is.
+
+    Raises:
+        ValueError: no encoder for a prompt that is not cached, one of another width, or a cache of
+            another one.
+    """
+    missing = [p for p in prompts if cache is None or not cache_file(cache, p).exists()]
+    if missing and encoder is None:
+        raise ValueError(
+            f"prompt: {missing[0]!r} needs a language model: set decoder.text_encoder, e.g. to "
+            "pid_lightning.LanguageModelText, or give text features or a cache that has it."
+        )
+    if missing:
+        encoder.load()
+        encoder.to(device)
+    if cache is not None:
+        if encoder is not None:  # even if nothing is missing: it compares what made the features
+            cache_captions(encoder, prompts, cache)
+        return CachedText(str(cache), text_width).encode(prompts)
+    features = encoder.encode(prompts)
+    if features is None or features.shape[-1] != text_width:
+        made = "no features" if features is None else f"features {features.shape[-1]} wide"
+        raise ValueError(
+            f"prompt: text_encoder makes {made}, but this model expects {text_width}; use the "
+            "encoder it was trained with."
+        )
+    return features
+
+
+class LanguageModelText(TextEncoder):
+    """Features of a frozen language model: its last hidden state after the final norm.
+
+    The model reads prefix + caption, padded or truncated on the right to (prefix tokens +
+    length - 2) tokens. Of these, token 0 and the last (length - 1) are kept: the start token, the
+    end of the prefix and the caption. Without a prefix the caption is padded to `length`.
+
+    Args:
+        model: hub id or local folder of a decoder-only transformers model with its tokenizer; the
+            released PiD weights were trained with google/gemma-2-2b-it. The language modelling
+            head is not loaded.
+        prefix: instruction in front of every caption.
+        length: number of features L per caption.
+        text_width: the model's hidden size, needed before loading.
+        dtype: of the weights and features.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        prefix: str = "",
+        length: int = 300,
+        text_width: int = 2304,
+        dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+    ) -> None:
+        super().__init__()
+        if length < 2:
+            raise ValueError(f"text length: {length} is too short; give at least 2.")
+        check_choice("text dtype", dtype, ("float32", "bfloat16", "float16"))
+        self.model, self.prefix, self.length = model, prefix, length
+        self.text_width, self.dtype = text_width, dtype
+        digest = hashlib.sha256(prefix.encode()).hexdigest()[:8]
+        self.description = f"{model} in {dtype}, length {length}, prefix {digest}"
+        self.tokenizer = None
+        self.transformer: nn.Module | None = None
+
+    def load(self) -> None:
+        """Load tokenizer and transformer from the folder, the hub's cache or the hub.
+
+        Raises:
+            OSError: they are not available.
+            ValueError: the hidden size is not `text_width`, or the tokenizer cannot pad.
+        """
+        if self.transformer is not None:
+            return
+        from transformers import AutoModel, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.model)
+            transformer = AutoModel.from_pretrained(self.model, dtype=getattr(torch, self.dtype))
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"language model {self.model!r} is not available ({str(error).splitlines()[0]}): "
+                "give a local folder with its weights and tokenizer, log in to the hub where its "
+                "licence requires it, or train without captions (text: null)."
+            ) from error
+        if transformer.config.hidden_size != self.text_width:
+            raise ValueError(
+                f"language model {self.model!r} is {transformer.config.hidden_size} wide, "
+                f"not {self.text_width}: set text_width to that."
+            )
+        if tokenizer.pad_token is None:
+            raise ValueError(f"the tokenizer of {self.model!r} has no padding token; set one.")
+        tokenizer.padding_side = tokenizer.truncation_side = "right"
+        self.tokenizer = tokenizer
+        self.transformer = transformer.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def encode(self, captions: list[str]) -> Tensor:
+        """Encode B captions as features (B, length, D_text) in `dtype`, regardless of autocast.
+
+        Raises:
+            RuntimeError: `load` has not been called.
+        """
+        if self.transformer is None:
+            raise RuntimeError(f"language model {self.model!r} is not loaded; call load() first.")
+        num_tokens = self.length
+        if self.prefix:
+            num_tokens += len(self.tokenizer(self.prefix)["input_ids"]) - 2
+        tokens = self.tokenizer(
+            [self.prefix + caption for caption in captions],
+            padding="max_length",
+            truncation=True,
+            max_length=num_tokens,
+            return_tensors="pt",
+        )
+        device = self.transformer.device
+        with torch.autocast(device.type, enabled=False):
+            hidden = self.transformer(
+                input_ids=tokens["input_ids"].to(device),
+                attention_mask=tokens["attention_mask"].to(device),
+                use_cache=False,
+            ).last_hidden_state  # (B, num_tokens, D_text)
+        if not self.prefix:
+            return hidden
+        return torch.cat([hidden[:, :1], hidden[:, 1 - self.length :]], dim=1)

@@ -1,0 +1,152 @@
+"""Find and publish models: files, folders, runs, bundled names and the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from pid_lightning.files.atomic import make_folder, replaced_file
+from pid_lightning.files.models import ModelInfo, save_model
+from pid_lightning.nn import PiD
+
+MODEL_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
+MODEL_SUFFIXES = (".safetensors", ".ckpt")
+
+# Models shipped with the package; the first is the default of `pid decode`.
+BUNDLED_MODELS: dict[str, Path] = {
+    "pid-small-vae-4x": Path(__file__).parent / "assets" / "pid-small-vae-4x.safetensors",
+}
+
+
+def find_model(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Path of a model's file.
+
+    Args:
+        name: a ``.safetensors`` model, a run's ``.ckpt``, a folder that `save_folder` wrote, a
+            run's folder (its newest checkpoint), a bundled name, or a hub id ``owner/name``.
+        revision, token, cache_dir, local_files_only: options of `hf_hub_download`.
+
+    Raises:
+        FileNotFoundError: no local model has that name.
+        OSError: the hub cannot provide it.
+    """
+    if not str(name):
+        raise FileNotFoundError("model: no name was given; give one, or leave the option out.")
+    path = Path(os.path.expanduser(name))
+    if str(name) in BUNDLED_MODELS:
+        return BUNDLED_MODELS[str(name)]
+    if path.is_file():
+        return path
+    if path.is_dir():
+        found = path / MODEL_FILE if (path / MODEL_FILE).is_file() else find_last_checkpoint(path)
+        if found is None:
+            raise FileNotFoundError(
+                f"folder {path} holds neither {MODEL_FILE} nor a run's checkpoints: name a model "
+                "file, a folder written by save_pretrained, or the folder of a run."
+            )
+        return found
+    is_id = str(name).count("/") == 1 and not str(name).startswith(("/", "."))
+    if path.suffix in MODEL_SUFFIXES or not is_id:
+        bundled = ", ".join(BUNDLED_MODELS)
+        raise FileNotFoundError(
+            f"model {name} was not found: give a {' or '.join(MODEL_SUFFIXES)} file, a folder, a "
+            f"hub id owner/name, or a bundled name ({bundled})."
+        )
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        file = hf_hub_download(
+            str(name),
+            MODEL_FILE,
+            library_name="pid_lightning",
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        # Below the hub's status stands what it means: no such repository, no such file, gated.
+        told = [part.strip() for part in str(error).split("\n\n") if part.strip()]
+        status, *meaning = told or [type(error).__name__]
+        reason = (meaning or [status])[0].splitlines()[0]
+        raise OSError(
+            f"model {str(name)!r} is no local file or folder, and the hub does not provide its "
+            f"{MODEL_FILE} ({reason.rstrip('.')}): check the name and the connection."
+        ) from error
+    return Path(file)
+
+
+def find_last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in the folder of a run, or of all versions of a run.
+
+    Normally that is a `last.ckpt`; after a kill it may be the last periodic checkpoint.
+    """
+    places = ("", "checkpoints/", "version_*/checkpoints/")
+    found = [path for place in places for path in folder.glob(f"{place}*.ckpt")]
+    return max(found, key=lambda path: (path.stat().st_mtime, path.name), default=None)
+
+
+def save_folder(denoiser: PiD, info: ModelInfo, folder: str | Path, dtype: torch.dtype) -> None:
+    """Write the model file, its metadata as ``config.json``, and a model card.
+
+    Raises:
+        ValueError: no folder is named.
+        OSError: it cannot be made or written to.
+    """
+    if not str(folder):
+        raise ValueError("folder: an empty name; name the folder to write.")
+    folder = Path(os.path.expanduser(folder))
+    make_folder("folder", folder)
+    save_model(denoiser, info, folder / MODEL_FILE, dtype)
+    with replaced_file(folder / CONFIG_FILE) as temporary:
+        temporary.write_text(json.dumps(info.to_plain(), indent=2) + "\n", encoding="utf-8")
+    with replaced_file(folder / CARD_FILE) as temporary:
+        temporary.write_text(model_card(denoiser, info), encoding="utf-8")
+
+
+def model_card(denoiser: PiD, info: ModelInfo) -> str:
+    """Model card in the hub's format, filled from the model's metadata."""
+    millions = sum(weight.numel() for weight in denoiser.parameters()) / 1e6
+    kind = "a teacher, sampled by a solver"
+    if info.student_times is not None:
+        kind = f"a student of {len(info.student_times)} steps"
+    size = "not recorded" if info.image_size is None else f"{info.image_size} x {info.image_size}"
+    return f"""---
+library_name: pid_lightning
+pipeline_tag: image-to-image
+tags:
+- pixel-diffusion-decoder
+- {info.latent_space}
+---
+# A pixel diffusion decoder for {info.latent_space} latents
+
+Decodes normalised `{info.latent_space}` latents to pictures {info.scale} times as large as the
+native decoder's, by pixel diffusion (PiD, arXiv 2605.23902).
+
+| | |
+|---|---|
+| parameters | {millions:.1f} million |
+| sampling | {kind} |
+| latents | {info.latent_channels} channels, {info.latent_stride} pixels a cell |
+| scale | {info.scale} |
+| trained output size | {size} |
+| noise levels of the latents | 0 to {info.latent_sigma_max:g} ({info.noise_frame}) |
+
+```python
+from pid_lightning.decoder import PiDDecoder
+
+decoder = PiDDecoder.from_pretrained("this/repository")
+pictures = decoder.decode(latents)  # (B, 3, H, W) in [-1, 1]
+```
+"""

@@ -1,0 +1,215 @@
+"""Model files: one self-describing `.safetensors` per model, and the metadata of checkpoints.
+
+Loading is strict; files are written to a temporary name and moved into place."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pid_lightning.files.atomic import replaced_file
+from pid_lightning.files.tensors import opened_safetensors, read_tensors, read_torch_file
+from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
+from pid_lightning.nn.fixed_times import has_fixed_times
+from pid_lightning.nn.quantisation import is_quantised
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+METADATA_KEY = "pid"  # in safetensors metadata and in training checkpoints
+AVERAGE = "denoiser_ema."  # prefix of the averaged tensors in training checkpoints
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model file states about itself: geometry, latent space and how to sample it.
+
+    Attributes:
+        family: name of the LightningModule that trained it, e.g. ``"VAEPiD"``.
+        encoder: plain arguments that rebuild the encoder.
+        latent_space: name of the latent space, e.g. ``"flux"``.
+        latent_channels, latent_stride, scale: geometry, see `nn.PiD`.
+        image_size: side in pixels of the training outputs, None if unknown.
+        latent_sigma_max: highest latent noise level seen in training.
+        noise_frame: frame of that noise, see `noising.add_latent_noise`.
+        student_times: sampling times of a distilled student; None for a teacher.
+        time_shift: shift of training and solver times; None derives it from the output size.
+        config: network sizes.
+    """
+
+    family: str
+    encoder: dict[str, Any]
+    latent_space: str
+    latent_channels: int
+    latent_stride: int
+    scale: int
+    image_size: int | None
+    latent_sigma_max: float
+    noise_frame: str
+    student_times: tuple[float, ...] | None
+    config: PiDConfig
+    time_shift: float | None = None
+
+    def to_plain(self) -> dict[str, Any]:
+        """Convert to plain values, for JSON and `weights_only` checkpoints."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> ModelInfo:
+        """Invert `to_plain`.
+
+        Raises:
+            ValueError: a newer version's description, or a damaged one.
+        """
+        try:
+            config = dict(plain["config"])
+            reference = config["rope_reference"]
+            config["rope_reference"] = tuple(reference) if reference is not None else None
+            config["adapter"] = AdapterConfig(**config["adapter"])
+            times = plain["student_times"]
+            known = {
+                "config": PiDConfig(**config),
+                "student_times": tuple(times) if times is not None else None,
+            }
+            return cls(**{**plain, **known})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"model metadata that this version cannot read ({error}); update pid_lightning."
+            ) from error
+
+    def build(self) -> PiD:
+        """Build the network, untrained."""
+        return PiD(self.config, self.latent_channels, self.latent_stride, self.scale)
+
+    def differences(self, other: ModelInfo) -> list[str]:
+        """List what makes another model's weights incompatible, as "name: theirs, here ours"."""
+        ours, theirs = self._defining(), other._defining()
+        return [f"{k}: {theirs[k]}, here {v}" for k, v in ours.items() if theirs[k] != v]
+
+    def _defining(self) -> dict[str, Any]:
+        """All values that weights depend on, under flat names."""
+        names = ("family", "latent_space", "latent_channels", "latent_stride", "scale")
+        values = {name: getattr(self, name) for name in (*names, "noise_frame")}
+        values |= dataclasses.asdict(self.config)
+        return values | {f"adapter.{k}": v for k, v in values.pop("adapter").items()}
+
+
+def save_model(
+    denoiser: PiD, info: ModelInfo, path: str | Path, dtype: torch.dtype, description: str = ""
+) -> None:
+    """Write a self-describing model file.
+
+    Args:
+        denoiser: the network.
+        info: its metadata.
+        path: destination, ending in ``.safetensors``.
+        dtype: type to store the weights in.
+        description: free text for the file's metadata: training, data, licence.
+
+    Raises:
+        ValueError: another suffix, 8-bit weights, or weights reduced by `fix_times`.
+    """
+    from safetensors.torch import save_file
+
+    check_model_path(path)
+    if any(map(is_quantised, denoiser.parameters())):
+        raise ValueError(f"{path}: 8-bit weights cannot be saved; save before quantise().")
+    if has_fixed_times(denoiser):
+        raise ValueError(f"{path}: fix_times() discarded weights; save before calling it.")
+    state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in denoiser.state_dict().items()}
+    metadata = {METADATA_KEY: json.dumps(info.to_plain())}
+    if description:
+        metadata["description"] = description
+    with replaced_file(path) as temporary:
+        save_file(state, temporary, metadata=metadata)
+
+
+def check_model_path(path: str | Path) -> None:
+    """Raise ValueError unless a model file can have this name."""
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"{path}: the file name must end in .safetensors.")
+
+
+def load_model(path: str | Path) -> tuple[PiD, ModelInfo]:
+    """Load a network and its metadata from a model file or a training checkpoint (`.ckpt`).
+
+    Averaged weights are preferred where a checkpoint has them. Weights keep their stored type.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is neither, is truncated, or does not match its own description.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".safetensors":
+        state, plain = _read_safetensors(path)
+    else:
+        checkpoint = read_checkpoint(path)
+        state, plain = denoiser_state(checkpoint), checkpoint[METADATA_KEY]
+    try:
+        info = ModelInfo.from_plain(plain)
+    except ValueError as error:
+        raise ValueError(f"{path} has {error}") from error
+    with torch.device("meta"):
+        denoiser = info.build()
+    try:
+        denoiser.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        first = str(error).split("\n\t", 1)[-1].split("\n")[0]
+        raise ValueError(
+            f"{path} does not match its own metadata ({first}); take another copy."
+        ) from error
+    return denoiser, info
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with opened_safetensors(path) as file:
+        metadata = file.metadata() or {}
+    if METADATA_KEY not in metadata:
+        raise ValueError(
+            f"{path} has no {METADATA_KEY!r} metadata, so pid_lightning did not write it; convert "
+            "published weights with `pid import`."
+        )
+    try:
+        return read_tensors(path), json.loads(metadata[METADATA_KEY])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} has damaged metadata ({error}); take another copy.") from error
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a training checkpoint to the CPU, its tensors memory-mapped.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is truncated, or no run of this package wrote it.
+    """
+    checkpoint = read_torch_file(path)
+    if not isinstance(checkpoint, dict) or not {METADATA_KEY, "state_dict"} <= checkpoint.keys():
+        raise ValueError(
+            f"{path} is not a checkpoint of a PiD run (it has no {METADATA_KEY!r} metadata); "
+            "convert published weights with `pid import`."
+        )
+    return checkpoint
+
+
+def denoiser_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Select the denoiser's tensors of a checkpoint, the averaged ones where present."""
+    state = checkpoint["state_dict"]
+    prefix = AVERAGE if any(name.startswith(AVERAGE) for name in state) else "denoiser."
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def fingerprint(denoiser: PiD) -> str:
+    """Short hash of a sample of every weight tensor, which tells trained networks apart; the same
+    in every dtype that holds the weights exactly."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(denoiser.state_dict().items()):
+        values = (tensor.dequantize() if is_quantised(tensor) else tensor.detach()).flatten()
+        some = values[:: max(1, len(values) // 64)].float().cpu()
+        digest.update(name.encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,284 @@
+"""What `pid test` reports: fidelity, consistency, time and memory, per method and sigma."""
+
+from __future__ import annotations
+
+import csv
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pid_lightning.decoding.memory import return_freed_memory
+from pid_lightning.files.atomic import replaced_file
+from pid_lightning.pictures.files import reduce_picture
+from pid_lightning.pictures.lpips import LPIPS
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
+# (row key, column heading, value format)
+_COLUMNS = (
+    ("method", "method", "{:.20}"),
+    ("latent_sigma", "sigma", "{:.3g}"),
+    ("psnr", "PSNR dB", "{:.2f}"),
+    ("ssim", "SSIM", "{:.4f}"),
+    ("lpips", "LPIPS", "{:.4f}"),
+    ("consistency", "cons. dB", "{:.2f}"),
+    ("seconds", "s/picture", "{:.3f}"),
+    ("peak_mebibytes", "peak MiB", "{:.0f}"),
+    ("num_pictures", "pictures", "{:d}"),
+)
+TABLE_WIDTH = 100
+
+
+class PictureMetrics:
+    """Means of every measure over pictures, separately for each row: (method, latent_sigma).
+
+    torchmetrics accumulates and reduces over processes.
+
+    Args:
+        lpips: the network from `lpips_network`, or None.
+        lpips_missing: reason to report in the LPIPS column when there is no network.
+        device: where pictures are measured.
+    """
+
+    def __init__(
+        self,
+        lpips: LPIPS | None,
+        lpips_missing: str = "",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if lpips is None and not lpips_missing:
+            raise ValueError("lpips_missing: must say why LPIPS is missing; give a reason.")
+        self._lpips = None if lpips is None else lpips.to(device)
+        self._lpips_missing = lpips_missing
+        self._device = device
+        self._rows: dict[tuple[str, float], dict[str, Metric]] = {}
+
+    @torch.no_grad()
+    def update(
+        self,
+        row: tuple[str, float],
+        prediction: Tensor,
+        target: Tensor,
+        low_resolution: Tensor,
+        scale: int,
+        seconds: float,
+        peak_bytes: int,
+    ) -> None:
+        """Add a batch of pictures to a row, measured in fp32 regardless of autocast.
+
+        Args:
+            row: (method, latent_sigma), e.g. ``("PiD", 0.2)``.
+            prediction: (B, 3, H, W); clamped to [-1, 1], as a written picture is.
+            target: (B, 3, H, W) in [-1, 1].
+            low_resolution: (B, 3, H/scale, W/scale) in [-1, 1], what the encoder saw.
+            scale: side of the output over the side of `low_resolution`.
+            seconds: time of the whole batch, divided evenly among its pictures.
+            peak_bytes: peak memory of the batch; a row reports its maximum.
+
+        Raises:
+            ValueError: shapes that do not match, sides that are too small, or a prediction that
+                is not finite.
+        """
+        row = (row[0], float(row[1]))
+        self._check_shapes(prediction, target, low_resolution, scale)
+        if not prediction.isfinite().all():
+            raise ValueError(
+                f"{row[0]} at latent_sigma {row[1]:g}: predicted pixels are not finite; check the "
+                "weights, and test in bf16 or fp32 instead of fp16."
+            )
+        with torch.autocast(prediction.device.type, enabled=False):
+            prediction = prediction.float().clamp(-1, 1)
+            target = target.float().clamp(-1, 1)
+            measures = self._measure(prediction, target, low_resolution.float(), scale)
+        metrics = self._row(row)
+        for name, values in measures.items():
+            metrics[name].update(values)
+        metrics["seconds"].update(seconds / len(prediction), weight=len(prediction))
+        metrics["peak_mebibytes"].update(peak_bytes / 2**20)
+        metrics["num_pictures"].update(len(prediction))
+
+    def _measure(
+        self, prediction: Tensor, target: Tensor, low_resolution: Tensor, scale: int
+    ) -> dict[str, Tensor]:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+
+        measures = {
+            "psnr": psnr(prediction, target),
+            # Of [0, 1], as is usual: its luminance term depends on where 0 lies.
+            "ssim": structural_similarity_index_measure(
+                (prediction + 1) / 2, (target + 1) / 2, data_range=1.0, reduction="none"
+            ),
+            "consistency": psnr(reduce_picture(prediction, scale), low_resolution),
+        }
+        if self._lpips is not None:
+            measures["lpips"] = self._lpips(prediction, target)
+        return measures
+
+    def _check_shapes(
+        self, prediction: Tensor, target: Tensor, low_resolution: Tensor, scale: int
+    ) -> None:
+        *_, height, width = prediction.shape
+        wanted = (*prediction.shape[:-2], height // scale, width // scale)
+        if prediction.shape != target.shape or low_resolution.shape != wanted:
+            raise ValueError(
+                f"predictions {tuple(prediction.shape)} at scale {scale} need targets of that "
+                f"shape and low-resolution images {wanted}, not {tuple(target.shape)} and "
+                f"{tuple(low_resolution.shape)}."
+            )
+        smallest = 11 if self._lpips is None else LPIPS.smallest_side
+        if min(height, width) < smallest:
+            raise ValueError(
+                f"pictures of {height} x {width} pixels are too small to measure; "
+                f"both sides must be at least {smallest}."
+            )
+
+    def _row(self, row: tuple[str, float]) -> dict[str, Metric]:
+        from torchmetrics import MaxMetric, MeanMetric, SumMetric
+
+        if row not in self._rows:
+            lpips = () if self._lpips is None else ("lpips",)
+            kinds = dict.fromkeys(("psnr", "ssim", "consistency", "seconds", *lpips), MeanMetric)
+            kinds |= {"peak_mebibytes": MaxMetric, "num_pictures": SumMetric}
+            self._rows[row] = {
+                name: kind(nan_strategy="error").to(self._device) for name, kind in kinds.items()
+            }
+        return self._rows[row]
+
+    def _all_rows(self) -> list[tuple[str, float]]:
+        """Rows of all processes in a common order, which the reduction relies on."""
+        known = [list(self._rows)]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            known = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(known, list(self._rows))
+        return sorted({row for rows in known for row in rows}, key=lambda row: (row[1], row[0]))
+
+    def compute(self) -> list[dict[str, str | float | int]]:
+        """One dict per row, ordered by latent_sigma, then method; every process must call it.
+
+        Keys: method, latent_sigma, psnr and consistency (dB), ssim, lpips (or the reason why it
+        is missing), seconds (per picture), peak_mebibytes, num_pictures. Identical pictures have
+        an infinite PSNR, which makes the mean infinite.
+        """
+        rows = []
+        for row in self._all_rows():
+            unseen = row not in self._rows  # measured on another process only: joins with weight 0
+            metrics = self._row(row)
+            for name, metric in metrics.items() if unseen else ():
+                sums = name in ("peak_mebibytes", "num_pictures")
+                metric.update(0.0) if sums else metric.update(0.0, weight=0.0)
+            values = {name: metric.compute().item() for name, metric in metrics.items()}
+            values["num_pictures"] = round(values["num_pictures"])
+            values = {"lpips": self._lpips_missing, **values}
+            values["method"], values["latent_sigma"] = row
+            rows.append({key: values[key] for key, _, _ in _COLUMNS})
+        return rows
+
+
+def psnr(images: Tensor, others: Tensor) -> Tensor:
+    """PSNR (B,) in dB between images (B, 3, H, W) in [-1, 1]."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    return peak_signal_noise_ratio(images, others, data_range=2.0, reduction="none", dim=(1, 2, 3))
+
+
+def format_table(rows: Sequence[dict[str, str | float | int]]) -> str:
+    """`PictureMetrics.compute()` as aligned plain text of at most 100 columns.
+
+    Without LPIPS its column says "no weights", and the reason follows the table.
+    """
+    notes = sorted({row["lpips"] for row in rows if isinstance(row["lpips"], str)})
+    lines = [[heading for _, heading, _ in _COLUMNS]]
+    for row in rows:
+        cells = [
+            "no weights" if key == "lpips" and isinstance(row[key], str) else form.format(row[key])
+            for key, _, form in _COLUMNS
+        ]
+        lines.append(cells)
+    return "\n".join([align(lines), *(textwrap.fill(note, TABLE_WIDTH) for note in notes)])
+
+
+def align(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the first one of headings, as text: the first column to the left, the others
+    to the right."""
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    text = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in lines]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def write_csv(rows: Sequence[dict[str, str | float | int]], path: str | Path) -> None:
+    """Write `PictureMetrics.compute()` as a CSV file with a header, atomically.
+
+    Raises:
+        OSError: the file cannot be written; an existing one stays intact.
+    """
+    with replaced_file(path) as part, part.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [key for key, _, _ in _COLUMNS])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+class PeakMemory:
+    """Context manager that measures the `seconds` and `peak_bytes` of a block.
+
+    On CUDA, `peak_bytes` is the peak memory of all tensors on the device, including weights, and
+    the device is synchronised at both ends. Elsewhere it is how far the resident memory of the
+    process rose above its value at the start, without weights already loaded; freed memory is
+    returned to the system before, where the C library is glibc. Linux lets a process reset its
+    high-water mark (``/proc/self/clear_refs``); elsewhere the growth of `ru_maxrss` is used, which
+    never falls, so a block that needs less than an earlier one reads 0.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = torch.device(device)
+        self.seconds = 0.0
+        self.peak_bytes = 0
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            return_freed_memory()
+            self._resettable = _reset_high_water_mark()
+            self._start_bytes = _high_water_mark(self._resettable)
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds = time.perf_counter() - self._start
+        if self.device.type == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self.peak_bytes = _high_water_mark(self._resettable) - self._start_bytes
+
+
+def _reset_high_water_mark() -> bool:
+    """Set the peak of resident memory to its current value; returns whether that worked."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _high_water_mark(resettable: bool) -> int:
+    """Peak resident memory in bytes since the last reset, or of the process's lifetime."""
+    if resettable:
+        status = Path("/proc/self/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    if sys.platform == "win32":  # has no such mark
+        return 0
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

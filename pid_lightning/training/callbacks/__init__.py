@@ -1,0 +1,8 @@
+"""Lightning callbacks around the modules."""
+
+from pid_lightning.training.callbacks.dmd2 import DMD2
+from pid_lightning.training.callbacks.ema import EMA
+from pid_lightning.training.callbacks.images import DistillationGrids, PictureGrids
+from pid_lightning.training.callbacks.last_checkpoint import LastCheckpoint
+
+__all__ = ["DMD2", "EMA", "DistillationGrids", "LastCheckpoint", "PictureGrids"]

@@ -1,0 +1,189 @@
+"""Picture grids and gate curves for TensorBoard during training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from pid_lightning.commands.parsing import check_at_least, check_between
+from pid_lightning.decoding.arguments import check_steps
+from pid_lightning.decoding.latents import TEACHER_STEPS, decode_latents
+from pid_lightning.nn import SigmaGate
+from pid_lightning.pictures.files import enlarge_picture, picture_grid, reduce_picture
+from pid_lightning.training.modules.base import PiDModule
+from pid_lightning.training.report import add_evaluation_noise, evaluation_generators
+
+
+class PictureGrids(Callback):
+    """Logs a grid at each validation (encoder input, native decode, PiD at several noise levels,
+    original), and the mean opening of each gate at these noise levels.
+
+    Args:
+        num_pictures: rows of the grid, from the first validation batch.
+        latent_sigmas: noise levels of the grid's columns.
+        steps: sampling steps; null uses the module's own number.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    title = "pictures"
+
+    def __init__(
+        self,
+        num_pictures: int = 2,
+        latent_sigmas: tuple[float, ...] = (0.0, 0.4, 0.8),
+        steps: int | None = None,
+    ) -> None:
+        check_at_least("num_pictures", num_pictures, 1)
+        for sigma in latent_sigmas:
+            check_between("latent_sigmas", sigma, 0, 1)
+        self.num_pictures = num_pictures
+        self.latent_sigmas = latent_sigmas
+        self.steps = steps
+        self._batch: dict[str, Any] | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: PiDModule) -> None:
+        """Check that the network can sample in `steps`.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        check_steps(pl_module.student_times, self.steps)
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: PiDModule,
+        batch: dict[str, Any],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the first pictures, copied so that the rest of their batch is freed."""
+        if batch_idx == 0:
+            first = {key: values[: self.num_pictures] for key, values in batch.items()}
+            self._batch = {k: v.clone() if isinstance(v, Tensor) else v for k, v in first.items()}
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: PiDModule) -> None:
+        """Log the grid and the gates."""
+        batch, self._batch = self._batch, None
+        if batch is None or trainer.sanity_checking or not trainer.loggers:
+            return
+        x0, numbers = batch["image"], batch["number"].tolist()
+        # Callbacks run outside the precision plugin's autocast.
+        with trainer.precision_plugin.forward_context(), torch.no_grad():
+            low_resolution = reduce_picture(x0, pl_module.scale)
+            clean, text = pl_module.encode(low_resolution, batch["caption"])
+            columns = {"input": enlarge_picture(low_resolution, pl_module.scale)}
+            columns |= self.columns(pl_module, clean, text, numbers) | {"original": x0}
+            scalars = self.scalars(pl_module, x0, clean, text, numbers)
+        if not trainer.is_global_zero:
+            return
+        rows = [list(row) for row in zip(*columns.values(), strict=True)]
+        grid = picture_grid(rows, list(columns))
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_image"):  # TensorBoard; others take scalars only
+                logger.experiment.add_image(self.title, grid, pl_module.num_trained_steps)
+            logger.log_metrics(scalars, step=pl_module.num_trained_steps)
+
+    def columns(
+        self, module: PiDModule, clean: Tensor, text: Tensor | None, numbers: list[int]
+    ) -> dict[str, Tensor]:
+        """Labelled columns of pictures (B, 3, H, W) between the input and the original."""
+        found = {}
+        if module.encoder.has_decoder:
+            found["native 0"] = enlarge_picture(module.encoder.decode(clean), module.scale)
+        for sigma in self.latent_sigmas:
+            latents, latent_sigma = add_evaluation_noise(module, clean, sigma, numbers)
+            generators = evaluation_generators(module, "pixels", numbers)
+            found[f"PiD {sigma:g}"] = module.decode(
+                latents, latent_sigma, text, generators, self.steps
+            )
+        return found
+
+    def scalars(
+        self, module: PiDModule, x0: Tensor, clean: Tensor, text: Tensor | None, numbers: list[int]
+    ) -> dict[str, float]:
+        """Mean opening of each gate at t = 0.5, by injection and noise level."""
+        denoiser, found = module.averaged_denoiser, {}
+        t = torch.full((len(x0),), 0.5, device=x0.device)
+        for sigma in self.latent_sigmas:
+            latents, latent_sigma = add_evaluation_noise(module, clean, sigma, numbers)
+            condition = denoiser.condition(latents, latent_sigma, text)
+            openings: list[float] = []
+            hooks = [gate.register_forward_hook(_record(openings)) for gate in denoiser.gates]
+            denoiser.forward(x0, t, condition)  # a compiled call would skip the hooks
+            for hook in hooks:
+                hook.remove()
+            found |= {f"gates/injection_{i}/sigma_{sigma:g}": o for i, o in enumerate(openings)}
+        return found
+
+
+class DistillationGrids(PictureGrids):
+    """The grid of a distillation, from clean latents: the teacher at 25 and 4 steps, and the
+    student at each of `student_steps` that it was trained for.
+
+    Args:
+        num_pictures: rows of the grid, from the first validation batch.
+        student_steps: step counts of the student's columns.
+
+    Raises:
+        ValueError: the fit is no distillation.
+    """
+
+    title = "distillation"
+
+    def __init__(self, num_pictures: int = 2, student_steps: tuple[int, ...] = (4, 2, 1)) -> None:
+        super().__init__(num_pictures)
+        for steps in student_steps:
+            check_at_least("student_steps", steps, 1)
+        self.student_steps = student_steps
+
+    def on_fit_start(self, trainer: Trainer, pl_module: PiDModule) -> None:
+        """Check that there is a teacher to show."""
+        if pl_module.student_times is None:
+            raise ValueError("DistillationGrids: this fit has no teacher; add DMD2, or remove it.")
+
+    def columns(
+        self, module: PiDModule, clean: Tensor, text: Tensor | None, numbers: list[int]
+    ) -> dict[str, Tensor]:
+        """The columns of teacher and student."""
+        latent_sigma = torch.zeros(len(clean), device=clean.device)
+        found = {}
+        for steps in (TEACHER_STEPS, 4):
+            found[f"teacher {steps}"] = decode_latents(
+                module.teacher,
+                clean,
+                latent_sigma,
+                student_times=None,
+                time_shift=module.training_settings.time_shift,
+                steps=steps,
+                text=text,
+                generator=evaluation_generators(module, "pixels", numbers),
+            )
+        for steps in self.student_steps:
+            if steps > len(module.student_times):
+                continue
+            generators = evaluation_generators(module, "pixels", numbers)
+            found[f"student {steps}"] = module.decode(clean, latent_sigma, text, generators, steps)
+        return found
+
+    def scalars(
+        self, module: PiDModule, x0: Tensor, clean: Tensor, text: Tensor | None, numbers: list[int]
+    ) -> dict[str, float]:
+        """No scalars."""
+        return {}
+
+
+def _record(openings: list[float]) -> Callable[..., None]:
+    """A forward hook of `SigmaGate` that records the gate's mean opening."""
+
+    def hook(gate: SigmaGate, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        tokens, _, openness = inputs
+        openings.append(gate.opening(tokens, openness).float().mean().item())
+
+    return hook

@@ -1,0 +1,161 @@
+"""The denoiser's optimiser (AdamW, or Muon for matrices and AdamW for the rest), its schedule, and
+which parts of the denoiser train."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pid_lightning.nn import PiD
+
+if TYPE_CHECKING:
+    from pid_lightning.training.settings import Training
+
+OPTIMIZERS = ("adamw", "muon")
+
+
+def make_optimizer(denoiser: nn.Module, settings: Training, fused: bool) -> torch.optim.Optimizer:
+    """The optimiser for all trainable parameters of `denoiser`, with AdamW fused or not; Muon's
+    updates are scaled to the size of AdamW's, so that both take one learning rate."""
+    learning = [p for p in denoiser.parameters() if p.requires_grad]
+    both = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(learning, fused=fused, **both)
+    # Muon is for hidden layers, not for narrow ends: three colours, or one gate value per token.
+    matrices = [p for p in learning if p.ndim >= 2 and min(len(p), p[0].numel()) > 3]
+    matrix_ids = {id(p) for p in matrices}
+    rest = [p for p in learning if id(p) not in matrix_ids]
+    return MuonAndAdamW(matrices, rest, settings.learning_rate, settings.weight_decay, fused)
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, warmup_steps: int, decay_steps: float | None
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up of the learning rate, then constant, or a cosine to 0 at `decay_steps`."""
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        if decay_steps is None:
+            return 1.0
+        span = max(decay_steps - warmup_steps, 1)
+        return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warmup_steps) / span))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon for matrices and AdamW for the rest, as one optimiser with one schedule and state.
+
+    Muon (https://kellerjordan.github.io/posts/muon) steps along the orthogonal matrix nearest to
+    the momentum, here scaled to the size of AdamW's step (arXiv 2502.16982, equation 4). The
+    kernel (out, in, h, w) of a convolution is treated as a matrix (out, in*h*w);
+    `torch.optim.Muon`, from torch 2.9, is the same for matrices but accepts no kernels.
+
+    Args:
+        matrices: parameters for Muon, each with at least 2 dimensions.
+        rest: parameters for AdamW.
+        learning_rate: for both.
+        weight_decay: for both.
+        fused: whether AdamW is fused.
+    """
+
+    momentum = 0.95
+
+    def __init__(
+        self,
+        matrices: Sequence[nn.Parameter],
+        rest: Sequence[nn.Parameter],
+        learning_rate: float,
+        weight_decay: float,
+        fused: bool,
+    ) -> None:
+        both = {"lr": learning_rate, "weight_decay": weight_decay}
+        self._adamw = torch.optim.AdamW(rest, fused=fused, **both)
+        super().__init__([{"params": matrices}, *self._adamw.param_groups], both)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Step both, after calling `closure` if given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        muon, adamw = self.param_groups
+        for parameter in muon["params"]:
+            if parameter.grad is not None:
+                self._step_matrix(parameter, muon["lr"], muon["weight_decay"])
+        self._adamw.param_groups, self._adamw.state = [adamw], self.state
+        self._adamw.step()
+        return loss
+
+    def _step_matrix(self, parameter: Tensor, learning_rate: float, weight_decay: float) -> None:
+        state, gradient = self.state[parameter], parameter.grad.flatten(1)
+        if not state:
+            state["momentum"] = torch.zeros_like(gradient)
+        state["momentum"].lerp_(gradient, 1 - self.momentum)
+        step = orthogonalised(gradient.lerp(state["momentum"], self.momentum))  # Nesterov momentum
+        size = 0.2 * math.sqrt(max(step.shape))
+        parameter.mul_(1 - learning_rate * weight_decay)
+        parameter.sub_(step.view_as(parameter), alpha=learning_rate * size)
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """Approximate U V^T of `matrix` = U S V^T in bfloat16 by five Newton-Schulz iterations, whose
+    coefficients raise small singular values fastest: all but the tiniest end near 0.5 to 1.5."""
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if is_tall else matrix).bfloat16()
+    x = x / x.norm().clamp(min=1e-7)  # singular values at most 1
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if is_tall else x
+
+
+def freeze_untrained(denoiser: PiD, train: str, reads_null: bool) -> None:
+    """Freeze all parts except those that `Training.train` names, whatever was frozen before.
+
+    Args:
+        denoiser: the network.
+        train: ``"all"``, ``"adapter"`` or ``"rgb_head"``.
+        reads_null: whether some samples have no caption, so that a learned null learns.
+
+    Raises:
+        ValueError: the RGB head is to be trained, but the adapter has none.
+    """
+    if train == "all":
+        denoiser.requires_grad_(True)
+        for block in denoiser.patch_blocks:
+            block.freeze_unread()
+        text = denoiser.text_embedding
+        if text is not None and text.null is not None:
+            text.null.requires_grad_(reads_null)  # DDP waits for every gradient it expects
+        return
+    denoiser.requires_grad_(False)
+    denoiser.adapter.requires_grad_(True)
+    if train == "adapter":
+        denoiser.gates.requires_grad_(True)
+    elif denoiser.adapter.rgb_head is None:
+        raise ValueError(
+            "training.train: rgb_head needs an adapter with an RGB head; set "
+            "model.denoiser.adapter.rgb_head to true."
+        )
+    else:
+        adapter = denoiser.adapter
+        unread = [adapter.heads, adapter.head_norm]
+        if adapter.rgb_head_block is not None:
+            unread += adapter.res_blocks[adapter.rgb_head_block :]
+        for module in unread:
+            module.requires_grad_(False)
+
+
+def freeze_unused(network: PiD) -> None:
+    """Freeze the RGB head, unused in distillation, and the last block's unused text weights."""
+    if network.adapter.rgb_head is not None:
+        network.adapter.rgb_head.requires_grad_(False)
+    for block in network.patch_blocks:
+        block.freeze_unread()

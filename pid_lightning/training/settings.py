@@ -1,0 +1,120 @@
+"""Settings of a run: how it trains and how it is evaluated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pid_lightning.commands.parsing import check_at_least, check_between, check_choice
+from pid_lightning.diffusion.noising import FRAMES
+from pid_lightning.training.optimizers import OPTIMIZERS
+
+TRAINED_PARTS = ("all", "adapter", "rgb_head")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the denoiser trains. The defaults are those of the published teacher.
+
+    Attributes:
+        train: ``"all"``; ``"adapter"`` freezes the backbone and trains adapter and gates;
+            ``"rgb_head"`` trains the adapter through its RGB head alone, without running the
+            backbone: a first stage from scratch that sees many more latents in the same time.
+        optimizer: ``"adamw"``, or ``"muon"`` (Muon for matrices, AdamW for the rest), which
+            needs several times fewer steps from scratch.
+        learning_rate: peak learning rate.
+        weight_decay: decoupled weight decay.
+        warmup_steps: optimiser steps over which the learning rate rises linearly from 0.
+        decay_steps: optimiser step at which a cosine from the end of warm-up reaches 0; null
+            keeps the learning rate constant. Set it to the length of the whole run.
+        time_shift: shift of the training times and of the teacher's solver; null derives it from
+            the output size (`flow.resolution_shift`).
+        time_std: standard deviation of the training times' logits before the shift; values above 1
+            draw more times near 0 and 1, where sampling ends and begins.
+        latent_sigma_max: highest noise level of the latents.
+        latent_sigma_probability: fraction of samples with noisy latents.
+        noise_frame: frame of this noise, ``"flow"`` or ``"variance_preserving"`` (SDXL).
+        caption_dropout: fraction of samples whose text is replaced by the null.
+        latent_dropout: fraction of samples without latents; 1 trains an unconditional backbone.
+        rgb_loss_weight: weight of the RGB head's loss, if the adapter has one.
+        activation_checkpointing: recompute blocks in the backward pass: slower, far less memory.
+        compile: compile the denoiser: the first step takes a minute or two, later ones are faster.
+        seed: of all random draws in training and evaluation.
+    """
+
+    train: str = "all"
+    optimizer: str = "adamw"
+    learning_rate: float = 5e-5
+    weight_decay: float = 1e-3
+    warmup_steps: int = 2000
+    decay_steps: int | None = None
+    time_shift: float | None = None
+    time_std: float = 1.0
+    latent_sigma_max: float = 0.8
+    latent_sigma_probability: float = 0.75
+    noise_frame: str = "flow"
+    caption_dropout: float = 0.1
+    latent_dropout: float = 0.0
+    rgb_loss_weight: float = 0.8
+    activation_checkpointing: bool = False
+    compile: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("training.train", self.train, TRAINED_PARTS)
+        check_choice("training.optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("training.noise_frame", self.noise_frame, FRAMES)
+        for name in ("learning_rate", "weight_decay", "warmup_steps", "rgb_loss_weight"):
+            check_at_least(f"training.{name}", getattr(self, name), 0)
+        for name in (
+            "latent_sigma_max",
+            "latent_sigma_probability",
+            "caption_dropout",
+            "latent_dropout",
+        ):
+            check_between(f"training.{name}", getattr(self, name), 0, 1)
+        for name in ("time_std", "time_shift"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"training.{name}: {value} must be above 0.")
+        if self.compile and self.train == "rgb_head":
+            raise ValueError(
+                "training.compile: with training.train rgb_head the backbone, the only compiled "
+                "part, is not run; set compile to false."
+            )
+        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"training.decay_steps: {self.decay_steps} must be above warmup_steps "
+                f"({self.warmup_steps}), or null for a constant learning rate."
+            )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How `validate`, `test` and `predict` sample, and what `test` measures.
+
+    Attributes:
+        latent_sigmas: noise levels of the latents that `test` reports.
+        steps: sampling steps; null uses a student's own number, or 25 for a teacher.
+        guidance_scale: scale of the teacher's text guidance; 1 disables it.
+        lpips: local file of LPIPS weights (.safetensors); null looks in torch's hub cache.
+        baseline: local file of a Real-ESRGAN 4x network; `test` then also reports the cascade of
+            native decoder and Real-ESRGAN.
+        predict_sigma: noise level in `predict`, added to encoded pictures and assumed for given
+            latents; 0 is clean.
+    """
+
+    latent_sigmas: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6, 0.8])
+    steps: int | None = None
+    guidance_scale: float = 1.0
+    lpips: str | None = None
+    baseline: str | None = None
+    predict_sigma: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.latent_sigmas:
+            raise ValueError("evaluation.latent_sigmas: none are given; give at least one.")
+        for sigma in self.latent_sigmas:
+            check_between("evaluation.latent_sigmas", sigma, 0, 1)
+        check_between("evaluation.predict_sigma", self.predict_sigma, 0, 1)
+        if self.steps is not None:
+            check_at_least("evaluation.steps", self.steps, 1)

@@ -1,0 +1,488 @@
+"""`pid decode`, `pid export` and `pid import`, from the command line to the files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from plain import plain_velocity, published_arguments, random_released, released_shapes
+from safetensors.torch import save_file
+from test_decoder import make
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from pid_lightning.__main__ import main
+from pid_lightning.commands import decode_files
+from pid_lightning.decoding.decoder import PiDDecoder
+from pid_lightning.diffusion.noising import add_latent_noise
+from pid_lightning.diffusion.randomness import sample_generators
+from pid_lightning.diffusion.sampling import STUDENT_TIMES, draw_noise, sample_few_steps
+from pid_lightning.encoders.text import cache_captions
+from pid_lightning.files.hub import find_model
+from pid_lightning.files.models import ModelInfo, load_model
+from pid_lightning.files.published import FAMILIES, VERSIONS, import_released, released_info
+from pid_lightning.files.published_layout import from_released
+from pid_lightning.pictures.files import read_picture
+
+# ------------------------------------------------------------------- pid decode
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model of random weights on the bundled autoencoder's latents."""
+    folder = tmp_path / "model"
+    make(latent_channels=16).save_pretrained(folder)
+    return folder / "model.safetensors"
+
+
+def draw(path: Path, width: int, height: int, seed: int = 0) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3))
+    Image.fromarray(pixels.astype(np.uint8)).resize((width, height), 2).save(path)
+    return path
+
+
+def pid(*arguments: object) -> None:
+    main([str(argument) for argument in arguments])
+
+
+def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """The sentence that a mistake is told in."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as status:
+        pid(*arguments)
+    assert status.value.code == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pid: ")]
+    assert len(told) == 1
+    return told[0]
+
+
+def test_pictures_come_out_scale_times_as_large_with_a_json(tmp_path: Path, model: Path) -> None:
+    draw(tmp_path / "a.png", 27, 21)
+    pid("decode", tmp_path / "a.png", "--model", model, "--output", tmp_path / "out", "--seed", 3)
+    assert Image.open(tmp_path / "out" / "a.png").size == (108, 84)
+    told = json.loads((tmp_path / "out" / "a.json").read_text())
+    assert told["size"] == [84, 108]
+    assert told["settings"]["seed"] == 3
+    assert (told["scale"], told["latent_space"], told["tile"]) == (4, "pid-small", None)
+    assert told["student_times"] == list(STUDENT_TIMES)
+    assert told["fingerprint"]
+    assert told["versions"]["torch"] == torch.__version__
+
+
+def test_a_file_is_decoded_alike_whatever_its_company(tmp_path: Path, model: Path) -> None:
+    both = tmp_path / "both"
+    both.mkdir()
+    draw(both / "a.png", 32, 32)
+    b = draw(both / "b.png", 32, 24, seed=1)
+    pid("decode", both, "--model", model, "--output", tmp_path / "1", "--format", "webp")
+    pid("decode", b, "--model", model, "--output", tmp_path / "2", "--format", "webp")
+    assert sorted(p.name for p in (tmp_path / "1").iterdir()) == [
+        *("a.json", "a.webp", "b.json", "b.webp")
+    ]
+    first, second = (read_picture(tmp_path / n / "b.webp") for n in "12")
+    assert torch.equal(first, second)
+    assert first.std() > 0.05
+
+
+def test_latents_decode_to_what_their_picture_does(tmp_path: Path, model: Path) -> None:
+    source = draw(tmp_path / "picture.png", 32, 16)
+    latents = PiDDecoder.from_pretrained(model).encode(read_picture(source)[None])
+    save_file({"latents": latents}, tmp_path / "z.safetensors")
+    save_file({"latents": latents}, tmp_path / "LOUD.SAFETENSORS")
+    files, out = (tmp_path / "z.safetensors", tmp_path / "LOUD.SAFETENSORS"), tmp_path / "out"
+    pid("decode", source, *files, "--model", model, "--output", out)
+    made, given, loud = (read_picture(out / f"{name}.png") for name in ("picture", "z", "LOUD"))
+    assert given.shape == (3, 64, 128)
+    assert torch.equal(given, made)
+    assert torch.equal(loud, made)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--steps 9", "steps: 9 must lie between 1 and 4"),
+        ("--steps 0", "steps: 0 must be at least 1"),
+        ("--steps many", "steps: Expected a int or null, not many"),
+        ("--tile 100", "tile: 100 pixels must be a multiple of 32"),
+        ("--tile -64", "tile: -64 pixels must be a multiple of 32"),
+        ("--format jpg", "format: Expected one of 'png', 'webp', not jpg"),
+        ("--guidance_scale 2", "this model was trained without text; leave them out"),
+        ("--prompt hi --text_model none", "this model was trained without text; leave them out"),
+        ("--text_model none", "text_model: only used with a prompt"),
+        ("--device gpu", "device: 'gpu' is not available on this machine"),
+        ("--device hpu", "device: 'hpu' is not available on this machine (No module named"),
+        ("--device xpu", "device: 'xpu' is not available on this machine"),
+        ("--device meta", "device: 'meta' is not available on this machine (Cannot copy"),
+        ("--output /proc", "output: cannot write to folder /proc ("),
+        ("--output a_file", "output: cannot write to folder a_file (File exists)"),
+        ("--ove", "unrecognized arguments: --ove"),
+    ],
+)
+def test_a_wrong_option_is_told_before_anything_is_encoded(
+    arguments: str,
+    told: str,
+    tmp_path: Path,
+    model: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(PiDDecoder, "encode", None)
+    Path("a_file").write_text("something")
+    source = draw(tmp_path / "a.png", 32, 32)
+    assert told in refused(capsys, "decode", source, "--model", model, *arguments.split())
+
+
+@pytest.mark.slow
+def test_compiled_tiles_share_one_graph_whatever_the_pictures_sizes(
+    tmp_path: Path, model: Path
+) -> None:
+    draw(tmp_path / "a.png", 32, 32)
+    draw(tmp_path / "b.png", 40, 24, seed=1)
+    given = ("decode", tmp_path / "a.png", tmp_path / "b.png", "--model", model, "--tile", 64)
+    pid(*given, "--dtype", "fp32", "--output", tmp_path / "eager")
+    torch.compiler.reset()
+    counters.clear()
+    pid(*given, "--dtype", "fp32", "--output", tmp_path / "compiled", "--compile")
+    assert counters["stats"]["unique_graphs"] == 1
+    for name in ("a.png", "b.png"):
+        eager, compiled = (read_picture(tmp_path / n / name) for n in ("eager", "compiled"))
+        assert (eager - compiled).abs().max() <= 2.01 / 255  # one step of 8 bits
+
+
+@pytest.mark.parametrize("student_times", [STUDENT_TIMES, None], ids=["student", "teacher"])
+def test_options_reach_the_decoder(tmp_path: Path, student_times: tuple[float, ...] | None) -> None:
+    sizes = {"text_width": 6, "text_length": 3}
+    make(latent_channels=16, student_times=student_times, sizes=sizes).save_pretrained(tmp_path)
+    source, out = draw(tmp_path / "picture.png", 32, 32), tmp_path / "out"
+    decoder = PiDDecoder.from_pretrained(tmp_path).attend_in_windows(32)
+    clean = decoder.encode(read_picture(source)[None])
+    save_file({"latents": clean}, tmp_path / "z.safetensors")
+    cache = tmp_path / "cache"
+    cache_captions(tiny.Text(), ["fox"], cache)
+    decoder.encode_prompt("fox", cache)
+    options = "--sigma .5 --seed 3 --steps 2 --window 32 --tile 64 --guidance_scale 2 --prompt fox"
+    options = (*options.split(), "--text_cache", cache)
+    for name in ("picture.png", "z.safetensors"):
+        pid("decode", tmp_path / name, "--model", tmp_path, "--output", out, *options)
+    eps = draw_noise(clean.shape, sample_generators(3, "latents", [0]), "cpu")
+    noisy = add_latent_noise(clean, eps, torch.full((1,), 0.5))
+    for name, latents in (("picture.png", noisy), ("z.png", clean)):
+        same = {"seed": 3, "steps": 2, "tile": 64, "guidance_scale": 2.0, "progress": False}
+        (expected,) = decoder.decode(latents, 0.5, "fox", **same)
+        assert (read_picture(out / name) - expected).abs().max() <= 1.01 / 255, name
+
+
+def test_a_prompt_is_encoded_by_the_model_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(latent_channels=16, sizes={"text_width": 6, "text_length": 3}).save_pretrained(tmp_path)
+    built = []
+
+    def language_model(*arguments: object, **options: object) -> tiny.Text:
+        built.append((arguments, options))
+        return tiny.Text()
+
+    monkeypatch.setattr(decode_files, "LanguageModelText", language_model)
+    source = draw(tmp_path / "a.png", 16, 16)
+    words = ("--prompt", "a fox", "--text_model", "words", "--text_prefix", "so: ")
+    pid("decode", source, "--model", tmp_path, "--output", tmp_path / "out", *words)
+    assert built == [(("words", "so: "), {"length": 3, "text_width": 6})]
+    decoder = PiDDecoder.from_pretrained(tmp_path)
+    decoder.text_encoder = tiny.Text()
+    latents = decoder.encode(read_picture(source)[None])
+    (expected,) = decoder.decode(latents, prompt="a fox", seed=0, progress=False)
+    assert (read_picture(tmp_path / "out" / "a.png") - expected).abs().max() <= 1.01 / 255
+
+
+def test_comparison_and_colour(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture) -> None:
+    source = draw(tmp_path / "p.png", 32, 32)
+    pid("decode", source, "--model", model, "--output", tmp_path / "1", "--compare")
+    plain = json.loads((tmp_path / "1" / "p.json").read_text())["colour_shift"]
+    width, height = Image.open(tmp_path / "1" / "p_compare.png").size
+    assert width > 2 * 128
+    assert height > 128
+    assert "colour shift: red" in capsys.readouterr().out
+    pid("decode", source, "--model", model, "--output", tmp_path / "2", "--match_colour")
+    pictures = [read_picture(tmp_path / n / "p.png") for n in "12"]
+    decoder = PiDDecoder.from_pretrained(model)
+    native = decoder.encoder.decode(decoder.encode(read_picture(source)[None]))[0].clamp(-1, 1)
+    errors = [(p.mean((1, 2)) - native.mean((1, 2))).abs().max() for p in pictures]
+    assert errors[1] < 0.3 * errors[0]
+    assert max(map(abs, plain["mean"])) == pytest.approx(127.5 * errors[0].item(), abs=2)
+
+
+def test_ctrl_c_leaves_complete_files(
+    tmp_path: Path, model: Path, monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name in "ab":
+        draw(tmp_path / f"{name}.png", 16, 16)
+    decode_one = decode_files._decode_file
+
+    def interrupted(decoder: PiDDecoder, file: Path, *rest: object) -> None:
+        if file.stem == "b":
+            raise KeyboardInterrupt
+        decode_one(decoder, file, *rest)
+
+    monkeypatch.setattr(decode_files, "_decode_file", interrupted)
+    inputs = [tmp_path / "a.png", tmp_path / "b.png"]
+    with pytest.raises(SystemExit) as status:
+        pid("decode", *inputs, "--model", model, "--output", tmp_path / "out")
+    assert status.value.code == 130
+    assert "stopped; the files written so far are complete" in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.json", "a.png"]
+    read_picture(tmp_path / "out" / "a.png")
+
+
+def test_mistakes_are_told_before_the_work(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture
+) -> None:
+    good, bad = draw(tmp_path / "a.png", 16, 16), tmp_path / "b.png"
+    bad.write_bytes(good.read_bytes()[:100])
+    out = tmp_path / "out"
+    common = ("--model", model, "--output", out)
+    assert "b.png cannot be read" in refused(capsys, "decode", good, bad, *common)
+    assert "does not exist" in refused(capsys, "decode", tmp_path / "none.png", *common)
+    assert "was not found" in refused(capsys, "decode", good, "--model", "none.safetensors")
+    assert "sigma: 2.0 must lie" in refused(capsys, "decode", good, *common, "--sigma", 2)
+    save_file({"latents": torch.zeros(4, 2, 2)}, tmp_path / "z.safetensors")
+    assert "have 4 channels" in refused(capsys, "decode", tmp_path / "z.safetensors", *common)
+    assert not out.exists()
+    pid("decode", good, *common)
+    assert "exists already" in refused(capsys, "decode", good, *common)
+    pid("decode", good, *common, "--overwrite")
+    beside = ("--model", model, "--output", tmp_path, "--overwrite")
+    assert "would overwrite the input" in refused(capsys, "decode", good, *beside)
+
+
+def test_a_comparison_overwrites_nothing(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture
+) -> None:
+    a, compared = draw(tmp_path / "a.bmp", 16, 16), draw(tmp_path / "a_compare.png", 16, 16)
+    out = tmp_path / "out"
+
+    def told(*arguments: object) -> str:
+        return refused(capsys, "decode", "--model", model, "--compare", "--output", *arguments)
+
+    assert "a_compare.png would be both a result and a comparison" in told(out, a, compared)
+    assert "a_compare.png exists already" in told(tmp_path, a)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("command", "told"), [("'decode', ", "--match_colour"), ("", "bench")])
+def test_help_is_quick_and_brings_no_library(command: str, told: str) -> None:
+    code = (
+        "import sys; from pid_lightning.__main__ import main\n"
+        f"try: main([{command}'--help'])\n"
+        "except SystemExit: print([m for m in ('torch', 'lightning') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_misspelt_command_is_told_all(capsys: pytest.CaptureFixture) -> None:
+    told = refused(capsys, "decod", "a.png")
+    assert told.startswith("pid: 'decod' is no command; use one of fit, ")
+    assert "decode" in told.split("use one of")[1]
+
+
+# ------------------------------------------------------------------- pid export
+
+
+def test_a_run_is_exported_averaged(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    fitted = tiny.fit(tmp_path / "run" / "version_0" / "checkpoints", 2)
+    for dtype in ("bf16", "fp32"):
+        out = tmp_path / f"{dtype}.safetensors"
+        pid("export", tmp_path / "run", out, "--dtype", dtype)
+        denoiser, info = load_model(out)
+        assert info == fitted.info
+        for ours, theirs in zip(
+            denoiser.parameters(), fitted.denoiser_ema.parameters(), strict=True
+        ):
+            assert torch.equal(ours, theirs.to(ours.dtype))
+    assert denoiser.dtype == torch.float32
+    assert "the teacher of" in capsys.readouterr().out
+    newest = tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt"
+    for folder in (tmp_path / "run", newest.parent.parent, newest.parent):
+        assert find_model(folder) == newest
+    (tmp_path / "empty").mkdir()
+    assert "nor a run's checkpoints" in refused(
+        capsys, "export", tmp_path / "empty", tmp_path / "new.safetensors"
+    )
+    assert "exists already: give another name" in refused(capsys, "export", tmp_path / "run", out)
+    assert "must end in .safetensors" in refused(
+        capsys, "export", tmp_path / "run", tmp_path / "out.pth"
+    )
+
+
+# ------------------------------------------------------------------- pid import
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the released versions small."""
+    sizes = {"width": 16, "num_heads": 2, "num_blocks": 3, "text_width": 6, "text_length": 5}
+    sizes |= {"pixel_width": 4, "pixel_attention_width": 24, "pixel_num_heads": 3}
+    for version, config in VERSIONS.items():
+        adapter = dataclasses.replace(config.adapter, width=8, num_res_blocks=2)
+        changed = dataclasses.replace(config, adapter=adapter, **sizes)
+        monkeypatch.setitem(VERSIONS, version, changed)
+
+
+def release(
+    path: Path, info: ModelInfo, prefix: str = "net.", **others: Tensor
+) -> dict[str, Tensor]:
+    """A released file of random weights; returns its tensors without prefix."""
+    tensors = random_released(published_arguments(info), torch.Generator().manual_seed(0))
+    torch.save({f"{prefix}{k}": v for k, v in tensors.items()} | others, path)
+    return tensors
+
+
+def test_the_published_numbers_are_these() -> None:
+    """Those of the paper and the release that no tensor's shape shows, and the geometry."""
+    told = {
+        name: (info.latent_channels, info.latent_stride, info.scale, info.noise_frame)
+        for name, info in FAMILIES.items()
+    }
+    assert told == {
+        "flux": (16, 8, 4, "flow"),
+        "sd3": (16, 8, 4, "flow"),
+        "flux2": (128, 16, 4, "flow"),
+        "sdxl": (4, 8, 4, "variance_preserving"),
+        "qwen": (16, 8, 4, "flow"),
+        "dinov2": (768, 16, 4, "flow"),
+        "siglip": (1152, 16, 8, "flow"),
+    }
+    for info in FAMILIES.values():
+        assert (info.latent_sigma_max, info.student_times, info.time_shift) == (
+            0.8,
+            (0.999, 0.866, 0.634, 0.342),
+            None,
+        )
+    for version, reference in {"v1": 1024, "v1.5": 2048}.items():
+        config = VERSIONS[version]
+        assert config.rope_reference == (reference, reference)
+        assert (config.num_heads, config.pixel_num_heads, config.adapter.interval) == (24, 16, 2)
+        assert (config.prediction, config.text_length) == ("velocity", 300)
+    for name in FAMILIES:
+        for version in VERSIONS:
+            unpack = 2 if (name, version) == ("flux2", "v1.5") else 1
+            assert released_info(name, version, False).config.adapter.unpack == unpack
+    paddings = {version: config.adapter.padding for version, config in VERSIONS.items()}
+    assert paddings == {"v1": "zeros", "v1.5": "replicate"}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_size_shapes_convert(family: str, version: str) -> None:
+    """456 tensors of v1 and 461 of v1.5, as released, on the meta device."""
+    with torch.device("meta"):
+        described = released_info(family, version, with_rgb_head=False)
+        denoiser = described.build()
+        shapes = released_shapes(published_arguments(described))
+        released = {name: torch.empty(shape) for name, shape in shapes}
+    assert len(released) == {"v1": 456, "v1.5": 461}[version]
+    denoiser.load_state_dict(from_released(released, denoiser), assign=True)
+    if family == "flux":
+        # The published 98.8 million of v1.5 count the head that only training reads, too.
+        parts = (denoiser.adapter, denoiser.gates)
+        injected = sum(w.numel() for part in parts for w in part.parameters())
+        assert injected == pytest.approx({"v1": 59.9e6, "v1.5": 97.7e6}[version], rel=1e-3)
+        assert sum(w.numel() for w in denoiser.parameters()) == pytest.approx(1.36e9, rel=0.05)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("family", ["flux", "flux2", "sdxl", "siglip"])
+def test_released_weights_decode_as_the_plain_method_does(
+    small: None, tmp_path: Path, family: str, version: str
+) -> None:
+    described = released_info(family, version, with_rgb_head=version == "v1.5")
+    arguments = published_arguments(described)
+    path, out = tmp_path / "released.pth", tmp_path / "ours.safetensors"
+    ignored = {"fake_score.a": torch.zeros(1), "discriminator.b": torch.zeros(1)}
+    tensors = release(path, described, **ignored)
+    info = import_released(path, out, family, version)
+    decoder = PiDDecoder.from_pretrained(out)
+    assert decoder.info == info
+    assert info.student_times == (0.999, 0.866, 0.634, 0.342)
+    assert (info.latent_space, info.scale) == (FAMILIES[family].latent_space, decoder.scale)
+
+    cells = -(-32 // (info.latent_stride * info.scale))
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, info.latent_channels, cells, cells, generator=generator)
+    latents = latents / latents.std()
+    text = torch.randn(1, 5, 6, generator=generator)
+    sigma = torch.tensor([0.3])
+    seeds = [sample_generators(7, "decode", [0]) for _ in range(2)]
+    ours = decoder.decode(latents, 0.3, text, generator=seeds[0], progress=False, tile="auto")
+
+    def velocity(x_t: Tensor, t: Tensor) -> Tensor:
+        return plain_velocity(tensors, arguments, x_t, t, text, latents, sigma)
+
+    start = draw_noise(ours.shape, seeds[1], "cpu")
+    theirs = sample_few_steps(velocity, start, 4, seeds[1]).clamp(-1, 1)
+    assert (ours - theirs).abs().max() < 1e-3 * max(1, theirs.abs().max())
+
+
+def test_the_average_is_taken_when_asked(small: None, tmp_path: Path) -> None:
+    path, out = tmp_path / "released.pth", tmp_path / "ours.safetensors"
+    release(path, released_info("flux", "v1", False), "net_ema.")
+    info = import_released(path, out, "flux", "v1", ema=True, student_times=None)
+    assert info.student_times is None
+    with pytest.raises(ValueError, match=r"holds no tensors under net\., only net_ema\."):
+        import_released(path, out, "flux", "v1")
+
+
+def test_what_is_not_exactly_the_released_network_is_refused(small: None, tmp_path: Path) -> None:
+    path, out = tmp_path / "released.pth", tmp_path / "ours.safetensors"
+
+    def told(family: str, version: str) -> str:
+        with pytest.raises(ValueError, match=r"released\.pth") as error:
+            import_released(path, out, family, version)
+        assert "\n" not in str(error.value)
+        assert not out.exists()
+        return str(error.value)
+
+    tensors = release(path, released_info("flux", "v1", False))
+    assert "holds v1 weights (their gates are one value a channel), not v1.5" in told(
+        "flux", "v1.5"
+    )
+    assert "latents of 16 channels, but sdxl v1 has 4: it fits flux or sd3 or qwen" in told(
+        "sdxl", "v1"
+    )
+    assert "128: it fits flux or sd3 or qwen" in told("flux2", "v1")
+    torch.save({f"net.{k}": v for k, v in tensors.items() if k != "y_pos_embedding"}, path)
+    assert "1 tensors missing (y_pos_embedding)" in told("flux", "v1")
+    release(path, released_info("flux", "v1", False), **{"net.extra": torch.zeros(1)})
+    assert "1 unknown (extra)" in told("flux", "v1")
+    release(path, released_info("flux", "v1", False), **{"other.extra": torch.zeros(1)})
+    assert "1 tensors besides the released ones, the first is other.extra" in told("flux", "v1")
+    torch.save({"net.a": {"b": 1}}, path)
+    assert "not the flat dict of tensors" in told("flux", "v1")
+    release(path, released_info("flux", "v1.5", False))
+    assert "holds v1.5 weights (their gates are one value a token), not v1" in told("flux", "v1")
+    path.write_bytes(path.read_bytes()[:1000])
+    assert "truncated" in told("flux", "v1.5")
+
+
+def test_import_says_what_it_wants(
+    small: None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = ("--family", "flux", "--version", "v1")
+    none, out = tmp_path / "none.pth", tmp_path / "out.safetensors"
+    assert "no such file" in refused(capsys, "import", none, out, *options)
+    assert "must end in .safetensors" in refused(capsys, "import", none, tmp_path / "o", *options)
+    network = released_info("sdxl", "v1.5", with_rgb_head=True).build()
+    torch.save({f"net.{k}": v for k, v in network.state_dict().items()}, none)
+    assert "tensors missing" in refused(
+        capsys, "import", none, out, "--family", "sdxl", "--version", "v1.5"
+    )

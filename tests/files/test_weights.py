@@ -1,0 +1,326 @@
+"""Files of weights: what is saved is loaded, anything else is refused, nothing is ever lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors import safe_open
+
+from pid_lightning.files.atomic import replaced_file
+from pid_lightning.files.models import (
+    METADATA_KEY,
+    ModelInfo,
+    denoiser_state,
+    load_model,
+    read_checkpoint,
+    save_model,
+)
+from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
+
+CONFIG = PiDConfig(
+    width=16,
+    num_heads=2,
+    num_blocks=2,
+    patch_size=8,
+    pixel_width=4,
+    pixel_attention_width=16,
+    pixel_num_heads=2,
+    num_pixel_blocks=1,
+    text_width=6,
+    text_length=3,
+    rope_reference=(64, 32),
+    adapter=AdapterConfig(width=8, num_res_blocks=1, gate="token", rgb_head=True),
+)
+INFO = ModelInfo(
+    family="VAEPiD",
+    encoder={"name": "bundled", "sample": False},
+    latent_space="flux",
+    latent_channels=4,
+    latent_stride=4,
+    scale=2,
+    image_size=64,
+    latent_sigma_max=0.8,
+    noise_frame="flow",
+    student_times=(0.999, 0.634),
+    config=CONFIG,
+)
+
+
+def random_network(seed: int = 0) -> PiD:
+    torch.manual_seed(seed)
+    network = INFO.build()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return network
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    save_model(random_network(), INFO, path, torch.float32)
+    return path
+
+
+def checkpoint(**changes: object) -> dict:
+    state = {f"denoiser.{k}": v for k, v in random_network().state_dict().items()}
+    return {"state_dict": state, METADATA_KEY: INFO.to_plain(), "global_step": 7, **changes}
+
+
+def assert_equal(network: PiD, expected: PiD) -> None:
+    state, other = network.state_dict(), expected.state_dict()
+    assert state.keys() == other.keys()
+    assert all(torch.equal(state[k], other[k]) for k in state)
+
+
+# -------------------------------------------------------------------- round trips
+
+
+def test_info_survives_plain_values() -> None:
+    for info in (INFO, dataclasses.replace(INFO, student_times=None, image_size=None)):
+        plain = info.to_plain()
+        assert json.loads(json.dumps(plain)) == plain
+        assert ModelInfo.from_plain(plain) == info
+    plain_rope = dataclasses.replace(CONFIG, rope_reference=None)
+    info = dataclasses.replace(INFO, config=plain_rope)
+    assert ModelInfo.from_plain(info.to_plain()) == info
+
+
+def test_a_model_comes_back_whole(saved: Path) -> None:
+    network, info = load_model(saved)
+    assert info == INFO
+    assert_equal(network, random_network())
+    assert {p.device.type for p in network.parameters()} == {"cpu"}
+    frozen = {k for k, p in network.named_parameters() if not p.requires_grad}
+    assert frozen == {k for k, p in random_network().named_parameters() if not p.requires_grad}
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_model_computes_the_same(saved: Path) -> None:
+    network, _ = load_model(saved)
+    x_t, latents = torch.randn(1, 3, 16, 16), torch.randn(1, 4, 2, 2)
+    t, sigma = torch.tensor([0.5]), torch.tensor([0.2])
+    loaded, expected = (
+        each(x_t, t, each.condition(latents, sigma)) for each in (network, random_network())
+    )
+    assert torch.allclose(loaded, expected, rtol=0, atol=1e-6)  # memory lies elsewhere
+
+
+def test_a_model_keeps_the_type_it_is_stored_in(tmp_path: Path) -> None:
+    path = tmp_path / "half.safetensors"
+    save_model(random_network(), INFO, path, torch.bfloat16)
+    network, _ = load_model(path)
+    assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
+    assert_equal(network, random_network().to(torch.bfloat16))
+
+
+def test_a_file_says_what_it_is(saved: Path) -> None:
+    with safe_open(saved, "pt") as opened:
+        told = json.loads(opened.metadata()[METADATA_KEY])
+    assert told["family"] == "VAEPiD"
+    assert told["latent_space"] == "flux"
+    assert (told["latent_channels"], told["latent_stride"], told["scale"]) == (4, 4, 2)
+    assert told["student_times"] == [0.999, 0.634]
+    assert told["config"]["adapter"]["gate"] == "token"
+
+
+def test_differences_name_what_would_not_mean_the_same() -> None:
+    assert INFO.differences(INFO) == []
+    adapter = dataclasses.replace(CONFIG.adapter, gate="channel")
+    config = dataclasses.replace(CONFIG, num_blocks=3, adapter=adapter)
+    other = dataclasses.replace(INFO, family="SigLIPPiD", scale=8, config=config, image_size=32)
+    assert INFO.differences(other) == [
+        "family: SigLIPPiD, here VAEPiD",
+        "scale: 8, here 2",
+        "num_blocks: 3, here 2",
+        "adapter.gate: channel, here token",
+    ]
+
+
+# ------------------------------------------------------------------- damaged files
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    for name in ("none.safetensors", "none.ckpt"):
+        with pytest.raises(FileNotFoundError, match=rf"{name}: no such file"):
+            load_model(tmp_path / name)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.999])
+def test_a_truncated_model_is_refused(saved: Path, kept: float) -> None:
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(ValueError, match=rf"{saved.name} cannot be read: it is truncated or not"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.999])
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path, kept: float) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save(checkpoint(), path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(ValueError, match=r"last\.ckpt cannot be read: it is truncated"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_a_file_that_does_not_describe_itself_is_refused(
+    tmp_path: Path, metadata: dict[str, str] | None
+) -> None:
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(random_network().state_dict(), path, metadata)
+    with pytest.raises(ValueError, match=r"model\.safetensors has no .pid. metadata"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    "told",
+    ["{", json.dumps({"family": "VAEPiD"}), json.dumps({**INFO.to_plain(), "surplus": 1})],
+    ids=["no_json", "missing", "unknown"],
+)
+def test_a_description_that_cannot_be_read_is_refused(tmp_path: Path, told: str) -> None:
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(random_network().state_dict(), path, {METADATA_KEY: told})
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        load_model(path)
+
+
+def test_weights_that_do_not_match_their_description_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    metadata = {METADATA_KEY: json.dumps(INFO.to_plain())}
+    state = random_network().state_dict()
+    name = "patch_embedding.weight"
+    cases = {
+        "missing": {k: v for k, v in state.items() if k != name},
+        "surplus": {**state, "patch_embedding.scale": torch.zeros(1)},
+        "shape": {**state, name: state[name][:-1].clone()},
+    }
+    named = {"missing": name, "surplus": "patch_embedding.scale", "shape": name}
+    for case, wrong in cases.items():
+        safetensors.torch.save_file(wrong, path, metadata)
+        with pytest.raises(ValueError, match="does not match its own metadata") as told:
+            load_model(path)
+        assert named[case] in str(told.value)
+
+
+def test_a_mistake_in_the_files_name_is_told_before_writing(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    with pytest.raises(ValueError, match=r"model\.pt: the file name must end in \.safetensors"):
+        save_model(random_network(), INFO, path, torch.float32)
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------- checkpoints
+
+
+def test_a_checkpoint_is_a_model_too(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save(checkpoint(), path)
+    network, info = load_model(path)
+    assert info == INFO
+    assert_equal(network, random_network())
+
+
+def test_the_average_is_preferred(tmp_path: Path) -> None:
+    averaged = random_network(seed=1)
+    made = checkpoint()
+    made["state_dict"] |= {f"denoiser_ema.{k}": v for k, v in averaged.state_dict().items()}
+    made["state_dict"]["rgb.weight"] = torch.zeros(2)  # anything beside the denoiser
+    path = tmp_path / "last.ckpt"
+    torch.save(made, path)
+    assert_equal(load_model(path)[0], averaged)
+    assert denoiser_state(made).keys() == averaged.state_dict().keys()
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"state_dict": {}}, {"net.x": torch.zeros(1)}])
+def test_another_programs_checkpoint_is_refused(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "other.ckpt"
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="is not a checkpoint of a PiD run"):
+        load_model(path)
+
+
+class _Attack:
+    """Unpickling this makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(tmp_path: Path, zipped: bool) -> None:
+    path, proof = tmp_path / "evil.ckpt", tmp_path / "was_run"
+    attack = {**checkpoint(), "hyper_parameters": _Attack(proof)}
+    torch.save(attack, path, _use_new_zipfile_serialization=zipped)
+    for read in (read_checkpoint, load_model):
+        with pytest.raises(ValueError, match=r"evil\.ckpt"):
+            read(path)
+    assert not proof.exists()
+
+
+# ------------------------------------------------------------------------- writing
+
+
+def test_a_failure_while_writing_leaves_the_old_file(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = saved.read_bytes()
+
+    def full_disk(state: dict, path: Path, metadata: dict) -> None:
+        Path(path).write_bytes(b"half of a file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_model(random_network(seed=1), INFO, saved, torch.float32)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_writing_replaces_the_old_file(saved: Path) -> None:
+    save_model(random_network(seed=1), INFO, saved, torch.float32)
+    assert_equal(load_model(saved)[0], random_network(seed=1))
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_failing_checkpoint_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pid_lightning.checkpointing import AtomicCheckpointIO
+
+    path, writer = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    (tmp_path / ".last.ckpt.99.tmp").touch()  # of a process that was killed
+    writer.save_checkpoint(checkpoint(), path)
+
+    def full_disk(content: object, file: object) -> None:
+        file.write(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="what was there before is intact"):
+        writer.save_checkpoint(checkpoint(global_step=8), path)
+    assert read_checkpoint(path)["global_step"] == 7
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_written_file_is_readable_by_others_as_any_new_file_is(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+
+    save_model(random_network(), INFO, tmp_path / "model.safetensors", torch.float32, "of a test")
+    with replaced_file(tmp_path / "replaced") as temporary:  # by a writer with its own idea of it
+        temporary.unlink()
+        temporary.touch(mode=0o600)
+        assert not (tmp_path / "replaced").exists()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+    with safe_open(str(tmp_path / "model.safetensors"), framework="pt") as file:
+        assert file.metadata()["description"] == "of a test"

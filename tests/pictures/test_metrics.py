@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+import csv
+import math
+import os
+import re
+import subprocess
+import sys
+from datetime import timedelta
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pid_lightning.pictures import metrics
+from pid_lightning.pictures.files import reduce_picture
+from pid_lightning.pictures.lpips import LPIPS, lpips_network
+from pid_lightning.pictures.metrics import PeakMemory, PictureMetrics, format_table, write_csv
+
+SHAPES = {name: value.shape for name, value in LPIPS().state_dict().items()}
+NO_LPIPS = "LPIPS was not measured because its weights are not there."
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    """LPIPS weights as in the published file, whose heads are non-negative vectors."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, shape in SHAPES.items():
+        spread = math.sqrt(2 / max(1, math.prod(shape[1:])))
+        state[name] = torch.randn(shape, generator=generator) * spread
+        if name.startswith("lin"):
+            state[name] = state[name].abs().flatten()
+    return state
+
+
+def _torchmetrics_lpips(state: dict[str, torch.Tensor], own_heads: bool) -> torch.nn.Module:
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    network = _LPIPS(pretrained=not own_heads, net="alex", pnet_rand=True)
+    layers = {"0": 1, "3": 2, "6": 3, "8": 4, "10": 5}
+    with torch.no_grad():
+        for name, value in state.items():
+            _, index, kind = name.split(".") if name.startswith("features") else (0, 0, 0)
+            if name.startswith("features"):
+                slice_ = getattr(network.net, f"slice{layers[index]}")
+                getattr(slice_.get_submodule(index), kind).copy_(value)
+            elif own_heads:
+                head = network.get_submodule(name.removesuffix(".weight")).model[-1]
+                head.weight.copy_(value.reshape(1, -1, 1, 1))
+    return network
+
+
+def _pictures(batch: int, height: int = 32, width: int = 48, seed: int = 0):
+    """Random targets, predictions close to them, and low-resolution images at scale 4."""
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.rand(batch, 3, height, width, generator=generator) * 2 - 1
+    noise = torch.randn(target.shape, generator=generator)
+    strength = 0.05 * torch.arange(1, batch + 1).view(-1, 1, 1, 1)
+    return target + strength * noise, target, reduce_picture(target, 4)
+
+
+def test_lpips_equals_torchmetrics_from_a_file_and_from_the_hub_cache(tmp_path, monkeypatch):
+    state = _random_state()
+    prediction, target, _ = _pictures(2, 68, 64)
+    prediction = prediction.clamp(-1, 1)
+    save_file(state, tmp_path / "lpips.safetensors")
+    random_state = torch.get_rng_state()
+    network, reason = lpips_network(tmp_path / "lpips.safetensors")
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert reason == ""
+    expected = _torchmetrics_lpips(state, own_heads=True)(prediction, target).flatten()
+    torch.testing.assert_close(network(prediction, target), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(network(target, target), torch.zeros(2))
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    network, reason = lpips_network(None)
+    assert network is None
+    assert "alexnet-owt" in reason
+    assert str(tmp_path) in reason
+    cached = tmp_path / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth"
+    cached.parent.mkdir(parents=True)
+    backbone = {name: value for name, value in state.items() if name.startswith("features")}
+    torch.save({**backbone, "classifier.1.weight": torch.zeros(1)}, cached)
+    network, _ = lpips_network(None)
+    expected = _torchmetrics_lpips(state, own_heads=False)(prediction, target).flatten()
+    torch.testing.assert_close(network(prediction, target), expected, rtol=1e-5, atol=1e-6)
+    cached.write_bytes(cached.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be read"):
+        lpips_network(None)
+
+
+def test_wrong_lpips_weights_give_one_sentence(tmp_path):
+    path = tmp_path / "lpips.safetensors"
+    with pytest.raises(FileNotFoundError, match="do not exist"):
+        lpips_network(path)
+    path.write_bytes(b"not weights")
+    with pytest.raises(ValueError, match="cannot be read"):
+        lpips_network(path)
+    state = _random_state()
+    for change in ({"lin0.weight": torch.zeros(63)}, {"more": torch.zeros(1)}):
+        save_file({**state, **change}, path)
+        with pytest.raises(ValueError, match=next(iter(change))):
+            lpips_network(path)
+    del state["features.3.bias"]
+    save_file(state, path)
+    with pytest.raises(ValueError, match=r"features\.3\.bias"):
+        lpips_network(path)
+
+
+def test_every_measure_equals_its_definition(tmp_path):
+    from torchmetrics.image import StructuralSimilarityIndexMeasure
+
+    save_file(_random_state(), tmp_path / "lpips.safetensors")
+    network, _ = lpips_network(tmp_path / "lpips.safetensors")
+    prediction, target, low = _pictures(3)
+    measured = PictureMetrics(network)
+    for part, seconds, peak in ((slice(0, 2), 4.0, 2**20), (slice(2, 3), 5.0, 3 * 2**20)):
+        measured.update(("PiD", 0.2), prediction[part], target[part], low[part], 4, seconds, peak)
+    (row,) = measured.compute()
+    clamped = prediction.clamp(-1, 1)
+
+    def psnr(a, b):
+        # [-1, 1] holds 2 units: 10 log10(2^2 / mse), averaged over pictures after the logarithm
+        errors = (a - b).double().square().mean(dim=(1, 2, 3))
+        return float((10 * torch.log10(4 / errors)).mean())
+
+    ssim = StructuralSimilarityIndexMeasure(data_range=1.0)((clamped + 1) / 2, (target + 1) / 2)
+    assert row["psnr"] == pytest.approx(psnr(clamped, target), rel=1e-5)
+    assert row["ssim"] == pytest.approx(float(ssim), rel=1e-5)
+    assert row["lpips"] == pytest.approx(float(network(clamped, target).mean()), rel=1e-5)
+    assert row["consistency"] == pytest.approx(psnr(reduce_picture(clamped, 4), low), rel=1e-5)
+    assert row["seconds"] == pytest.approx(3.0)  # 9 seconds, 3 pictures
+    assert row["peak_mebibytes"] == 3.0
+    assert row["num_pictures"] == 3
+    assert (row["method"], row["latent_sigma"]) == ("PiD", 0.2)
+
+
+def test_rows_are_apart_and_in_order():
+    prediction, target, low = _pictures(1)
+    measured = PictureMetrics(None, NO_LPIPS)
+    for row in (("native + bicubic", 0.4), ("PiD", 0.4), ("PiD", torch.tensor(0.0))):
+        measured.update(row, prediction, target, low, 4, 1.0, 0)
+    measured.update(("PiD", 0.4), target, target, low, 4, 1.0, 0)
+    rows = measured.compute()
+    assert [(row["method"], row["latent_sigma"], row["num_pictures"]) for row in rows] == [
+        ("PiD", 0.0, 1),
+        ("PiD", 0.4, 2),
+        ("native + bicubic", 0.4, 1),
+    ]
+    assert rows[0]["psnr"] == rows[2]["psnr"]
+    assert rows[1]["psnr"] == math.inf  # one picture is identical
+    assert {row["lpips"] for row in rows} == {NO_LPIPS}
+    assert PictureMetrics(None, NO_LPIPS).compute() == []
+
+
+def test_measuring_leaves_the_random_state(tmp_path):
+    save_file(_random_state(), tmp_path / "lpips.safetensors")
+    measured = PictureMetrics(lpips_network(tmp_path / "lpips.safetensors")[0])
+    prediction, target, low = _pictures(1)
+    random_state = torch.get_rng_state()
+    measured.update(("PiD", 0.0), prediction, target, low, 4, 1.0, 0)
+    assert torch.equal(random_state, torch.get_rng_state())
+
+
+def test_autocast_and_low_precision_pictures_do_not_coarsen_the_measures(tmp_path):
+    save_file(_random_state(), tmp_path / "lpips.safetensors")
+    network, _ = lpips_network(tmp_path / "lpips.safetensors")
+    prediction, target, low = _pictures(1)
+    prediction = prediction.to(torch.bfloat16)
+    plain, cast = PictureMetrics(network), PictureMetrics(network)
+    plain.update(("PiD", 0.0), prediction.float(), target, low, 4, 1.0, 0)
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        cast.update(("PiD", 0.0), prediction, target, low, 4, 1.0, 0)
+        assert cast.compute() == plain.compute()
+
+
+def test_pictures_that_cannot_be_measured_are_refused():
+    prediction, target, low = _pictures(1)
+    measured = PictureMetrics(None, NO_LPIPS)
+    with pytest.raises(ValueError, match="need targets of that shape"):
+        measured.update(("PiD", 0.0), prediction, target[..., :32], low, 4, 1.0, 0)
+    with pytest.raises(ValueError, match="at scale 8"):
+        measured.update(("PiD", 0.0), prediction, target, low, 8, 1.0, 0)
+    with pytest.raises(ValueError, match="not finite"):
+        measured.update(("PiD", 0.8), prediction / 0, target, low, 4, 1.0, 0)
+    small = torch.zeros(1, 3, 8, 16)
+    with pytest.raises(ValueError, match="at least 11"):
+        measured.update(("PiD", 0.0), small, small, small, 1, 1.0, 0)
+    small, with_lpips = torch.zeros(1, 3, 30, 48), PictureMetrics(LPIPS())
+    with pytest.raises(ValueError, match="at least 31"):
+        with_lpips.update(("PiD", 0.0), small, small, small, 1, 1.0, 0)
+    with pytest.raises(ValueError, match="must say why"):
+        PictureMetrics(None)
+
+
+def test_lpips_works_down_to_its_smallest_side():
+    pictures = torch.zeros(1, 3, LPIPS.smallest_side, LPIPS.smallest_side)
+    assert LPIPS()(pictures, pictures).shape == (1,)
+    with pytest.raises(RuntimeError, match="too small"):
+        LPIPS()(pictures[..., 1:], pictures[..., 1:])
+
+
+def _measure_share(ranks: tuple[int, ...]) -> list[dict]:
+    """Rank 0 measures three pictures in two rows, rank 1 one picture in one row."""
+    measured = PictureMetrics(None, NO_LPIPS)
+    prediction, target, low = _pictures(4)
+    shares = [(0, slice(0, 2), 0.8), (0, slice(2, 3), 0.0), (1, slice(3, 4), 0.8)]
+    for rank, part, sigma in shares:
+        if rank in ranks:
+            pictures = (prediction[part], target[part], low[part])
+            measured.update(("PiD", sigma), *pictures, 4, 2.0 + rank, 2**20 * (rank + 1))
+    return measured.compute()
+
+
+def _measure_as_rank(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),
+    )
+    try:
+        torch.save(_measure_share((rank,)), f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_processes_agree_with_one(tmp_path):
+    other = torch.multiprocessing.get_context("spawn").Process(
+        target=_measure_as_rank, args=(1, str(tmp_path)), daemon=True
+    )
+    other.start()
+    _measure_as_rank(0, str(tmp_path))
+    other.join()
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first == second
+    assert [row["num_pictures"] for row in first] == [1, 3]
+    for row, alone in zip(first, _measure_share((0, 1)), strict=True):
+        assert row.keys() == alone.keys()
+        for key, value in alone.items():
+            same = value if isinstance(value, str) else pytest.approx(value, rel=1e-6)
+            assert row[key] == same
+
+
+def _row(**changes) -> dict:
+    row = {
+        "method": "native + bicubic",
+        "latent_sigma": 0.8,
+        "psnr": 24.123456,
+        "ssim": 0.7,
+        "lpips": 0.123,
+        "consistency": 40.0,
+        "seconds": 1.5,
+        "peak_mebibytes": 13312.4,
+        "num_pictures": 100,
+    }
+    return {**row, **changes}
+
+
+def test_the_table_is_aligned_plain_and_narrow():
+    rows = [_row(), _row(method="PiD", latent_sigma=0.0, psnr=math.inf, peak_mebibytes=0.0)]
+    heading, rule, native, pid = format_table(rows).split("\n")
+    assert len(heading) == len(rule) == len(native) == len(pid) <= 100
+    assert heading.split()[:2] == ["method", "sigma"]
+    assert re.split(r"\s{2,}", native) == [
+        "native + bicubic",
+        "0.8",
+        "24.12",
+        "0.7000",
+        "0.1230",
+        "40.00",
+        "1.500",
+        "13312",
+        "100",
+    ]
+    assert pid.split()[:3] == ["PiD", "0", "inf"]
+
+
+def test_the_table_says_why_lpips_is_missing():
+    wide = _row(
+        method="a method with a long name",
+        lpips=NO_LPIPS * 4,
+        latent_sigma=0.123,
+        ssim=-0.1,
+        seconds=99999.0,
+        peak_mebibytes=99999999.0,
+        num_pictures=99999999,
+        psnr=-100.0,
+    )
+    table = format_table([wide, wide])
+    assert max(map(len, table.split("\n"))) <= 100
+    assert table.count("no weights") == 2
+    assert table.replace("\n", " ").endswith(NO_LPIPS * 4)
+
+
+def test_the_csv_file_holds_every_digit_and_is_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "run" / "metrics.csv"
+    rows = [_row(), _row(method="PiD", lpips=NO_LPIPS)]
+    write_csv(rows, path)
+    with path.open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert read == [{key: str(value) for key, value in row.items()} for row in rows]
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="unknown"):
+        write_csv([_row(unknown=1)], path)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == ["metrics.csv"]
+
+
+@pytest.mark.skipif(
+    not metrics._reset_high_water_mark(), reason="the system does not reset high-water marks"
+)
+@pytest.mark.parametrize(("resettable", "second"), [(True, 64), (False, 0)])
+def test_peak_memory_sees_what_was_freed_again(resettable: bool, second: int) -> None:
+    """Without a reset, only growth beyond earlier peaks."""
+    # In a fresh process, since earlier tests may have left resident memory to reuse here.
+    code = (
+        "import torch; from pid_lightning import metrics\n"
+        f"if not {resettable}: metrics._reset_high_water_mark = lambda: False\n"
+        "for mebibytes in (128, 64):\n"
+        "    with metrics.PeakMemory(torch.device('cpu')) as measured:\n"
+        "        torch.ones(mebibytes, 2**18)\n"
+        "    assert 0 < measured.seconds < 10\n"
+        "    print(measured.peak_bytes)"
+    )
+    # Of a shell, since a child begins with the high-water mark of the process that it is forked of.
+    command = ["sh", "-c", '"$0" -c "$1"; exit $?', sys.executable, code]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    peaks = [int(line) / 2**20 for line in run.stdout.split()]
+    assert peaks == pytest.approx([128, second], abs=6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_peak_memory_on_cuda_counts_tensors_and_waits_for_the_device():
+    device = torch.device("cuda")
+    kept = torch.ones(2**20, device=device)
+    for mebibytes in (64, 16):
+        before = torch.cuda.memory_allocated(device)
+        with PeakMemory(device) as measured:
+            torch.ones(mebibytes, 2**18, device=device)
+        assert measured.peak_bytes == before + mebibytes * 2**20
+    cycles = 200_000_000
+    with PeakMemory(device) as measured:
+        torch.cuda._sleep(cycles)
+    assert measured.seconds > 0.02
+    del kept

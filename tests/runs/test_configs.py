@@ -1,0 +1,151 @@
+"""Every shipped config parses, has the published size, and trains a step when shrunk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+
+from pid_lightning.files import models as weights
+from pid_lightning.commands.fit import PiDCLI, main
+from pid_lightning.training.modules.base import PiDModule
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FULL_SIZE = sorted(CONFIGS.glob("*_[48]x.yaml"))
+DISTILLATIONS = sorted(CONFIGS.glob("*_[48]x_dmd2.yaml"))
+OTHERS = sorted(set(CONFIGS.glob("*.yaml")) - {*FULL_SIZE, *DISTILLATIONS})
+SHRUNK = [
+    "--data.path=bundled",
+    "--data.image_size=128",
+    "--data.batch_size=1",
+    "--data.num_workers=0",
+    "--model.denoiser.width=32",
+    "--model.denoiser.num_heads=2",
+    "--model.denoiser.num_blocks=8",
+    "--model.denoiser.pixel_width=4",
+    "--model.denoiser.pixel_attention_width=16",
+    "--model.denoiser.pixel_num_heads=2",
+    "--model.denoiser.num_pixel_blocks=1",
+    "--model.denoiser.text_width=8",
+    "--model.denoiser.text_length=3",
+    "--model.denoiser.adapter.width=16",
+    "--model.denoiser.adapter.num_res_blocks=1",
+    "--trainer.max_steps=1",
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.limit_val_batches=0",
+    "--trainer.logger=false",
+    "--trainer.callbacks=[]",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+SMALL_ENCODERS = {
+    "vae": ["--model.vae=bundled"],
+    "siglip": ["--model.model=vit_base_patch16_siglip_224", "--model.pretrained=false"],
+    "dinov2": ["--model.model=vit_small_patch14_dinov2", "--model.pretrained=false"],
+}
+
+
+def parse(config: Path, *arguments: str) -> PiDCLI:
+    """The objects of a config, without running anything."""
+    return PiDCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=None,
+        run=False,
+        args=[f"--config={config}", "--trainer.accelerator=cpu", "--trainer.devices=1", *arguments],
+    )
+
+
+def test_all_are_here() -> None:
+    families = ("dinov2", "siglip", "vae")
+    assert [c.stem for c in FULL_SIZE] == [f"{f}_{s}x" for f in families for s in (4, 8)]
+    assert [c.stem for c in DISTILLATIONS] == [
+        "dinov2_8x_dmd2",
+        "siglip_8x_dmd2",
+        "vae_4x_dmd2",
+    ]
+
+
+@pytest.mark.parametrize("config", FULL_SIZE, ids=lambda path: path.stem)
+def test_full_size_has_the_published_number_of_parameters(config: Path) -> None:
+    with torch.device("meta"):
+        cli = parse(config)
+    denoiser = cli.model.denoiser
+    num = sum(p.numel() for p in denoiser.parameters())
+    # 1.36 billion with 16-channel latents; wider latents widen the adapter's first convolution.
+    wider = (cli.model.encoder.latent_channels - 16) * 9 * denoiser.config.adapter.width
+    assert abs(num - wider - 1.363e9) < 0.001e9
+    assert cli.datamodule.image_size == 2048
+    assert f"_{cli.model.scale}x" in config.stem
+
+
+@pytest.mark.parametrize("config", FULL_SIZE, ids=lambda path: path.stem)
+def test_full_size_steps_once_when_shrunk(config: Path, tmp_path: Path) -> None:
+    family = config.stem.split("_")[0]
+    arguments = [*SHRUNK, *SMALL_ENCODERS[family], f"--trainer.default_root_dir={tmp_path}"]
+    main(["fit", f"--config={config}", *arguments])
+
+
+@pytest.mark.parametrize("config", DISTILLATIONS, ids=lambda path: path.stem)
+def test_distillation_steps_when_shrunk(config: Path, tmp_path: Path, monkeypatch) -> None:
+    family = config.stem.split("_")[0]
+    folder = f"--trainer.default_root_dir={tmp_path}"
+    arguments = [a for a in [*SHRUNK, *SMALL_ENCODERS[family], folder] if "callbacks" not in a]
+    model = parse(config, *arguments, "--trainer.callbacks=[]").model
+    model.encoder.load()
+    teacher = tmp_path / "teacher.safetensors"
+    weights.save_model(model.denoiser, model.info, teacher, torch.float32)
+
+    text = config.read_text()
+    given = next(line for line in text.splitlines() if "teacher:" in line)
+    copy = tmp_path / "distil.yaml"
+    copy.write_text(text.replace(given.split("teacher: ")[1], str(teacher)))
+    monkeypatch.chdir(tmp_path)
+    arguments = [a for a in arguments if "logger" not in a and "max_steps" not in a]
+    main(["fit", f"--config={copy}", *arguments, "--trainer.max_steps=6"])
+    assert (tmp_path / f"runs/{config.stem}/version_0/checkpoints/last.ckpt").is_file()
+
+
+@pytest.mark.parametrize("config", OTHERS, ids=lambda path: path.stem)
+def test_the_others_parse(config: Path) -> None:
+    with torch.device("meta"):
+        cli = parse(config)
+    assert cli.datamodule.image_size % 32 == 0
+    if isinstance(cli.model, PiDModule):
+        cli.model.denoiser.check_size(cli.datamodule.image_size, cli.datamodule.image_size)
+        assert cli.trainer.logger.name == config.stem
+
+
+def test_quickstart_steps(tmp_path: Path) -> None:
+    config = CONFIGS / "quickstart.yaml"
+    arguments = [
+        "--trainer.max_steps=1",
+        "--data.batch_size=2",
+        "--test_after_fit=false",
+        "--trainer.limit_val_batches=0",
+        "--trainer.logger=false",
+        "--trainer.callbacks=[]",
+        f"--trainer.default_root_dir={tmp_path}",
+    ]
+    main(["fit", f"--config={config}", *arguments])
+
+
+def test_any_scale_data_and_size_can_be_given(tmp_path: Path) -> None:
+    cli = parse(
+        CONFIGS / "dinov2_4x.yaml",
+        "--model.scale=8",
+        "--data.path=elsewhere",
+        "--data.image_size=512",
+        *SMALL_ENCODERS["dinov2"],
+        *(a for a in SHRUNK if "denoiser" in a),
+    )
+    assert (cli.model.scale, cli.datamodule.path, cli.datamodule.image_size) == (
+        8,
+        "elsewhere",
+        512,
+    )

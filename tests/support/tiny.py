@@ -1,0 +1,143 @@
+"""A network, a module and photographs, small enough to train in a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from pid_lightning import EMA, AdapterConfig, Evaluation, ImageData, PiDConfig, Training, VAEPiD
+from pid_lightning.encoders.text import TextEncoder
+
+IMAGE_SIZE = 64
+
+
+def config(**changes: Any) -> PiDConfig:
+    """The config of a network of 60,000 parameters without text."""
+    settings = {
+        "width": 32,
+        "num_heads": 2,
+        "num_blocks": 2,
+        "patch_size": 16,
+        "pixel_width": 4,
+        "pixel_attention_width": 16,
+        "pixel_num_heads": 2,
+        "num_pixel_blocks": 1,
+        "text_length": 0,
+        "rope_reference": None,
+        "adapter": AdapterConfig(width=16, num_res_blocks=1),
+    }
+    return PiDConfig(**(settings | changes))
+
+
+class Text(TextEncoder):
+    """Three features per caption, seeded by its text; records the captions it encodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_width, self.description = 6, "tiny"
+        self.asked: list[str] = []
+
+    def load(self) -> None: ...
+
+    def encode(self, captions: list[str]) -> torch.Tensor:
+        self.asked += captions
+        drawn = [torch.Generator().manual_seed(sum(c.encode())) for c in captions]
+        return torch.stack([torch.randn(3, 6, generator=generator) for generator in drawn])
+
+
+def module(
+    training: Training | None = None, text: TextEncoder | None = None, **changes: Any
+) -> VAEPiD:
+    """A `VAEPiD` on the bundled autoencoder, with the same weights every time."""
+    if text is not None and text.text_width:
+        changes = {"text_width": text.text_width, "text_length": 3} | changes
+    training = training or Training(learning_rate=1e-3, warmup_steps=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return VAEPiD(
+            denoiser=config(**changes),
+            text=text,
+            training=training,
+            evaluation=Evaluation(latent_sigmas=[0.0, 0.8], steps=2),
+        )
+
+
+def randomise(network: torch.nn.Module, seed: int = 0, std: float = 0.1) -> torch.nn.Module:
+    """Redraw all weights, so that outputs depend on every input; returns the network."""
+    generator = torch.Generator().manual_seed(seed)
+    for weight in network.parameters():
+        weight.data = std * torch.randn(weight.shape, generator=generator)
+    return network
+
+
+def data(batch_size: int = 4, **changes: Any) -> ImageData:
+    """Crops of the bundled photographs."""
+    return ImageData(
+        path="bundled", image_size=IMAGE_SIZE, batch_size=batch_size, seed=0, **changes
+    )
+
+
+def quiet_trainer(folder: Path, **options: Any) -> pl.Trainer:
+    """A trainer on the CPU that prints, logs and saves nothing."""
+    settings = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": folder,
+    }
+    return pl.Trainer(**(settings | options))
+
+
+def trainer(folder: Path, steps: int, *callbacks: pl.Callback, **changes: Any) -> pl.Trainer:
+    """A quiet trainer that leaves `last.ckpt` in `folder`."""
+    saved = ModelCheckpoint(folder, save_last=True, every_n_train_steps=1, save_top_k=0)
+    settings = {
+        "max_steps": steps,
+        "enable_checkpointing": True,
+        "limit_val_batches": 0,
+        "callbacks": [*callbacks, saved],
+    }
+    return quiet_trainer(folder, **(settings | changes))
+
+
+def fit(
+    folder: Path,
+    steps: int,
+    *callbacks: pl.Callback,
+    fitted: VAEPiD | None = None,
+    resume: Path | None = None,
+    batch_size: int = 4,
+    **changes: Any,
+) -> VAEPiD:
+    """Train for some steps, from a checkpoint or from the start."""
+    fitted = fitted or module()
+    callbacks = callbacks or (EMA(),)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)  # like the command line's seed_everything, for new networks
+        trainer(folder, steps, *callbacks, **changes).fit(
+            fitted, data(batch_size), ckpt_path=resume
+        )
+    return fitted
+
+
+def assert_equal_states(ours: Any, theirs: Any, where: str = "") -> None:
+    """Assert bit-identical values, recursing into dicts and lists."""
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key in ours:
+            assert_equal_states(ours[key], theirs[key], f"{where}.{key}")
+    elif isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs), where
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert_equal_states(a, b, f"{where}[{i}]")
+    else:
+        assert ours == theirs, where

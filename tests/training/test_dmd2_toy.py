@@ -1,0 +1,169 @@
+"""DMD2's few-step students match the teacher on a known toy distribution."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pid_lightning.training.callbacks.dmd2 as dmd2_module
+from pid_lightning import DMD2, Training
+from pid_lightning.diffusion import flow, losses, sampling
+from pid_lightning.nn import Discriminator
+from pid_lightning.training.callbacks.turns import resting
+from pid_lightning.training.objective import Sample
+
+WIDTH = 64
+CENTRES = torch.tensor([[1.5, 0.0, 0.5], [-1.0, 1.0, -0.5], [-0.5, -1.5, 0.0]])
+
+
+class ToyDenoiser(nn.Module):
+    """An MLP on points (B, 3, 1, 1) with the `PiD` interface that DMD2 uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(3 + 8, WIDTH)
+        self.hidden = nn.Sequential(
+            nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU()
+        )
+        self.out = nn.Linear(WIDTH, 3)
+
+    def condition(self, *_: object, **__: object) -> None:
+        return None
+
+    def _tokens(self, x_t: Tensor, t: Tensor) -> Tensor:
+        angles = t[:, None] * torch.tensor([1.0, 2.0, 4.0, 8.0])
+        return self.hidden(self.into(torch.cat((x_t.flatten(1), angles.sin(), angles.cos()), 1)))
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: None) -> Tensor:
+        return self.out(self._tokens(x_t, t))[:, :, None, None]
+
+    def features(self, x_t: Tensor, t: Tensor, condition: None, taps: tuple[int]) -> list[Tensor]:
+        return [self._tokens(x_t, t)[:, :, None, None].expand(-1, -1, 4, 4)]
+
+
+def draw_points(num: int, generator: torch.Generator) -> Tensor:
+    """Three narrow Gaussians."""
+    which = torch.randint(len(CENTRES), (num,), generator=generator)
+    points = CENTRES[which] + 0.2 * torch.randn(num, 3, generator=generator)
+    return points[:, :, None, None]
+
+
+def energy_distance(a: Tensor, b: Tensor) -> float:
+    """`2 E|a-b| - E|a-a'| - E|b-b'|`, which is 0 for equal distributions."""
+    a, b = a.flatten(1), b.flatten(1)
+
+    def spread(c: Tensor) -> Tensor:
+        return torch.cdist(c, c).sum() / (len(c) * (len(c) - 1))
+
+    return (2 * torch.cdist(a, b).mean() - spread(a) - spread(b)).item()
+
+
+def train_teacher(generator: torch.Generator) -> ToyDenoiser:
+    teacher = ToyDenoiser()
+    optimizer = torch.optim.Adam(teacher.parameters(), 3e-3)
+    for _ in range(1500):
+        x0 = draw_points(256, generator)
+        eps = torch.randn(x0.shape, generator=generator)
+        t = torch.rand(256, generator=generator)
+        optimizer.zero_grad()
+        velocity = teacher(flow.add_noise(x0, eps, t), t, None)
+        losses.flow_matching_loss(velocity, x0, eps).backward()
+        optimizer.step()
+    return teacher
+
+
+@torch.no_grad()
+def sample_finely(network: ToyDenoiser, noise: Tensor, num_steps: int = 200) -> Tensor:
+    """Integrate the network's flow from noise in many small steps."""
+    x, times = noise, torch.linspace(1, 0, num_steps + 1)
+    for now, after in itertools.pairwise(times):
+        x = x + (after - now) * network(x, now.expand(len(x)), None)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("student_input", "num_batches", "largest_shares"),
+    [
+        ("rollout", 1200, {1: 0.15}),
+        pytest.param("rollout", 6000, {1: 0.05, 2: 0.15, 4: 0.5}, marks=pytest.mark.slow),
+        # Sampling never sees such inputs: a single step is learned, four steps hardly improve.
+        pytest.param("noised_data", 6000, {1: 0.15, 2: 0.2}, marks=pytest.mark.slow),
+    ],
+)
+def test_students_match_the_teachers_distribution(
+    student_input: str,
+    num_batches: int,
+    largest_shares: dict[int, float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Compares energy distances to the teacher's distribution with those of the undistilled
+    network at the same number of steps."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        teacher = train_teacher(generator)
+        discriminator = Discriminator(WIDTH, 1)
+    student, fake_score = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    teacher.requires_grad_(False)
+    dmd2 = DMD2("none", student_every=10, student_input=student_input, taps=(0,), r1_weight=1.0)
+    module = SimpleNamespace(
+        denoiser=student,
+        fake_score=fake_score,
+        discriminator=discriminator,
+        teacher=teacher,
+        training_settings=Training(),
+        trainer=SimpleNamespace(global_step=0),
+    )
+    critics = [*fake_score.parameters(), *discriminator.parameters()]
+    optimizers = torch.optim.Adam(student.parameters(), 2e-3), torch.optim.Adam(critics, 2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[0], num_batches // 10)
+    batch_size = 128
+    # One generator for all draws: one per sample, as in a run, would take most of the time.
+    monkeypatch.setattr(dmd2, "_noise", lambda *_: torch.randn(x0.shape, generator=generator))
+    monkeypatch.setattr(
+        dmd2, "_times", lambda *_: flow.sample_times(128, generator=generator).clamp(0.02, 0.99)
+    )
+    monkeypatch.setattr(
+        dmd2_module,
+        "sample_generators",
+        lambda seed, purpose, samples, device="cpu": [generator] * len(samples),
+    )
+    for step in range(num_batches):
+        module.trainer.global_step = step
+        x0 = draw_points(batch_size, generator)
+        numbers = list(range(batch_size))
+        sample = Sample(x0, x0, x0, torch.zeros(batch_size), None, None, None, numbers)
+        is_student = dmd2.turns.is_student(step)
+        with resting(*((fake_score, discriminator) if is_student else (student,))):
+            optimizers[not is_student].zero_grad()
+            chosen = dmd2._student_loss if is_student else dmd2._critic_loss
+            loss, _ = chosen(module, sample)
+            loss.backward()
+            optimizers[not is_student].step()
+        if is_student:
+            schedule.step()
+            dmd2.num_student_updates += 1
+
+    noise, other_noise = torch.randn(2, 3000, 3, 1, 1, generator=generator)
+    target = sample_finely(teacher, noise)
+    for steps, largest_share in largest_shares.items():
+        with torch.no_grad():
+            before, after = (
+                energy_distance(
+                    target,
+                    sampling.sample_few_steps(
+                        lambda x, t, network=network: network(x, t, None),
+                        other_noise,
+                        steps,
+                        torch.Generator().manual_seed(1),
+                    ),
+                )
+                for network in (teacher, student)
+            )
+        print(f"{student_input} {steps} steps: {before:.4f} undistilled, {after:.4f} distilled")
+        assert after < largest_share * before
