@@ -6,27 +6,27 @@ Public names are imported when first used, so that decoding needs no Lightning.
 from importlib import import_module
 from typing import Any
 
-from pid_lightning.version import __version__
+__version__ = "0.1.0"
 
 _HOMES = {
     "AdapterConfig": "nn",
-    "CachedText": "text",
-    "DINOv2PiD": "modules",
-    "DMD2": "callbacks",
-    "DistillationGrids": "callbacks",
-    "EMA": "callbacks",
-    "Evaluation": "modules",
-    "ImageData": "data",
-    "LanguageModelText": "text",
+    "CachedText": "encoders.text_cache",
+    "DINOv2PiD": "training.modules",
+    "DMD2": "training.callbacks",
+    "DistillationGrids": "training.callbacks",
+    "EMA": "training.callbacks",
+    "Evaluation": "training.settings",
+    "ImageData": "training.data.image_data",
+    "LanguageModelText": "encoders.text",
     "PiD": "nn",
-    "PiDAutoencoder": "diffusers_vae",
+    "PiDAutoencoder": "decoding.diffusers_vae",
     "PiDConfig": "nn",
-    "PiDDecoder": "decoder",
-    "PictureGrids": "callbacks",
-    "SigLIPPiD": "modules",
-    "Training": "modules",
-    "VAEPiD": "modules",
-    "stop_early": "early_stop",
+    "PiDDecoder": "decoding.decoder",
+    "PictureGrids": "training.callbacks",
+    "SigLIPPiD": "training.modules",
+    "Training": "training.settings",
+    "VAEPiD": "training.modules",
+    "stop_early": "decoding.early_stop",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]

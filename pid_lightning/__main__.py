@@ -1,14 +1,20 @@
-"""The program `pid`, also `python -m pid_lightning`: Lightning is imported where it is needed."""
+"""The program `pid`, also `python -m pid_lightning`: commands are imported when asked for."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-from pid_lightning.commands import decode as commands
 from pid_lightning.commands.parsing import exit_on_mistake
 
-TRAINING = ("fit", "validate", "test", "predict")  # by `cli`
+TRAINING = ("fit", "validate", "test", "predict")  # by `commands.fit`
+COMMANDS = {
+    "bench": ("bench.command", "bench"),
+    "decode": ("decode", "decode"),
+    "export": ("models", "export"),
+    "import": ("models", "import_"),
+}
 HELP = """usage: pid COMMAND [options]; pid COMMAND --help lists them
 
   decode    upscale pictures or decode latents
@@ -23,24 +29,25 @@ HELP = """usage: pid COMMAND [options]; pid COMMAND --help lists them
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `pid`: commands that need no Lightning by `commands`, the others by `cli`. A user's
+    """Run `pid`: commands that need no Lightning by their own module, the others by `fit`. A user's
     mistake is one sentence and exit status 2; Ctrl-C is 130, and 1 where Lightning ends a fit."""
     given = sys.argv[1:] if arguments is None else arguments
     if not given or given[0] in ("-h", "--help"):
         print(HELP, end="")
         sys.exit(0 if given else 2)
     try:
-        if given[0] in commands.COMMANDS:
+        if given[0] in COMMANDS:
+            module, function = COMMANDS[given[0]]
             with exit_on_mistake():
-                commands.COMMANDS[given[0]](given[1:])
+                getattr(import_module(f"pid_lightning.commands.{module}"), function)(given[1:])
         elif given[0] not in TRAINING and not given[0].startswith("-"):
-            known = ", ".join((*TRAINING, *commands.COMMANDS))
+            known = ", ".join((*TRAINING, *COMMANDS))
             print(f"pid: {given[0]!r} is no command; use one of {known}.", file=sys.stderr)
             sys.exit(2)
         else:
-            from pid_lightning.commands import fit as cli
+            from pid_lightning.commands import fit
 
-            cli.main(arguments)  # None: LightningCLI reads sys.argv; given arguments make it warn
+            fit.main(arguments)  # None: LightningCLI reads sys.argv; given arguments make it warn
     except KeyboardInterrupt:
         print("\npid: stopped.", file=sys.stderr)
         sys.exit(130)

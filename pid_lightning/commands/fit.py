@@ -21,14 +21,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from pid_lightning.checkpointing import AtomicCheckpointIO
-from pid_lightning.commands.parsing import (
-    PACKAGE,
-    check_at_least,
-    parser_sentence,
-    raised_here,
-    raised_in,
-)
+from pid_lightning.checks import check_at_least
+from pid_lightning.commands.parsing import PACKAGE, parser_sentence, raised_here, raised_in
 from pid_lightning.decoding.memory import keep_freed_memory
 from pid_lightning.files.atomic import make_folder
 from pid_lightning.files.hub import find_last_checkpoint
@@ -38,12 +32,12 @@ from pid_lightning.training.callbacks.dmd2 import DMD2
 from pid_lightning.training.callbacks.ema import EMA
 from pid_lightning.training.callbacks.images import PictureGrids
 from pid_lightning.training.callbacks.last_checkpoint import LastCheckpoint, check_place
-from pid_lightning.training.checkpoints import check_checkpoint
+from pid_lightning.training.checkpoints import AtomicCheckpointIO, check_checkpoint
 from pid_lightning.training.modules.base import PiDModule, check_strategy
 
 # jsonargparse resolves short class names in configs only for classes that were imported.
-for _module in ("callbacks", "data", "modules", "modules.autoencoder"):
-    import_module(f"pid_lightning.{_module}")
+for _module in ("callbacks", "data.image_data", "modules", "modules.autoencoder"):
+    import_module(f"pid_lightning.training.{_module}")
 
 CALLBACKS = Path(lightning.pytorch.callbacks.__file__).parent
 

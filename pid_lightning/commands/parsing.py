@@ -6,36 +6,13 @@ import re
 import sys
 import traceback
 from argparse import ArgumentError
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from numbers import Integral
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent
+from jsonargparse import ArgumentParser
 
-
-def check_choice(name: str, value: str, accepted: Collection[str]) -> None:
-    """Raise ValueError unless the option `name` has an accepted value."""
-    if value not in accepted:
-        raise ValueError(f"{name}: {value!r} is not one of {', '.join(accepted)}.")
-
-
-def check_at_least(name: str, value: float, least: float) -> None:
-    """Raise ValueError if the option `name` is below its least value."""
-    if value < least:
-        raise ValueError(f"{name}: {value} must be at least {least}.")
-
-
-def check_whole(name: str, value: object) -> None:
-    """Raise ValueError unless the option `name` is a whole number."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"{name}: {value!r} must be a whole number.")
-
-
-def check_between(name: str, value: float, least: float, most: float) -> None:
-    """Raise ValueError unless the option `name` lies between two values, both included."""
-    if not least <= value <= most:
-        raise ValueError(f"{name}: {value} must lie between {least} and {most}.")
+PACKAGE = Path(__file__).parents[1]
 
 
 @contextmanager
@@ -109,3 +86,11 @@ def parser_sentence(message: str) -> str:
     told = " ".join(kept).replace(": - ", ": ").replace(" - ", "; ")
     told = re.sub("; Expected (a )?", " or ", told)
     return re.sub(r"(\.)? (Given|Got) value: ", ", not ", told)
+
+
+def make_parser(command: str, description: str) -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(
+        prog=f"pid {command}", description=description, exit_on_error=False, allow_abbrev=False
+    )

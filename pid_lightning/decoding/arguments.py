@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pid_lightning.commands.parsing import check_at_least, check_whole
+from pid_lightning.checks import check_at_least, check_whole
 from pid_lightning.decoding.latents import output_size
 from pid_lightning.decoding.tile_choice import TileChoice, check_tile_choice
-from pid_lightning.diffusion.sampling import Generators, few_step_times
+from pid_lightning.diffusion.randomness import Generators
+from pid_lightning.diffusion.sampling import few_step_times
 from pid_lightning.encoders.latent_spaces import warn_if_not_normalised
 
 if TYPE_CHECKING:

@@ -20,11 +20,11 @@ from pid_lightning.decoding.arguments import (
     text_features,
 )
 from pid_lightning.decoding.tile_choice import TileChoice
-from pid_lightning.diffusion.randomness import sample_generators
-from pid_lightning.diffusion.sampling import Generators
+from pid_lightning.diffusion.randomness import Generators, sample_generators
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.families import build_encoder
-from pid_lightning.encoders.text import TextEncoder, encode_prompts
+from pid_lightning.encoders.text import TextEncoder
+from pid_lightning.encoders.text_cache import encode_prompts
 from pid_lightning.files import hub
 from pid_lightning.files.models import ModelInfo, load_model
 from pid_lightning.nn import PiD

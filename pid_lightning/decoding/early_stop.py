@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pid_lightning.commands.parsing import check_at_least, check_whole
+from pid_lightning.checks import check_at_least, check_whole
 from pid_lightning.decoding.diffusers_vae import PiDAutoencoder
 
 # Schedulers by the form of their latents between steps, at noise level `sigma` of their schedule.

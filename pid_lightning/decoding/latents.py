@@ -160,11 +160,3 @@ def tiles_for(denoiser: PiD, height: int, width: int, tile: int | None) -> Tiles
         return None
     tiles = Tiles(height, width, tile, denoiser.alignment)
     return tiles if len(tiles) > 1 else None
-
-
-def trained_tile(denoiser: PiD, height: int, width: int, image_size: int | None) -> int | None:
-    """The trained size as a tile if the picture is larger than that, else None."""
-    if image_size is None or max(height, width) <= image_size:
-        return None
-    step = denoiser.alignment
-    return max(image_size // step, 2) * step

@@ -6,7 +6,6 @@ import json
 import weakref
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,18 +144,6 @@ def weight_bytes(network: nn.Module) -> int:
         names = weight.data.__tensor_flatten__()[0] if is_quantised(weight) else ["data"]
         parts += [getattr(weight, name) for name in names]
     return num_bytes(parts)
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that a decode could still allocate on a device; None if unknown."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.is_file():
-        return None
-    line = next(s for s in meminfo.read_text().splitlines() if s.startswith("MemAvailable:"))
-    return int(line.split()[1]) * 1024
 
 
 def peak_bytes(compute: Callable[[], object]) -> int:

@@ -6,8 +6,8 @@ import warnings
 from numbers import Integral
 from typing import Literal
 
-from pid_lightning.decoding.latents import trained_tile
-from pid_lightning.decoding.memory_estimate import estimate_working_memory, free_memory
+from pid_lightning.decoding.memory import free_memory
+from pid_lightning.decoding.memory_estimate import estimate_working_memory
 from pid_lightning.diffusion.tiling import check_tile
 from pid_lightning.files.models import ModelInfo
 from pid_lightning.nn import PiD
@@ -73,3 +73,11 @@ def _fitting_tile(
             stacklevel=CALLER_LEVEL + 1,
         )
     return tile
+
+
+def trained_tile(denoiser: PiD, height: int, width: int, image_size: int | None) -> int | None:
+    """The trained size as a tile if the picture is larger than that, else None."""
+    if image_size is None or max(height, width) <= image_size:
+        return None
+    step = denoiser.alignment
+    return max(image_size // step, 2) * step

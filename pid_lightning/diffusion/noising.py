@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pid_lightning.commands.parsing import check_choice
+from pid_lightning.checks import check_choice
 from pid_lightning.diffusion.flow import per_sample
 
 FRAMES = ("flow", "variance_preserving")

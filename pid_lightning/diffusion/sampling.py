@@ -8,43 +8,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
-from pid_lightning.commands.parsing import check_at_least
+from pid_lightning.checks import check_at_least
 from pid_lightning.diffusion import flow
+from pid_lightning.diffusion.randomness import Generators, draw_noise
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-Generators = torch.Generator | Sequence[torch.Generator] | None
 
 STUDENT_TIMES = (0.999, 0.866, 0.634, 0.342)
-
-
-def draw_noise(shape: Sequence[int], generator: Generators, device: torch.device | str) -> Tensor:
-    """Standard normal noise in fp32.
-
-    Args:
-        shape: (B, ...).
-        generator: one for the batch, or one per sample, so that a sample's noise does not depend
-            on its batch; None uses torch's global generator.
-        device: device of the result; the noise is drawn on the generator's device.
-
-    Raises:
-        ValueError: the numbers of generators and samples differ.
-    """
-    if isinstance(generator, Sequence):
-        if len(generator) != shape[0]:
-            raise ValueError(
-                f"generator: {len(generator)} generators for a batch of {shape[0]}; give one per "
-                "sample."
-            )
-        return torch.cat([draw_noise((1, *shape[1:]), g, device) for g in generator])
-    drawn_on = generator.device if generator is not None else device
-    noise = torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device=drawn_on)
-    if noise.device.type == "cpu" and torch.device(device).type == "cuda":
-        # From pinned memory the copy does not make the CPU wait for the GPU's previous step.
-        return noise.pin_memory().to(device, non_blocking=True)
-    return noise.to(device)
 
 
 def few_step_times(student_times: Sequence[float], steps: int) -> tuple[float, ...]:

@@ -1,0 +1,1 @@
+"""Pictures and captions to what PiD is conditioned on."""

@@ -17,7 +17,7 @@ MODEL_SUFFIXES = (".safetensors", ".ckpt")
 
 # Models shipped with the package; the first is the default of `pid decode`.
 BUNDLED_MODELS: dict[str, Path] = {
-    "pid-small-vae-4x": Path(__file__).parent / "assets" / "pid-small-vae-4x.safetensors",
+    "pid-small-vae-4x": Path(__file__).parents[1] / "assets" / "pid-small-vae-4x.safetensors",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pid_lightning.commands.parsing import check_choice
+from pid_lightning.checks import check_choice
 from pid_lightning.diffusion.sampling import STUDENT_TIMES
 from pid_lightning.files.atomic import make_folder
 from pid_lightning.files.models import ModelInfo, check_model_path, save_model

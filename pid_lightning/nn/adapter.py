@@ -3,74 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pid_lightning.commands.parsing import check_at_least, check_choice
-
-GATES = ("channel", "token", "none")
-PADDINGS = ("zeros", "replicate")
-UPSAMPLINGS = ("nearest", "shuffle")
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """Sizes of the latent adapter. The defaults are the published v1; v1.5 is
-    ``width=1024, gate="token", padding="replicate", inject_pixels=True, rgb_head=True``.
-
-    Attributes:
-        width: channels of the convolutions.
-        num_res_blocks: residual blocks after the first two convolutions.
-        interval: inject before every `interval`-th patch block, starting with the first.
-        gate: one gate value per ``"channel"`` (v1) or per ``"token"`` (v1.5); ``"none"`` is the
-            ablation without a gate.
-        padding: of the convolutions, ``"zeros"`` (v1) or ``"replicate"`` (v1.5).
-        inject_pixels: also inject into the condition of the pixel blocks (v1.5).
-        rgb_head: training-only head that predicts the low-resolution image (v1.5).
-        rgb_head_block: 1-based residual block that the RGB head reads; None is the last.
-        unpack: side of the packing to undo first; FLUX.2's latents are packed 2 x 2 (v1.5).
-        upsampling: if a latent cell covers several patches, ``"nearest"`` repeats it (v1, v1.5),
-            so only neighbouring cells can tell its patches apart; ``"shuffle"`` learns one
-            feature per patch (sub-pixel convolution, arXiv 1609.05158).
-        sigma_plane: append the noise level to the latents as a channel. Published adapters have
-            to infer it, since only the gate is told; small adapters do better when told too.
-        head_norm: LayerNorm before the heads, as at the end of pre-activation networks. Without
-            it (as published), features trained from scratch outgrow the patch tokens.
-    """
-
-    width: int = 512
-    num_res_blocks: int = 4
-    interval: int = 2
-    gate: str = "channel"
-    padding: str = "zeros"
-    inject_pixels: bool = False
-    rgb_head: bool = False
-    rgb_head_block: int | None = None
-    unpack: int = 1
-    upsampling: str = "nearest"
-    sigma_plane: bool = False
-    head_norm: bool = False
-
-    def __post_init__(self) -> None:
-        check_choice("adapter.gate", self.gate, GATES)
-        check_choice("adapter.padding", self.padding, PADDINGS)
-        check_choice("adapter.upsampling", self.upsampling, UPSAMPLINGS)
-        for name, least in (("width", 4), ("num_res_blocks", 0), ("interval", 1), ("unpack", 1)):
-            check_at_least(f"adapter.{name}", getattr(self, name), least)
-        if self.width % 4:
-            raise ValueError(
-                f"adapter.width: {self.width} must be a multiple of 4, the number of groups of "
-                "its GroupNorm."
-            )
-        if self.rgb_head_block is not None and not 1 <= self.rgb_head_block <= self.num_res_blocks:
-            raise ValueError(
-                f"adapter.rgb_head_block: {self.rgb_head_block} must lie between 1 and "
-                f"num_res_blocks ({self.num_res_blocks}), or be null for its output."
-            )
+from pid_lightning.checks import check_at_least
+from pid_lightning.nn.config import AdapterConfig
 
 
 class SigmaGate(nn.Module):

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pid_lightning.commands.parsing import check_whole
+from pid_lightning.checks import check_whole
 from pid_lightning.diffusion import flow
 from pid_lightning.nn.adapter import LatentAdapter, OpenGate, SigmaGate
 from pid_lightning.nn.blocks import PatchBlock, PixelBlock

@@ -10,12 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from pid_lightning.nn import PiD
-
 if TYPE_CHECKING:
     from pid_lightning.training.settings import Training
-
-OPTIMIZERS = ("adamw", "muon")
 
 
 def make_optimizer(denoiser: nn.Module, settings: Training, fused: bool) -> torch.optim.Optimizer:
@@ -114,48 +110,3 @@ def orthogonalised(matrix: Tensor) -> Tensor:
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x.T if is_tall else x
-
-
-def freeze_untrained(denoiser: PiD, train: str, reads_null: bool) -> None:
-    """Freeze all parts except those that `Training.train` names, whatever was frozen before.
-
-    Args:
-        denoiser: the network.
-        train: ``"all"``, ``"adapter"`` or ``"rgb_head"``.
-        reads_null: whether some samples have no caption, so that a learned null learns.
-
-    Raises:
-        ValueError: the RGB head is to be trained, but the adapter has none.
-    """
-    if train == "all":
-        denoiser.requires_grad_(True)
-        for block in denoiser.patch_blocks:
-            block.freeze_unread()
-        text = denoiser.text_embedding
-        if text is not None and text.null is not None:
-            text.null.requires_grad_(reads_null)  # DDP waits for every gradient it expects
-        return
-    denoiser.requires_grad_(False)
-    denoiser.adapter.requires_grad_(True)
-    if train == "adapter":
-        denoiser.gates.requires_grad_(True)
-    elif denoiser.adapter.rgb_head is None:
-        raise ValueError(
-            "training.train: rgb_head needs an adapter with an RGB head; set "
-            "model.denoiser.adapter.rgb_head to true."
-        )
-    else:
-        adapter = denoiser.adapter
-        unread = [adapter.heads, adapter.head_norm]
-        if adapter.rgb_head_block is not None:
-            unread += adapter.res_blocks[adapter.rgb_head_block :]
-        for module in unread:
-            module.requires_grad_(False)
-
-
-def freeze_unused(network: PiD) -> None:
-    """Freeze the RGB head, unused in distillation, and the last block's unused text weights."""
-    if network.adapter.rgb_head is not None:
-        network.adapter.rgb_head.requires_grad_(False)
-    for block in network.patch_blocks:
-        block.freeze_unread()

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pid_lightning.latent_files import check_channels
-from pid_lightning.pictures.files import pad_picture, write_picture
+from pid_lightning.pictures.files import write_picture
+from pid_lightning.pictures.inputs import check_channels
+from pid_lightning.pictures.resizing import pad_picture
 from pid_lightning.training.data.prediction_inputs import PredictionInputs
-from pid_lightning.training.report import add_evaluation_noise, evaluation_generators
+from pid_lightning.training.sample import add_evaluation_noise, evaluation_generators
 
 if TYPE_CHECKING:
     from pid_lightning.training.modules.base import PiDModule

@@ -12,44 +12,19 @@ from torch import Tensor
 
 from pid_lightning.decoding.arguments import check_steps
 from pid_lightning.decoding.latents import num_sampling_steps
-from pid_lightning.diffusion.noising import add_latent_noise
-from pid_lightning.diffusion.randomness import sample_generators
-from pid_lightning.diffusion.sampling import draw_noise
-from pid_lightning.pictures.files import (
-    enlarge_picture,
-    picture_grid,
-    reduce_picture,
-    write_picture,
-)
+from pid_lightning.decoding.memory import PeakMemory
+from pid_lightning.pictures.files import write_picture
+from pid_lightning.pictures.grids import picture_grid
 from pid_lightning.pictures.lpips import lpips_network
-from pid_lightning.pictures.metrics import PeakMemory, PictureMetrics, format_table, write_csv
+from pid_lightning.pictures.metrics import PictureMetrics, format_table, write_csv
 from pid_lightning.pictures.real_esrgan import Upscaler, read_upscaler, upscaler_label
+from pid_lightning.pictures.resizing import enlarge_picture, reduce_picture
+from pid_lightning.training.sample import add_evaluation_noise, evaluation_generators
 
 if TYPE_CHECKING:
     from pid_lightning.training.modules.base import PiDModule
 
 NUM_GRID_ROWS = 4  # pictures in the test grid
-
-
-def evaluation_generators(
-    module: PiDModule, purpose: str, numbers: list[int]
-) -> list[torch.Generator]:
-    """One generator per picture, from the run's seed, the purpose and the picture's number."""
-    seed = module.training_settings.seed
-    return sample_generators(seed, f"test {purpose}", numbers, module.device)
-
-
-def add_evaluation_noise(
-    module: PiDModule, clean: Tensor, sigma: float, numbers: list[int]
-) -> tuple[Tensor, Tensor]:
-    """Latents (B, C, h, w) at one noise level, and that level for each sample (B,).
-
-    A picture gets the same noise at every level.
-    """
-    latent_sigma = torch.full((len(clean),), sigma, device=clean.device)
-    eps = draw_noise(clean.shape, evaluation_generators(module, "latents", numbers), clean.device)
-    frame = module.training_settings.noise_frame
-    return add_latent_noise(clean, eps, latent_sigma, frame), latent_sigma
 
 
 def read_baseline(module: PiDModule) -> Upscaler | None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pid_lightning.commands.parsing import check_at_least, check_between, check_choice
+from pid_lightning.checks import check_at_least, check_between, check_choice
 from pid_lightning.diffusion.noising import FRAMES
-from pid_lightning.training.optimizers import OPTIMIZERS
 
 TRAINED_PARTS = ("all", "adapter", "rgb_head")
 
@@ -118,3 +117,6 @@ class Evaluation:
         check_between("evaluation.predict_sigma", self.predict_sigma, 0, 1)
         if self.steps is not None:
             check_at_least("evaluation.steps", self.steps, 1)
+
+
+OPTIMIZERS = ("adamw", "muon")

@@ -33,7 +33,7 @@ from pid_lightning.nn import AdapterConfig, Discriminator, PiDConfig
 from pid_lightning.nn.attention import attend
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = PiDConfig(
     width=16,
     num_heads=2,
@@ -289,7 +289,7 @@ def test_table_and_json_hold_the_same_rows(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "pid_lightning.commands.decode.bench.rates.measure_rates",
+        "pid_lightning.commands.bench.rates.measure_rates",
         lambda device, dtype: Rates(1e9, 1e9),
     )
     out = tmp_path / "bench.json"
@@ -315,7 +315,7 @@ def test_rows_are_saved_before_memory_runs_out(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "pid_lightning.commands.decode.bench.rates.measure_rates",
+        "pid_lightning.commands.bench.rates.measure_rates",
         lambda device, dtype: Rates(1e9, 1e9),
     )
 
@@ -352,7 +352,7 @@ def test_work_whose_networks_do_not_fit_is_left_out(
     gather = work.gather
     monkeypatch.setattr(rows, "gather", gather_small)
     monkeypatch.setattr(
-        "pid_lightning.commands.decode.bench.rates.measure_rates",
+        "pid_lightning.commands.bench.rates.measure_rates",
         lambda device, dtype: Rates(1e9, 1e9),
     )
     out = tmp_path / "bench.json"
@@ -366,7 +366,7 @@ def test_eight_bits_and_windows_are_rows_beside_the_exact_picture(
 ) -> None:
     pytest.importorskip("torchao", reason="8-bit weights need the extra int8")
     monkeypatch.setattr(
-        "pid_lightning.commands.decode.bench.rates.measure_rates",
+        "pid_lightning.commands.bench.rates.measure_rates",
         lambda device, dtype: Rates(1e9, 1e9),
     )
     out = tmp_path / "bench.json"
@@ -400,7 +400,7 @@ def test_attention_rows_are_asked_for(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "pid_lightning.commands.decode.bench.rates.measure_rates",
+        "pid_lightning.commands.bench.rates.measure_rates",
         lambda device, dtype: Rates(1e9, 1e9),
     )
     out = tmp_path / "bench.json"

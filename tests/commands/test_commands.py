@@ -23,9 +23,9 @@ from pid_lightning.__main__ import main
 from pid_lightning.commands import decode_files
 from pid_lightning.decoding.decoder import PiDDecoder
 from pid_lightning.diffusion.noising import add_latent_noise
-from pid_lightning.diffusion.randomness import sample_generators
-from pid_lightning.diffusion.sampling import STUDENT_TIMES, draw_noise, sample_few_steps
-from pid_lightning.encoders.text import cache_captions
+from pid_lightning.diffusion.randomness import draw_noise, sample_generators
+from pid_lightning.diffusion.sampling import STUDENT_TIMES, sample_few_steps
+from pid_lightning.encoders.text_cache import cache_captions
 from pid_lightning.files.hub import find_model
 from pid_lightning.files.models import ModelInfo, load_model
 from pid_lightning.files.published import FAMILIES, VERSIONS, import_released, released_info

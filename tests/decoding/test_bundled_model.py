@@ -15,7 +15,8 @@ from pid_lightning import PiDDecoder
 from pid_lightning.diffusion import tiling
 from pid_lightning.diffusion.noising import add_latent_noise
 from pid_lightning.files import hub
-from pid_lightning.pictures.files import enlarge_picture, read_picture, reduce_picture
+from pid_lightning.pictures.files import read_picture
+from pid_lightning.pictures.resizing import enlarge_picture, reduce_picture
 from pid_lightning.training.data.sources import BUNDLED_PHOTOS
 
 NAME = "pid-small-vae-4x"

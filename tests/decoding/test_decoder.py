@@ -20,7 +20,7 @@ from torch import Tensor
 from pid_lightning.decoding import tile_choice
 from pid_lightning.decoding.decoder import PiDDecoder
 from pid_lightning.decoding.latents import decode_latents
-from pid_lightning.decoding.memory_estimate import free_memory
+from pid_lightning.decoding.memory import free_memory
 from pid_lightning.diffusion.flow import resolution_shift
 from pid_lightning.diffusion.randomness import sample_generators
 from pid_lightning.encoders.base import Encoder
@@ -32,7 +32,7 @@ from pid_lightning.nn import PiD
 from pid_lightning.pictures.colour import colour_shift, match_colour
 
 TIMES = (0.999, 0.866, 0.634, 0.342)
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def make_info(**changes) -> ModelInfo:

@@ -10,7 +10,8 @@ import tiny
 import torch
 from torch import Tensor
 
-from pid_lightning.decoding.latents import adapt_tile, decode_latents, trained_tile
+from pid_lightning.decoding.latents import adapt_tile, decode_latents
+from pid_lightning.decoding.tile_choice import trained_tile
 from pid_lightning.diffusion.randomness import sample_generators
 from pid_lightning.diffusion.sampling import Velocity, sample_few_steps
 from pid_lightning.diffusion.tiling import Tile, Tiles, blended_velocity, default_overlap

@@ -20,7 +20,8 @@ from pid_lightning.encoders.latent_spaces import (
     warn_if_not_normalised,
 )
 from pid_lightning.encoders.small_vae import SmallVAE
-from pid_lightning.pictures.files import read_picture, reduce_picture
+from pid_lightning.pictures.files import read_picture
+from pid_lightning.pictures.resizing import reduce_picture
 from pid_lightning.training.data.draws import centre_crop
 from pid_lightning.training.data.sources import BUNDLED_PHOTOS
 

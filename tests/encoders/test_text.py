@@ -8,13 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pid_lightning.encoders.text import (
-    CachedText,
-    LanguageModelText,
-    NoText,
-    cache_captions,
-    cache_file,
-)
+from pid_lightning.encoders.text import LanguageModelText, NoText
+from pid_lightning.encoders.text_cache import CachedText, cache_captions, cache_file
 
 PREFIX = "describe the picture : "
 WORDS = [

@@ -295,7 +295,7 @@ def test_writing_replaces_the_old_file(saved: Path) -> None:
 def test_a_failing_checkpoint_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pid_lightning.checkpointing import AtomicCheckpointIO
+    from pid_lightning.training.checkpoints import AtomicCheckpointIO
 
     path, writer = tmp_path / "last.ckpt", AtomicCheckpointIO()
     (tmp_path / ".last.ckpt.99.tmp").touch()  # of a process that was killed

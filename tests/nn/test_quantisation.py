@@ -16,7 +16,8 @@ from pid_lightning.__main__ import main
 from pid_lightning.decoding.memory_estimate import weight_bytes
 from pid_lightning.files.hub import BUNDLED_MODELS
 from pid_lightning.nn.quantisation import MIN_WIDTH, is_quantised
-from pid_lightning.pictures.files import read_picture, reduce_picture
+from pid_lightning.pictures.files import read_picture
+from pid_lightning.pictures.resizing import reduce_picture
 
 pytest.importorskip("torchao", reason="8-bit weights need the extra int8")
 

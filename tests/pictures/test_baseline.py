@@ -15,11 +15,9 @@ from safetensors.torch import save_file
 from pid_lightning import Evaluation, PiDDecoder, SigLIPPiD
 from pid_lightning.commands.fit import main
 from pid_lightning.diffusion.noising import add_latent_noise
-from pid_lightning.diffusion.randomness import sample_generators
-from pid_lightning.diffusion.sampling import draw_noise
-from pid_lightning.nn.rrdb import RRDBNet
-from pid_lightning.pictures.files import enlarge_picture, reduce_picture
-from pid_lightning.pictures.real_esrgan import Upscaler, read_upscaler, upscaler_label
+from pid_lightning.diffusion.randomness import draw_noise, sample_generators
+from pid_lightning.pictures.real_esrgan import RRDBNet, Upscaler, read_upscaler, upscaler_label
+from pid_lightning.pictures.resizing import enlarge_picture, reduce_picture
 
 WIDTH, GROWTH, NUM_BLOCKS = 6, 4, 2
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pid_lightning.pictures import metrics
-from pid_lightning.pictures.files import reduce_picture
+from pid_lightning.decoding import memory
+from pid_lightning.decoding.memory import PeakMemory
 from pid_lightning.pictures.lpips import LPIPS, lpips_network
-from pid_lightning.pictures.metrics import PeakMemory, PictureMetrics, format_table, write_csv
+from pid_lightning.pictures.metrics import PictureMetrics, format_table, write_csv
+from pid_lightning.pictures.resizing import reduce_picture
 
 SHAPES = {name: value.shape for name, value in LPIPS().state_dict().items()}
 NO_LPIPS = "LPIPS was not measured because its weights are not there."
@@ -310,17 +311,17 @@ def test_the_csv_file_holds_every_digit_and_is_replaced_whole(tmp_path, monkeypa
 
 
 @pytest.mark.skipif(
-    not metrics._reset_high_water_mark(), reason="the system does not reset high-water marks"
+    not memory._reset_high_water_mark(), reason="the system does not reset high-water marks"
 )
 @pytest.mark.parametrize(("resettable", "second"), [(True, 64), (False, 0)])
 def test_peak_memory_sees_what_was_freed_again(resettable: bool, second: int) -> None:
     """Without a reset, only growth beyond earlier peaks."""
     # In a fresh process, since earlier tests may have left resident memory to reuse here.
     code = (
-        "import torch; from pid_lightning import metrics\n"
-        f"if not {resettable}: metrics._reset_high_water_mark = lambda: False\n"
+        "import torch; from pid_lightning.decoding import memory\n"
+        f"if not {resettable}: memory._reset_high_water_mark = lambda: False\n"
         "for mebibytes in (128, 64):\n"
-        "    with metrics.PeakMemory(torch.device('cpu')) as measured:\n"
+        "    with memory.PeakMemory(torch.device('cpu')) as measured:\n"
         "        torch.ones(mebibytes, 2**18)\n"
         "    assert 0 < measured.seconds < 10\n"
         "    print(measured.peak_bytes)"

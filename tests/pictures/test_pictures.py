@@ -10,14 +10,10 @@ import torch
 from PIL import Image
 
 from pid_lightning.pictures import files as pictures
-from pid_lightning.pictures.files import (
-    enlarge_picture,
-    find_inputs,
-    picture_grid,
-    read_picture,
-    reduce_picture,
-    write_picture,
-)
+from pid_lightning.pictures.files import read_picture, write_picture
+from pid_lightning.pictures.grids import picture_grid
+from pid_lightning.pictures.inputs import find_inputs
+from pid_lightning.pictures.resizing import enlarge_picture, reduce_picture
 
 
 def _random_bytes(height: int, width: int, channels: int = 3) -> np.ndarray:

@@ -21,13 +21,13 @@ from pid_lightning import DMD2, EMA, DINOv2PiD, ImageData, SigLIPPiD
 from pid_lightning.__main__ import main as pid
 from pid_lightning.training.callbacks import LastCheckpoint, turns
 from pid_lightning.commands.fit import PiDCLI, main
-from pid_lightning.commands.decode import COMMANDS
+from pid_lightning.__main__ import COMMANDS
 from pid_lightning.files.hub import find_last_checkpoint
 from pid_lightning.commands.parsing import PACKAGE, parser_sentence, raised_here, raised_in
 from pid_lightning.training.modules.autoencoder import AutoencoderModule
 from pid_lightning.nn import Discriminator
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NUM_STEPS = 14
 STATE = ("state_dict", "optimizer_states", "lr_schedulers", "pid", "global_step")
 
@@ -445,7 +445,7 @@ def test_a_full_disk_is_one_sentence_and_costs_no_checkpoint(
             raise OSError(28, "No space left on device")
         save(checkpoint, file)
 
-    monkeypatch.setattr("pid_lightning.checkpointing.torch.save", full)
+    monkeypatch.setattr("pid_lightning.training.checkpoints.torch.save", full)
     said = mistake(capsys, "fit", f"--config={runs / 'tiny.yaml'}")
     assert "No space left on device" in said
     assert "what was there before is intact" in said

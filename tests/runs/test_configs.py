@@ -12,7 +12,7 @@ from pid_lightning.files import models as weights
 from pid_lightning.commands.fit import PiDCLI, main
 from pid_lightning.training.modules.base import PiDModule
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 FULL_SIZE = sorted(CONFIGS.glob("*_[48]x.yaml"))
 DISTILLATIONS = sorted(CONFIGS.glob("*_[48]x_dmd2.yaml"))
 OTHERS = sorted(set(CONFIGS.glob("*.yaml")) - {*FULL_SIZE, *DISTILLATIONS})

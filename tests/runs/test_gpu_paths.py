@@ -18,7 +18,7 @@ from pid_lightning import DMD2, EMA, AdapterConfig, Training, VAEPiD
 from pid_lightning.diffusion import losses
 from pid_lightning.nn.compilation import compile_for_inference
 from pid_lightning.decoding.latents import decode_latents
-from pid_lightning.training.objective import draw_sample
+from pid_lightning.training.sample import draw_sample
 from pid_lightning.nn import Discriminator, PiD, PiDConfig
 from pid_lightning.nn.layers import RMSNorm
 from pid_lightning.nn.quantisation import quantise

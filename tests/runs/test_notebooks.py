@@ -15,7 +15,7 @@ import pytest
 
 from pid_lightning.commands.fit import main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LARGEST_BYTES = 3_000_000
 SIGMAS = [0.0, 0.4, 0.8]

@@ -27,8 +27,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pid_lightning.__main__ import main
 
-CONFIGS = Path(__file__).parent.parent / "configs"
-DATA = Path(__file__).parent / "data"
+CONFIGS = Path(__file__).parents[2] / "configs"
+DATA = Path(__file__).parents[1] / "data"
 RECORDED = DATA / "golden" / "losses.json"
 
 # Another processor or version of torch rounds sums otherwise. With the instructions of AVX2 and of

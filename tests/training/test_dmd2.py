@@ -19,7 +19,7 @@ from pid_lightning.diffusion.sampling import STUDENT_TIMES
 from pid_lightning.files import models as weights
 from pid_lightning.nn import Discriminator
 from pid_lightning.training.callbacks.turns import Turns, resting
-from pid_lightning.training.objective import Sample
+from pid_lightning.training.sample import Sample
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from pid_lightning import DMD2, Training
 from pid_lightning.diffusion import flow, losses, sampling
 from pid_lightning.nn import Discriminator
 from pid_lightning.training.callbacks.turns import resting
-from pid_lightning.training.objective import Sample
+from pid_lightning.training.sample import Sample
 
 WIDTH = 64
 CENTRES = torch.tensor([[1.5, 0.0, 0.5], [-1.0, 1.0, -0.5], [-0.5, -1.5, 0.0]])

@@ -14,8 +14,9 @@ from pid_lightning import DMD2, PiD, Training
 from pid_lightning.diffusion.flow import per_sample
 from pid_lightning.diffusion.losses import rgb_alignment_loss
 from pid_lightning.nn import AdapterConfig
-from pid_lightning.training.objective import FlowMatching, Sample, draw_sample
+from pid_lightning.training.objective import FlowMatching
 from pid_lightning.training.optimizers import make_schedule
+from pid_lightning.training.sample import Sample, draw_sample
 
 
 def sample_of(x0: Tensor) -> Sample:

@@ -25,10 +25,11 @@ from pid_lightning import (
     VAEPiD,
 )
 from pid_lightning.diffusion import flow, noising, sampling
-from pid_lightning.encoders.text import CachedText, NoText
+from pid_lightning.encoders.text import NoText
+from pid_lightning.encoders.text_cache import CachedText
 from pid_lightning.files import models as weights
 from pid_lightning.training.modules import initialisation
-from pid_lightning.training.objective import draw_sample
+from pid_lightning.training.sample import draw_sample
 
 
 @pytest.fixture(scope="module")

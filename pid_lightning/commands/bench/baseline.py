@@ -12,7 +12,7 @@ from pid_lightning.files.models import ModelInfo
 from pid_lightning.files.published_layout import from_released
 from pid_lightning.nn import PiD, PiDConfig
 
-PLAIN = Path(__file__).parents[2] / "tests" / "plain.py"
+PLAIN = Path(__file__).parents[3] / "tests" / "support" / "plain.py"
 
 
 def load_plain(path: Path = PLAIN) -> ModuleType:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from pid_lightning.checks import check_at_least
 from pid_lightning.commands.bench import ATTENTION, INFERRING, INT8, LEARNING, WORK
-from pid_lightning.commands.parsing import check_at_least
 from pid_lightning.files.atomic import make_folder
 
 NETWORKS = ("full", "full_v15", "small")

@@ -11,9 +11,9 @@ from pid_lightning.commands.bench.work import Networks, Work, duplicate
 from pid_lightning.decoding.memory_estimate import num_bytes
 from pid_lightning.files.models import ModelInfo
 from pid_lightning.nn import Discriminator, PiD
+from pid_lightning.nn.freezing import freeze_unused
 from pid_lightning.training.callbacks.dmd2 import DMD2
 from pid_lightning.training.callbacks.turns import resting
-from pid_lightning.training.optimizers import freeze_unused
 
 
 def distillation_of(info: ModelInfo) -> DMD2:

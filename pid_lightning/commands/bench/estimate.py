@@ -14,7 +14,8 @@ from torch.utils.flop_counter import flop_registry
 
 from pid_lightning.commands.bench import LEARNING
 from pid_lightning.commands.bench.networks import build_meta, draw_inputs
-from pid_lightning.commands.bench.work import Work, assemble, gather
+from pid_lightning.commands.bench.pieces import assemble, gather
+from pid_lightning.commands.bench.work import Work
 from pid_lightning.decoding.memory_estimate import counted_dtype, peak_bytes
 from pid_lightning.files.models import ModelInfo
 

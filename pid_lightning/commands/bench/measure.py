@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pid_lightning.commands.bench import COMPILED, GRAPH
 from pid_lightning.commands.bench.networks import Inputs
+from pid_lightning.commands.bench.pieces import forward
 from pid_lightning.commands.bench.rates import time_call
-from pid_lightning.commands.bench.work import Work, forward
+from pid_lightning.commands.bench.work import Work
 from pid_lightning.decoding.memory_estimate import peak_bytes
 from pid_lightning.nn import PiD
 

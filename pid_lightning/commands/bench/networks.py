@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pid_lightning.commands.parsing import check_at_least
+from pid_lightning.checks import check_at_least
 from pid_lightning.files.hub import find_model
 from pid_lightning.files.models import ModelInfo, load_model
 from pid_lightning.files.published import FLUX, VERSIONS

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from pid_lightning import __version__
 from pid_lightning.files.atomic import replaced_file
 from pid_lightning.pictures.metrics import align
-from pid_lightning.version import __version__
 
 Row = dict[str, Any]
 

@@ -15,9 +15,10 @@ from pid_lightning.commands.bench.attention import attention_rows
 from pid_lightning.commands.bench.baseline import build_pair
 from pid_lightning.commands.bench.estimate import count_flops, estimate_peaks, weights_dtype
 from pid_lightning.commands.bench.networks import build_random, draw_inputs
+from pid_lightning.commands.bench.pieces import assemble, gather
 from pid_lightning.commands.bench.rates import Rates
 from pid_lightning.commands.bench.report import Row
-from pid_lightning.commands.bench.work import Networks, Work, assemble, duplicate, gather
+from pid_lightning.commands.bench.work import Networks, Work, duplicate
 from pid_lightning.diffusion.sampling import STUDENT_TIMES
 from pid_lightning.files.models import ModelInfo
 from pid_lightning.nn import PiD

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from pid_lightning.commands.bench.networks import Inputs
 from pid_lightning.commands.bench.work import Networks, Work, duplicate
 from pid_lightning.decoding.memory_estimate import num_bytes
-from pid_lightning.training.objective import FlowMatching, Sample
+from pid_lightning.training.objective import FlowMatching
 from pid_lightning.training.optimizers import make_optimizer
+from pid_lightning.training.sample import Sample
 from pid_lightning.training.settings import Training
 
 CLIP = 0.1  # gradient norm limit of the published recipe

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from pid_lightning.commands.parsing import check_at_least, check_choice
+from pid_lightning.checks import check_at_least, check_choice
 from pid_lightning.decoding.arguments import check_steps
 from pid_lightning.decoding.latents import conditioned_velocity
 from pid_lightning.diffusion import flow, losses, sampling
@@ -18,10 +18,10 @@ from pid_lightning.diffusion.randomness import sample_generators
 from pid_lightning.files import models as weights
 from pid_lightning.files.hub import find_model
 from pid_lightning.nn import Condition, Discriminator, PiD
+from pid_lightning.nn.freezing import freeze_unused
 from pid_lightning.training.callbacks.turns import Turns, resting
 from pid_lightning.training.modules.base import PiDModule
-from pid_lightning.training.objective import Sample
-from pid_lightning.training.optimizers import freeze_unused
+from pid_lightning.training.sample import Sample
 
 STUDENT_INPUTS = ("rollout", "noised_data")
 STUDENT_STEPS = ("all", "last")

@@ -9,13 +9,14 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from pid_lightning.commands.parsing import check_at_least, check_between
+from pid_lightning.checks import check_at_least, check_between
 from pid_lightning.decoding.arguments import check_steps
 from pid_lightning.decoding.latents import TEACHER_STEPS, decode_latents
 from pid_lightning.nn import SigmaGate
-from pid_lightning.pictures.files import enlarge_picture, picture_grid, reduce_picture
+from pid_lightning.pictures.grids import picture_grid
+from pid_lightning.pictures.resizing import enlarge_picture, reduce_picture
 from pid_lightning.training.modules.base import PiDModule
-from pid_lightning.training.report import add_evaluation_noise, evaluation_generators
+from pid_lightning.training.sample import add_evaluation_noise, evaluation_generators
 
 
 class PictureGrids(Callback):

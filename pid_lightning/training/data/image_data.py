@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from pid_lightning.commands.parsing import check_at_least, check_choice
+from pid_lightning.checks import check_at_least, check_choice
 from pid_lightning.training.data.draws import (
     Pictures,
     ResumableLoader,

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from pid_lightning.latent_files import read_latents
-from pid_lightning.pictures.files import LATENTS_SUFFIX, find_inputs, read_picture
+from pid_lightning.pictures.files import read_picture
+from pid_lightning.pictures.inputs import LATENTS_SUFFIX, find_inputs, read_latents
 from pid_lightning.training.data.sources import caption_beside
 
 
@@ -25,7 +25,7 @@ class PredictionInputs(Dataset):
     `latent_shapes` holds the shape (C, h, w) of each file of latents.
 
     Args:
-        paths: files and folders, see `pid_lightning.pictures.files.find_inputs`.
+        paths: files and folders, see `pid_lightning.pictures.inputs.find_inputs`.
 
     Raises:
         FileNotFoundError: a path does not exist.

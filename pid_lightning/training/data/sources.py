@@ -25,7 +25,7 @@ from pid_lightning.pictures.files import PICTURE_DAMAGE, PICTURE_SUFFIXES, to_rg
 if TYPE_CHECKING:
     import datasets
 
-BUNDLED_PHOTOS = Path(__file__).parent / "assets" / "photos"
+BUNDLED_PHOTOS = Path(__file__).parents[2] / "assets" / "photos"
 SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
 
 

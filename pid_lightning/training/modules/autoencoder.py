@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pid_lightning.commands.parsing import check_at_least
-from pid_lightning.diffusion.randomness import sample_generators
-from pid_lightning.diffusion.sampling import draw_noise
+from pid_lightning.checks import check_at_least
+from pid_lightning.diffusion.randomness import draw_noise, sample_generators
 from pid_lightning.encoders.small_autoencoder import SmallAutoencoder, block_moments
 from pid_lightning.encoders.small_vae import save_autoencoder
 from pid_lightning.files.atomic import make_folder

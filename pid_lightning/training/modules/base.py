@@ -15,24 +15,27 @@ from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from pid_lightning.decoding.latents import decode_latents, output_size, trained_tile
+from pid_lightning.decoding.latents import decode_latents, output_size
+from pid_lightning.decoding.tile_choice import trained_tile
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.text import NoText, TextEncoder, check_text
 from pid_lightning.files import models as weights
-from pid_lightning.modules.initialisation import initialise_from
 from pid_lightning.nn import PiD, PiDConfig
+from pid_lightning.nn.freezing import freeze_untrained
 from pid_lightning.pictures.lpips import lpips_network
 from pid_lightning.training.checkpoints import (
     FROZEN,
     OPTIMIZER_SETTINGS,
     TRAINING_KEY,
     forgive_frozen,
+    initialise_from,
     prepare_restoring,
 )
-from pid_lightning.training.objective import FlowMatching, Objective, draw_sample
-from pid_lightning.training.optimizers import freeze_untrained, make_optimizer, make_schedule
+from pid_lightning.training.objective import FlowMatching, Objective
+from pid_lightning.training.optimizers import make_optimizer, make_schedule
 from pid_lightning.training.predictions import PredictionWriter
 from pid_lightning.training.report import Report, read_baseline
+from pid_lightning.training.sample import draw_sample
 from pid_lightning.training.settings import Evaluation, Training
 from pid_lightning.training.side_stream import SideStream
 

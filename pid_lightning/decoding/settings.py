@@ -1,0 +1,60 @@
+"""DecodeSettings: how files are decoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pid_lightning.checks import check_between
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How files are decoded.
+
+    Args:
+        sigma: noise level of the latents; added to encoded pictures, assumed for latent files.
+        steps: sampling steps; null takes as many as the model was trained for.
+        seed: of all noise; a file's result does not depend on the other files.
+        prompt: caption of every picture; null is none.
+        text_model: language model that encodes the prompt, the one used in training.
+        text_prefix: text in front of the prompt, as in training.
+        text_cache: folder that caches the prompt's features.
+        guidance_scale: of a teacher's text guidance; 1 is none.
+        tile: side of the tiles in output pixels, auto (tiles of the trained size where the picture
+            is larger), or null to decode it whole.
+        device: null takes the GPU where there is one.
+        dtype: of the weights; null keeps the stored one.
+        int8: keep linear layers in 8 bits, half the memory of bf16 (needs torchao).
+        window: restrict the patch blocks' attention to windows of at most this many pixels a side.
+        format: of the pictures; WebP is lossless.
+        compile: compile the network, once per size it sees; with tiles that is once in all.
+        compare: also write NAME_compare, the native decode beside PiD's.
+        match_colour: take low frequencies from the native decode.
+        overwrite: replace existing results.
+    """
+
+    sigma: float = 0.0
+    steps: int | None = None
+    seed: int = 0
+    prompt: str | None = None
+    text_model: str | None = None
+    text_prefix: str = ""
+    text_cache: str | None = None
+    guidance_scale: float = 1.0
+    tile: int | Literal["auto"] | None = "auto"
+    device: str | None = None
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    int8: bool = False
+    window: int | None = None
+    format: Literal["png", "webp"] = "png"
+    compile: bool = False
+    compare: bool = False
+    match_colour: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check_between("sigma", self.sigma, 0, 1)
+        for name in ("text_model", "text_prefix", "text_cache"):
+            if getattr(self, name) and self.prompt is None:
+                raise ValueError(f"{name}: only used with a prompt; give one, or leave it out.")

@@ -1,0 +1,50 @@
+"""Which parts of a denoiser learn."""
+
+from __future__ import annotations
+
+from pid_lightning.nn import PiD
+
+
+def freeze_untrained(denoiser: PiD, train: str, reads_null: bool) -> None:
+    """Freeze all parts except those that `Training.train` names, whatever was frozen before.
+
+    Args:
+        denoiser: the network.
+        train: ``"all"``, ``"adapter"`` or ``"rgb_head"``.
+        reads_null: whether some samples have no caption, so that a learned null learns.
+
+    Raises:
+        ValueError: the RGB head is to be trained, but the adapter has none.
+    """
+    if train == "all":
+        denoiser.requires_grad_(True)
+        for block in denoiser.patch_blocks:
+            block.freeze_unread()
+        text = denoiser.text_embedding
+        if text is not None and text.null is not None:
+            text.null.requires_grad_(reads_null)  # DDP waits for every gradient it expects
+        return
+    denoiser.requires_grad_(False)
+    denoiser.adapter.requires_grad_(True)
+    if train == "adapter":
+        denoiser.gates.requires_grad_(True)
+    elif denoiser.adapter.rgb_head is None:
+        raise ValueError(
+            "training.train: rgb_head needs an adapter with an RGB head; set "
+            "model.denoiser.adapter.rgb_head to true."
+        )
+    else:
+        adapter = denoiser.adapter
+        unread = [adapter.heads, adapter.head_norm]
+        if adapter.rgb_head_block is not None:
+            unread += adapter.res_blocks[adapter.rgb_head_block :]
+        for module in unread:
+            module.requires_grad_(False)
+
+
+def freeze_unused(network: PiD) -> None:
+    """Freeze the RGB head, unused in distillation, and the last block's unused text weights."""
+    if network.adapter.rgb_head is not None:
+        network.adapter.rgb_head.requires_grad_(False)
+    for block in network.patch_blocks:
+        block.freeze_unread()

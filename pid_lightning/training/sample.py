@@ -1,0 +1,121 @@
+"""One batch with its random draws: noisy latents, dropped conditions, captions."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pid_lightning.diffusion import noising
+from pid_lightning.diffusion.noising import add_latent_noise
+from pid_lightning.diffusion.randomness import draw_noise, sample_generators
+from pid_lightning.nn import Condition, PiD
+from pid_lightning.pictures.resizing import reduce_picture
+
+if TYPE_CHECKING:
+    from pid_lightning.training.modules.base import PiDModule
+
+
+class Sample(NamedTuple):
+    """One batch with all random draws that do not depend on the network.
+
+    Attributes:
+        x0: images (B, 3, H, W) in [-1, 1].
+        low_resolution: what the encoder saw (B, 3, H/scale, W/scale).
+        latents: noisy normalised latents (B, C, h, w).
+        latent_sigma: their noise levels (B,).
+        text: caption features (B, L, D_text), None for the learned null.
+        keep_latents: (B,) bool, False where dropped.
+        keep_text: (B,) bool, False where the learned null takes its place; None where it never
+            does.
+        numbers: identify the samples within the run, to seed further draws.
+    """
+
+    x0: Tensor
+    low_resolution: Tensor
+    latents: Tensor
+    latent_sigma: Tensor
+    text: Tensor | None
+    keep_latents: Tensor
+    keep_text: Tensor | None
+    numbers: list[int]
+
+    def condition(self, denoiser: PiD, with_rgb: bool = False) -> Condition:
+        """The condition of `denoiser` for this batch."""
+        return denoiser.condition(
+            self.latents,
+            self.latent_sigma,
+            self.text,
+            keep_latents=self.keep_latents,
+            keep_text=self.keep_text,
+            with_rgb=with_rgb,
+        )
+
+
+def draw_sample(module: PiDModule, batch: dict[str, Any], purpose: str) -> Sample:
+    """Encode a batch and draw its latent noise and dropouts, as configured in `Training`.
+
+    Args:
+        module: provides the encoder, text encoder and settings.
+        batch: from `ImageData`.
+        purpose: e.g. ``"train"``; each purpose has its own random numbers.
+    """
+    settings, x0 = module.training_settings, batch["image"]
+    numbers = batch["number"].tolist()
+    scalars = sample_generators(settings.seed, f"{purpose} scalars", numbers)
+    drawn = [
+        (
+            noising.sample_latent_sigma(
+                1, settings.latent_sigma_max, settings.latent_sigma_probability, generator
+            ),
+            torch.rand(2, 1, generator=generator, dtype=torch.float32),
+        )
+        for generator in scalars
+    ]
+    to_device = partial(Tensor.to, device=x0.device, non_blocking=True)
+    latent_sigma = to_device(torch.cat([sigma for sigma, _ in drawn]))
+    drop_latents, drop_text = torch.cat([drops for _, drops in drawn], dim=1)
+    keep_latents = to_device(drop_latents >= settings.latent_dropout)
+    captions, keep_text = batch["caption"], drop_text >= settings.caption_dropout
+    if not module.denoiser.config.learned_null:
+        captions = [c if kept else "" for c, kept in zip(captions, keep_text, strict=True)]
+
+    low_resolution = reduce_picture(x0, module.scale)
+    clean, text = module.encode(low_resolution, captions)
+    replaced = text is not None and module.denoiser.config.learned_null
+    replaced = replaced and settings.caption_dropout > 0
+    generators = sample_generators(settings.seed, f"{purpose} latents", numbers, x0.device)
+    eps = draw_noise(clean.shape, generators, x0.device)
+    return Sample(
+        x0,
+        low_resolution,
+        noising.add_latent_noise(clean, eps, latent_sigma, settings.noise_frame),
+        latent_sigma,
+        text,
+        keep_latents,
+        to_device(keep_text) if replaced else None,
+        numbers,
+    )
+
+
+def evaluation_generators(
+    module: PiDModule, purpose: str, numbers: list[int]
+) -> list[torch.Generator]:
+    """One generator per picture, from the run's seed, the purpose and the picture's number."""
+    seed = module.training_settings.seed
+    return sample_generators(seed, f"test {purpose}", numbers, module.device)
+
+
+def add_evaluation_noise(
+    module: PiDModule, clean: Tensor, sigma: float, numbers: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Latents (B, C, h, w) at one noise level, and that level for each sample (B,).
+
+    A picture gets the same noise at every level.
+    """
+    latent_sigma = torch.full((len(clean),), sigma, device=clean.device)
+    eps = draw_noise(clean.shape, evaluation_generators(module, "latents", numbers), clean.device)
+    frame = module.training_settings.noise_frame
+    return add_latent_noise(clean, eps, latent_sigma, frame), latent_sigma
