@@ -6,25 +6,46 @@ from collections.abc import Collection
 from numbers import Integral
 
 
-def check_choice(name: str, value: str, accepted: Collection[str]) -> None:
-    """Raise ValueError unless the option `name` has an accepted value."""
+class Mistake(ValueError):
+    """A user's mistake, raised at the door where it was made: a constructor, a public function or
+    a command. The program `pid` prints it as one line and exits with status 2.
+
+    Args:
+        option: name of the argument or option, as the user wrote it.
+        sentence: what was given, what is accepted and how to mend it.
+
+    Attributes:
+        option, sentence: as given.
+    """
+
+    def __init__(self, option: str, sentence: str) -> None:
+        super().__init__(option, sentence)
+        self.option = option
+        self.sentence = sentence
+
+    def __str__(self) -> str:
+        return f"{self.option}: {self.sentence}"
+
+
+def check_choice(option: str, value: object, accepted: Collection[object]) -> None:
+    """Raise `Mistake` unless a value is accepted."""
     if value not in accepted:
-        raise ValueError(f"{name}: {value!r} is not one of {', '.join(accepted)}.")
+        raise Mistake(option, f"{value!r} is not one of {', '.join(map(str, accepted))}.")
 
 
-def check_at_least(name: str, value: float, least: float) -> None:
-    """Raise ValueError if the option `name` is below its least value."""
-    if value < least:
-        raise ValueError(f"{name}: {value} must be at least {least}.")
+def check_at_least(option: str, value: float, least: float) -> None:
+    """Raise `Mistake` if a value is below its least."""
+    if not value >= least:
+        raise Mistake(option, f"{value} must be at least {least}.")
 
 
-def check_whole(name: str, value: object) -> None:
-    """Raise ValueError unless the option `name` is a whole number."""
+def check_whole(option: str, value: object) -> None:
+    """Raise `Mistake` unless a value is a whole number."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"{name}: {value!r} must be a whole number.")
+        raise Mistake(option, f"{value!r} must be a whole number.")
 
 
-def check_between(name: str, value: float, least: float, most: float) -> None:
-    """Raise ValueError unless the option `name` lies between two values, both included."""
+def check_between(option: str, value: float, least: float, most: float) -> None:
+    """Raise `Mistake` unless a value lies between two values, both included."""
     if not least <= value <= most:
-        raise ValueError(f"{name}: {value} must lie between {least} and {most}.")
+        raise Mistake(option, f"{value} must lie between {least} and {most}.")
