@@ -1,4 +1,4 @@
-"""The README says what is there."""
+"""The README and its pages say what is there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+TEXT = "\n".join(PAGES.values())
 
 
 def test_the_tour_names_every_room() -> None:
@@ -17,15 +19,15 @@ def test_the_tour_names_every_room() -> None:
 
 
 def test_named_configs_exist() -> None:
-    for name in re.findall(r"`((?:vae|siglip|dinov2|quickstart|autoencoder)\w*)`", README):
+    for name in re.findall(r"`((?:vae|siglip|dinov2|quickstart|autoencoder)\w*)`", TEXT):
         assert (ROOT / "configs" / f"{name}.yaml").is_file(), name
-    for path in re.findall(r"configs/(\w+\.yaml)", README):
+    for path in re.findall(r"configs/(\w+\.yaml)", TEXT):
         assert (ROOT / "configs" / path).is_file(), path
 
 
 def test_every_config_is_named() -> None:
     for path in (ROOT / "configs").glob("*.yaml"):
-        assert f"`{path.stem}`" in README, path.stem
+        assert f"`{path.stem}`" in TEXT, path.stem
 
 
 def test_what_python_examples_import_exists() -> None:
@@ -34,3 +36,9 @@ def test_what_python_examples_import_exists() -> None:
     imports = [line for line in lines if line.startswith(("from", "import"))]
     assert len(imports) >= 2
     exec("\n".join(imports), {})
+
+
+def test_links_lead_somewhere() -> None:
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)#]+)[)#]", text):
+            assert target.startswith("https:") or (page.parent / target).exists(), (page, target)
