@@ -25,6 +25,7 @@ from pid_lightning.commands.bench import (
     rows,
     work,
 )
+from pid_lightning.commands.bench.pieces import assemble, forward, gather
 from pid_lightning.commands.bench.rates import Rates
 from pid_lightning.decoding.memory_estimate import estimate_working_memory, peak_bytes, weight_bytes
 from pid_lightning.diffusion.sampling import STUDENT_TIMES
@@ -68,8 +69,8 @@ def info(**changes) -> ModelInfo:
 def pieces(name: str, spec: ModelInfo, batch_size: int = 1) -> dict[str, work.Work]:
     denoiser = networks.build_random(spec, torch.Generator().manual_seed(0))
     inputs = networks.draw_inputs(spec, 64, batch_size, CPU)
-    gathered = work.gather(name, denoiser, spec)
-    return work.assemble(name, gathered, inputs, spec, torch.float32)
+    gathered = gather(name, denoiser, spec)
+    return assemble(name, gathered, inputs, spec, torch.float32)
 
 
 @functools.cache
@@ -243,7 +244,7 @@ def test_baseline_and_ours_are_one_function(changes: dict) -> None:
     denoiser = networks.build_random(spec, torch.Generator().manual_seed(1))
     pair = baseline.build_pair(denoiser, spec, torch.Generator().manual_seed(2))
     inputs = networks.draw_inputs(spec, 64, 2, CPU)
-    ours, plain = (work.forward(network, inputs) for network in pair)
+    ours, plain = (forward(network, inputs) for network in pair)
     assert measure.relative_error(plain, measure.exact_velocity(pair[0], inputs)) < 1e-3
     assert measure.relative_error(ours, plain.double()) < 1e-3
     x_t, t = inputs.eps, inputs.t
@@ -349,7 +350,6 @@ def test_work_whose_networks_do_not_fit_is_left_out(
             raise torch.OutOfMemoryError
         return gather(name, *others)
 
-    gather = work.gather
     monkeypatch.setattr(rows, "gather", gather_small)
     monkeypatch.setattr(
         "pid_lightning.commands.bench.rates.measure_rates",

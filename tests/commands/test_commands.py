@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from decoders import make
 from PIL import Image
 from plain import plain_velocity, published_arguments, random_released, released_shapes
 from safetensors.torch import save_file
-from test_decoder import make
 from torch import Tensor
 from torch._dynamo.utils import counters
 

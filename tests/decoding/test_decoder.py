@@ -9,12 +9,11 @@ import os
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+from decoders import decode, make, make_info
 from torch import Tensor
 
 from pid_lightning.decoding import tile_choice
@@ -31,40 +30,11 @@ from pid_lightning.files.models import ModelInfo
 from pid_lightning.nn import PiD
 from pid_lightning.pictures.colour import colour_shift, match_colour
 
-TIMES = (0.999, 0.866, 0.634, 0.342)
 ROOT = Path(__file__).parents[2]
-
-
-def make_info(**changes) -> ModelInfo:
-    sizes = changes.pop("sizes", {})
-    info = ModelInfo(
-        family="VAEPiD",
-        encoder={"vae": "bundled", "pretrained": True},
-        latent_space="pid-small",
-        latent_channels=4,
-        latent_stride=8,
-        scale=4,
-        image_size=128,
-        latent_sigma_max=0.8,
-        noise_frame="flow",
-        student_times=TIMES,
-        config=tiny.config(**sizes),
-    )
-    return replace(info, **changes)
-
-
-def make(**changes) -> PiDDecoder:
-    """A decoder with random weights, so that the output depends on every input."""
-    info = make_info(**changes)
-    return PiDDecoder(tiny.randomise(info.build()), info)
 
 
 def noise(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def decode(decoder: PiDDecoder, latents: Tensor, *args, **options) -> Tensor:
-    return decoder.decode(latents, *args, **({"seed": 0, "progress": False} | options))
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -403,20 +373,20 @@ def test_a_teacher_is_sampled_with_its_own_shift(tile: int | None) -> None:
 MEASURE = """
 import json, sys, torch
 from pathlib import Path
-sys.path.insert(0, "tests")
-import test_decoder
-from pid_lightning.metrics import PeakMemory
+sys.path.insert(0, "tests/support")
+from decoders import decode, make
+from pid_lightning.decoding.memory import PeakMemory
 torch.set_num_threads(1)
 sizes = {"width": 64, "num_heads": 4, "pixel_width": 8}
 figures = []
 for changes in ({}, {"student_times": None}):
-    decoder = test_decoder.make(sizes=sizes, image_size=None, **changes)
+    decoder = make(sizes=sizes, image_size=None, **changes)
     weights = sum(w.numel() * 4 for w in decoder.denoiser.parameters())
-    test_decoder.decode(decoder, torch.randn(1, 4, 8, 8), steps=2)
+    decode(decoder, torch.randn(1, 4, 8, 8), steps=2)
     for side, tile in ((384, None), (768, 256)):
         latents = torch.randn(1, 4, side // 32, side // 32)
         with PeakMemory(torch.device("cpu")) as measured:
-            test_decoder.decode(decoder, latents, tile=tile, steps=3)
+            decode(decoder, latents, tile=tile, steps=3)
         figures.append((decoder.estimate_memory(side, side, tile) - weights, measured.peak_bytes))
 print(json.dumps(figures))
 """

@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import sys
-from pid_lightning.freed_memory import keep_freed_memory, return_freed_memory
+from pid_lightning.decoding.memory import keep_freed_memory, return_freed_memory
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096

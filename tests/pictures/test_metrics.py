@@ -320,6 +320,8 @@ def test_peak_memory_sees_what_was_freed_again(resettable: bool, second: int) ->
     code = (
         "import torch; from pid_lightning.decoding import memory\n"
         f"if not {resettable}: memory._reset_high_water_mark = lambda: False\n"
+        "with memory.PeakMemory(torch.device('cpu')):\n"
+        "    torch.ones(1)\n"
         "for mebibytes in (128, 64):\n"
         "    with memory.PeakMemory(torch.device('cpu')) as measured:\n"
         "        torch.ones(mebibytes, 2**18)\n"

@@ -28,7 +28,7 @@ from pid_lightning.diffusion import flow, noising, sampling
 from pid_lightning.encoders.text import NoText
 from pid_lightning.encoders.text_cache import CachedText
 from pid_lightning.files import models as weights
-from pid_lightning.training.modules import initialisation
+from pid_lightning.training import checkpoints
 from pid_lightning.training.sample import draw_sample
 
 
@@ -177,7 +177,7 @@ def test_init_from_another_scale_takes_the_backbone(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(initialisation, "rank_zero_info", said.append)
+    monkeypatch.setattr(checkpoints, "rank_zero_info", said.append)
     fitted = tiny.module()
     fitted.scale, fitted.init_from = 2, str(run)
     fitted.denoiser = type(fitted.denoiser)(tiny.config(), 16, 8, 2)

@@ -1,0 +1,43 @@
+"""Decoders of tiny random networks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import tiny
+from torch import Tensor
+
+from pid_lightning.decoding.decoder import PiDDecoder
+from pid_lightning.files.models import ModelInfo
+
+TIMES = (0.999, 0.866, 0.634, 0.342)
+
+
+def make_info(**changes) -> ModelInfo:
+    """A student of 4 steps on the bundled latents; `sizes` are changes of its network."""
+    sizes = changes.pop("sizes", {})
+    info = ModelInfo(
+        family="VAEPiD",
+        encoder={"vae": "bundled", "pretrained": True},
+        latent_space="pid-small",
+        latent_channels=4,
+        latent_stride=8,
+        scale=4,
+        image_size=128,
+        latent_sigma_max=0.8,
+        noise_frame="flow",
+        student_times=TIMES,
+        config=tiny.config(**sizes),
+    )
+    return replace(info, **changes)
+
+
+def make(**changes) -> PiDDecoder:
+    """A decoder with random weights, so that the output depends on every input."""
+    info = make_info(**changes)
+    return PiDDecoder(tiny.randomise(info.build()), info)
+
+
+def decode(decoder: PiDDecoder, latents: Tensor, *args, **options) -> Tensor:
+    """The picture of seed 0, without a progress bar."""
+    return decoder.decode(latents, *args, **({"seed": 0, "progress": False} | options))
