@@ -13,6 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from pid_lightning.encoders.flux2_statistics import FLUX2_MEAN, FLUX2_VARIANCE
+
 # Normalised latents have a standard deviation near 1. Outside these bounds, a missing or doubled
 # normalisation is more likely than an unusual picture; small pictures reach 2.
 PLAUSIBLE_STD = (0.4, 2.2)
@@ -119,27 +121,6 @@ def unpack(latents: Tensor, packing: int = 2) -> Tensor:
     )  # (B, C/packing^2, h*packing, w*packing)
 
 
-# Per-channel statistics from the published configuration of Qwen-Image's autoencoder.
-# fmt: off
-QWEN_MEAN = (
-    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-)
-QWEN_STD = (
-    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-)
-# fmt: on
-
-# FLUX.2 is not listed: its statistics are tensors of its autoencoder, see `flux2_space`.
-KNOWN_SPACES: Mapping[str, LatentSpace] = {
-    "sd3": LatentSpace("sd3", 16, 8, shift=(0.0609,), scale=(1.5305,)),
-    "flux": LatentSpace("flux", 16, 8, shift=(0.1159,), scale=(0.3611,)),  # also Z-Image
-    "sdxl": LatentSpace("sdxl", 4, 8, scale=(0.13025,)),
-    "qwen": LatentSpace("qwen", 16, 8, shift=QWEN_MEAN, scale=tuple(1 / s for s in QWEN_STD)),
-}
-
-
 def flux2_space(
     running_mean: Sequence[float] | Tensor,
     running_var: Sequence[float] | Tensor,
@@ -161,6 +142,28 @@ def flux2_space(
     name = "flux2" if (len(mean), stride) == (128, 16) else f"flux2-{len(mean)}x{stride}"
     scale = tuple(1 / math.sqrt(v + eps) for v in var)
     return LatentSpace(name, len(mean), stride, shift=tuple(mean), scale=scale, packing=2)
+
+
+# Per-channel statistics from the published configuration of Qwen-Image's autoencoder.
+# fmt: off
+QWEN_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)
+QWEN_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)
+# fmt: on
+
+KNOWN_SPACES: Mapping[str, LatentSpace] = {
+    "sd3": LatentSpace("sd3", 16, 8, shift=(0.0609,), scale=(1.5305,)),
+    "flux": LatentSpace("flux", 16, 8, shift=(0.1159,), scale=(0.3611,)),  # also Z-Image
+    "sdxl": LatentSpace("sdxl", 4, 8, scale=(0.13025,)),
+    # FLUX.2, klein, FLUX.3, ERNIE-Image, Ideogram 4, Bria FIBO 2
+    "flux2": flux2_space(FLUX2_MEAN, FLUX2_VARIANCE),
+    "qwen": LatentSpace("qwen", 16, 8, shift=QWEN_MEAN, scale=tuple(1 / s for s in QWEN_STD)),
+}
 
 
 def autoencoder_kl_space(config: Mapping[str, Any]) -> LatentSpace:

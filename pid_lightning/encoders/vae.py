@@ -1,4 +1,4 @@
-"""Autoencoder family: diffusers' KL autoencoders and the small one of this package."""
+"""Autoencoder family: diffusers' KL autoencoders, TAEF2, and the small one of this package."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pid_lightning.checks import Mistake
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.latent_spaces import LatentSpace, space_of
 from pid_lightning.encoders.pretrained import (
@@ -18,6 +19,7 @@ from pid_lightning.encoders.pretrained import (
     warn_random_weights,
 )
 from pid_lightning.encoders.small_vae import SmallVAE
+from pid_lightning.encoders.taef2 import TAEF2
 from pid_lightning.encoders.vae_sources import KNOWN_VAES, VAESource, find_vae
 
 
@@ -25,21 +27,25 @@ def build_vae_encoder(vae: str = "bundled", pretrained: bool = True) -> Encoder:
     """Build the encoder of an autoencoder.
 
     Args:
-        vae: ``"bundled"`` or a ``.safetensors`` file for a `SmallVAE`, else see `VAEEncoder`.
+        vae: ``"taef2"`` for a `TAEF2`, ``"bundled"`` or a ``.safetensors`` file for a `SmallVAE`,
+            else see `VAEEncoder`.
         pretrained: False builds a `VAEEncoder` with random weights.
 
     Raises:
-        ValueError: `pretrained` is False for a `SmallVAE`.
+        Mistake: `pretrained` is False for a `TAEF2` or a `SmallVAE`.
         FileNotFoundError, OSError: see `SmallVAE` and `VAEEncoder`.
     """
     is_file = vae.endswith(".safetensors")
-    if vae != "bundled" and not is_file:
+    if vae not in ("bundled", "taef2") and not is_file:
         return VAEEncoder(vae, pretrained)
     if not pretrained:
-        raise ValueError(
-            f"vae: {vae} always comes with its weights; leave out pretrained: false, or name "
-            f"another one ({', '.join(KNOWN_VAES)}, a hub id or a local folder)."
+        raise Mistake(
+            "vae",
+            f"{vae} always comes with its weights; leave out pretrained: false, or name "
+            f"another one ({', '.join(KNOWN_VAES)}, a hub id or a local folder).",
         )
+    if vae == "taef2":
+        return TAEF2()
     return SmallVAE(vae if is_file else None)
 
 

@@ -86,7 +86,7 @@ def find_vae(vae: str) -> VAESource:
     if folder.exists() or vae.startswith((".", "~")) or folder.is_absolute() or vae.count("/") != 1:
         raise FileNotFoundError(
             f"vae: {vae!r} is no folder; give a local folder, a hub id (owner/name), the "
-            ".safetensors file of an autoencoder trained here, or one of bundled, "
+            ".safetensors file of an autoencoder trained here, or one of bundled, taef2, "
             f"{', '.join(KNOWN_VAES)}."
         )
     return _read_hub(vae)

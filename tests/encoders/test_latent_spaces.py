@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 
+from pid_lightning.encoders.flux2_statistics import FLUX2_MEAN, FLUX2_VARIANCE
 from pid_lightning.encoders.latent_spaces import (
     KNOWN_SPACES,
     QWEN_MEAN,
@@ -40,6 +41,16 @@ def test_scalar_spaces_follow_the_published_formula(name, channels, scale, shift
     raw = torch.randn(2, channels, 4, 6, generator=generator)
     assert (space.channels, space.stride) == (channels, 8)
     torch.testing.assert_close(space.normalise(raw), (raw - shift) * scale)
+    torch.testing.assert_close(space.denormalise(space.normalise(raw)), raw)
+
+
+def test_flux2_is_the_batch_norm_of_its_packed_latents(generator):
+    space = KNOWN_SPACES["flux2"]
+    norm = torch.nn.BatchNorm2d(128, eps=1e-4, affine=False).eval()
+    norm.running_mean = torch.tensor(FLUX2_MEAN)
+    norm.running_var = torch.tensor(FLUX2_VARIANCE)
+    raw = 2 * torch.randn(2, 32, 4, 6, generator=generator)
+    torch.testing.assert_close(space.normalise(raw), norm(pack(raw)))
     torch.testing.assert_close(space.denormalise(space.normalise(raw)), raw)
 
 

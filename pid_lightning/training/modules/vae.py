@@ -13,8 +13,9 @@ class VAEPiD(PiDModule):
     """PiD on the latents of a KL autoencoder.
 
     Args:
-        vae: ``"bundled"``, ``"sd3"``, ``"flux"``, ``"sdxl"``, ``"flux2"``, ``"qwen"``, a hub id,
-            a local folder, or the ``.safetensors`` file of an autoencoder trained here.
+        vae: ``"bundled"``, ``"taef2"`` (bundled too, FLUX.2's latents), ``"sd3"``, ``"flux"``,
+            ``"sdxl"``, ``"flux2"``, ``"qwen"``, a hub id, a local folder, or the ``.safetensors``
+            file of an autoencoder trained here.
         pretrained: False uses random weights and warns.
         scale: output side divided by the side of the encoder's input.
         denoiser: sizes of the network.
