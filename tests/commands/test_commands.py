@@ -463,7 +463,7 @@ def test_what_is_not_exactly_the_released_network_is_refused(small: None, tmp_pa
     torch.save({f"net.{k}": v for k, v in tensors.items() if k != "y_pos_embedding"}, path)
     assert "1 tensors missing (y_pos_embedding)" in told("flux", "v1")
     release(path, released_info("flux", "v1", False), **{"net.extra": torch.zeros(1)})
-    assert "1 unknown (extra)" in told("flux", "v1")
+    assert "1 tensors unknown (extra)" in told("flux", "v1")
     release(path, released_info("flux", "v1", False), **{"other.extra": torch.zeros(1)})
     assert "1 tensors besides the released ones, the first is other.extra" in told("flux", "v1")
     torch.save({"net.a": {"b": 1}}, path)
