@@ -118,7 +118,7 @@ def describe(decoder: PiDDecoder, model: str, settings: DecodeSettings) -> dict[
         "fingerprint": weights.fingerprint(decoder.denoiser),
         "family": info.family,
         "latent_space": info.latent_space,
-        "scale": info.scale,
+        "scale": info.geometry.scale,
         "student_times": info.student_times,
         "settings": asdict(settings),
         "computed_in": str(decoder.dtype).removeprefix("torch."),

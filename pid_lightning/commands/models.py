@@ -66,8 +66,8 @@ def import_(arguments: Sequence[str]) -> None:
         **options,
     )
     print(
-        f"{given.out}: {given.family} {given.version}, {info.latent_channels} channels, "
-        f"{info.scale}x; such weights are licensed for non-commercial use"
+        f"{given.out}: {given.family} {given.version}, {info.geometry.latent_channels} channels, "
+        f"{info.geometry.scale}x; such weights are licensed for non-commercial use"
     )
 
 

@@ -44,9 +44,10 @@ def check_inputs(
     denoiser, info = decoder.denoiser, decoder.info
     if not isinstance(latents, Tensor):
         raise ValueError(f"latents: {type(latents).__name__} is no tensor; give a torch.Tensor.")
-    if latents.ndim != 4 or latents.shape[1] != info.latent_channels or not latents.numel():
+    channels = info.geometry.latent_channels
+    if latents.ndim != 4 or latents.shape[1] != channels or not latents.numel():
         raise ValueError(
-            f"latents: shape {tuple(latents.shape)} is not (B, {info.latent_channels}, h, w); give "
+            f"latents: shape {tuple(latents.shape)} is not (B, {channels}, h, w); give "
             f"normalised {info.latent_space} latents."
         )
     if not latents.isfinite().all():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pid_lightning.checks import Mistake
 from pid_lightning.decoding import latents as decoding
 from pid_lightning.decoding import memory_estimate as memory
 from pid_lightning.decoding import tile_choice
@@ -53,13 +54,12 @@ class PiDDecoder:
     """
 
     def __init__(self, denoiser: PiD, info: ModelInfo, encoder: Encoder | None = None) -> None:
-        for name in ("scale", "latent_stride", "latent_channels"):
-            built, trained = getattr(denoiser, name), getattr(info, name)
-            if built != trained:
-                raise ValueError(
-                    f"{name}: this network was built for {built}, but was trained for {trained}; "
-                    "build it with info.build()."
-                )
+        if denoiser.geometry != info.geometry:
+            raise Mistake(
+                "denoiser",
+                f"this network was built for {denoiser.geometry}, but was trained for "
+                f"{info.geometry}; build it with info.build().",
+            )
         self.denoiser = denoiser.eval().requires_grad_(False)
         self.info = info
         self.text_encoder: TextEncoder | None = None
@@ -136,17 +136,17 @@ class PiDDecoder:
     @property
     def scale(self) -> int:
         """Side of the output divided by the side of the native decoder's picture."""
-        return self.info.scale
+        return self.info.geometry.scale
 
     @property
     def latent_stride(self) -> int:
         """Pixels of the native picture per latent cell."""
-        return self.info.latent_stride
+        return self.info.geometry.latent_stride
 
     @property
     def latent_channels(self) -> int:
         """Channels of the normalised latents."""
-        return self.info.latent_channels
+        return self.info.geometry.latent_channels
 
     @property
     def latent_space(self) -> str:

@@ -104,8 +104,7 @@ def num_sampling_steps(student_times: Sequence[float] | None, steps: int | None)
 
 def output_size(denoiser: PiD, latents: Tensor) -> tuple[int, int]:
     """(height, width) in pixels of the pictures that latents (B, C, h, w) decode to."""
-    cell = denoiser.latent_stride * denoiser.scale
-    return latents.shape[-2] * cell, latents.shape[-1] * cell
+    return denoiser.geometry.output_size(latents)
 
 
 def adapt_tile(
@@ -113,7 +112,7 @@ def adapt_tile(
 ) -> Tensor:
     """`PiD.adapt` for one tile, computed from its latents and a margin around them."""
     seen = place.widened(tiles.step, tiles.height, tiles.width)
-    cell, side = denoiser.latent_stride * denoiser.scale, denoiser.config.patch_size
+    cell, side = denoiser.geometry.cell, denoiser.config.patch_size
     cells = (slice(span.start // cell, span.stop // cell) for span in seen)
     adapted, _ = denoiser.adapt(latents[(..., *cells)], latent_sigma)
     rows, columns = (

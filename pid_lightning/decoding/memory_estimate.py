@@ -66,12 +66,12 @@ def _estimate(
     tiles = tiles_for(denoiser, height, width, tile)
     seen = (height, width) if tiles is None else tiles.shape
     place = None if tiles is None else max(tiles, key=lambda tile: _seen_area(tile, tiles))
-    cells = (side // (info.latent_stride * info.scale) for side in (height, width))
+    cells = (side // info.geometry.cell for side in (height, width))
     shapes = {name: weight.shape for name, weight in denoiser.state_dict().items()}
     with FakeTensorMode():
         state = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
         denoiser.load_state_dict(state, assign=True)
-        latents = torch.empty(batch_size, info.latent_channels, *cells)
+        latents = torch.empty(batch_size, info.geometry.latent_channels, *cells)
         t = torch.empty(batch_size)
         text = None
         if denoiser.text_embedding is not None:

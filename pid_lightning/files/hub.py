@@ -118,7 +118,7 @@ def save_folder(denoiser: PiD, info: ModelInfo, folder: str | Path, dtype: torch
 def model_card(denoiser: PiD, info: ModelInfo) -> str:
     """Model card in the hub's format, filled from the model's metadata."""
     millions = sum(weight.numel() for weight in denoiser.parameters()) / 1e6
-    kind = "a teacher, sampled by a solver"
+    geometry, kind = info.geometry, "a teacher, sampled by a solver"
     if info.student_times is not None:
         kind = f"a student of {len(info.student_times)} steps"
     size = "not recorded" if info.image_size is None else f"{info.image_size} x {info.image_size}"
@@ -131,20 +131,20 @@ tags:
 ---
 # A pixel diffusion decoder for {info.latent_space} latents
 
-Decodes normalised `{info.latent_space}` latents to pictures {info.scale} times as large as the
+Decodes normalised `{info.latent_space}` latents to pictures {geometry.scale} times as large as the
 native decoder's, by pixel diffusion (PiD, arXiv 2605.23902).
 
 | | |
 |---|---|
 | parameters | {millions:.1f} million |
 | sampling | {kind} |
-| latents | {info.latent_channels} channels, {info.latent_stride} pixels a cell |
-| scale | {info.scale} |
+| latents | {geometry.latent_channels} channels, {geometry.latent_stride} pixels a cell |
+| scale | {geometry.scale} |
 | trained output size | {size} |
 | noise levels of the latents | 0 to {info.latent_sigma_max:g} ({info.noise_frame}) |
 
 ```python
-from pid_lightning.decoder import PiDDecoder
+from pid_lightning import PiDDecoder
 
 decoder = PiDDecoder.from_pretrained("this/repository")
 pictures = decoder.decode(latents)  # (B, 3, H, W) in [-1, 1]

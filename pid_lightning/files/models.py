@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pid_lightning.files.atomic import replaced_file
 from pid_lightning.files.tensors import opened_safetensors, read_tensors, read_torch_file
-from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
+from pid_lightning.nn import AdapterConfig, Geometry, PiD, PiDConfig
 from pid_lightning.nn.fixed_times import has_fixed_times
 from pid_lightning.nn.quantisation import is_quantised
 
@@ -34,7 +34,7 @@ class ModelInfo:
         family: name of the LightningModule that trained it, e.g. ``"VAEPiD"``.
         encoder: plain arguments that rebuild the encoder.
         latent_space: name of the latent space, e.g. ``"flux"``.
-        latent_channels, latent_stride, scale: geometry, see `nn.PiD`.
+        geometry: the latents and the scale; plain values hold its three numbers flat.
         image_size: side in pixels of the training outputs, None if unknown.
         latent_sigma_max: highest latent noise level seen in training.
         noise_frame: frame of that noise, see `noising.add_latent_noise`.
@@ -46,9 +46,7 @@ class ModelInfo:
     family: str
     encoder: dict[str, Any]
     latent_space: str
-    latent_channels: int
-    latent_stride: int
-    scale: int
+    geometry: Geometry
     image_size: int | None
     latent_sigma_max: float
     noise_frame: str
@@ -58,7 +56,8 @@ class ModelInfo:
 
     def to_plain(self) -> dict[str, Any]:
         """Convert to plain values, for JSON and `weights_only` checkpoints."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        plain = dataclasses.asdict(self)
+        return json.loads(json.dumps(plain | plain.pop("geometry")))
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> ModelInfo:
@@ -73,11 +72,14 @@ class ModelInfo:
             config["rope_reference"] = tuple(reference) if reference is not None else None
             config["adapter"] = AdapterConfig(**config["adapter"])
             times = plain["student_times"]
+            names = [field.name for field in dataclasses.fields(Geometry)]
             known = {
+                "geometry": Geometry(*(plain[name] for name in names)),
                 "config": PiDConfig(**config),
                 "student_times": tuple(times) if times is not None else None,
             }
-            return cls(**{**plain, **known})
+            rest = {name: value for name, value in plain.items() if name not in names}
+            return cls(**rest | known)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"model metadata that this version cannot read ({error}); update pid_lightning."
@@ -85,7 +87,7 @@ class ModelInfo:
 
     def build(self) -> PiD:
         """Build the network, untrained."""
-        return PiD(self.config, self.latent_channels, self.latent_stride, self.scale)
+        return PiD(self.config, self.geometry)
 
     def differences(self, other: ModelInfo) -> list[str]:
         """List what makes another model's weights incompatible, as "name: theirs, here ours"."""
@@ -94,8 +96,8 @@ class ModelInfo:
 
     def _defining(self) -> dict[str, Any]:
         """All values that weights depend on, under flat names."""
-        names = ("family", "latent_space", "latent_channels", "latent_stride", "scale")
-        values = {name: getattr(self, name) for name in (*names, "noise_frame")}
+        values = {"family": self.family, "latent_space": self.latent_space}
+        values |= dataclasses.asdict(self.geometry) | {"noise_frame": self.noise_frame}
         values |= dataclasses.asdict(self.config)
         return values | {f"adapter.{k}": v for k, v in values.pop("adapter").items()}
 

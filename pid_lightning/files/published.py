@@ -16,7 +16,7 @@ from pid_lightning.files.atomic import make_folder
 from pid_lightning.files.models import ModelInfo, check_model_path, save_model
 from pid_lightning.files.published_layout import first_names, from_released
 from pid_lightning.files.tensors import read_torch_file
-from pid_lightning.nn import AdapterConfig, PiDConfig
+from pid_lightning.nn import AdapterConfig, Geometry, PiDConfig
 
 NETWORK, AVERAGED = "net.", "net_ema."
 IGNORED = ("fake_score.", "discriminator.")
@@ -33,9 +33,7 @@ FLUX = ModelInfo(
     family="VAEPiD",
     encoder={"vae": "flux", "pretrained": True},
     latent_space="flux",
-    latent_channels=16,
-    latent_stride=8,
-    scale=4,
+    geometry=Geometry(latent_channels=16, latent_stride=8, scale=4),
     image_size=2048,
     latent_sigma_max=0.8,
     noise_frame="flow",
@@ -44,35 +42,31 @@ FLUX = ModelInfo(
 )
 
 
-def _vae(name: str, latent_channels: int, **changes: Any) -> ModelInfo:
+def _vae(name: str, geometry: Geometry, **changes: Any) -> ModelInfo:
     encoder = {"vae": name, "pretrained": True}
-    changes |= {"latent_space": name, "latent_channels": latent_channels}
-    return replace(FLUX, encoder=encoder, **changes)
+    return replace(FLUX, encoder=encoder, latent_space=name, geometry=geometry, **changes)
 
 
 # The latent families that weights were released for; the shapes of tensors do not identify them.
 FAMILIES: dict[str, ModelInfo] = {
     "flux": FLUX,
-    "sd3": _vae("sd3", 16),
-    "flux2": _vae("flux2", 128, latent_stride=16),
-    "sdxl": _vae("sdxl", 4, noise_frame="variance_preserving"),
-    "qwen": _vae("qwen", 16),
+    "sd3": _vae("sd3", FLUX.geometry),
+    "flux2": _vae("flux2", Geometry(128, 16, 4)),
+    "sdxl": _vae("sdxl", Geometry(4, 8, 4), noise_frame="variance_preserving"),
+    "qwen": _vae("qwen", FLUX.geometry),
     "dinov2": replace(
         FLUX,
         family="DINOv2PiD",
         encoder={},
         latent_space="dinov2",
-        latent_channels=768,
-        latent_stride=16,
+        geometry=Geometry(768, 16, 4),
     ),
     "siglip": replace(
         FLUX,
         family="SigLIPPiD",
         encoder={},
         latent_space="siglip2",
-        latent_channels=1152,
-        latent_stride=16,
-        scale=8,
+        geometry=Geometry(1152, 16, 8),
     ),
 }
 
@@ -198,7 +192,7 @@ def _check_kind(
 
 
 def _stem_channels(family: str, version: str) -> int:
-    return FAMILIES[family].latent_channels // _unpack(family, version) ** 2
+    return FAMILIES[family].geometry.latent_channels // _unpack(family, version) ** 2
 
 
 def _unpack(family: str, version: str) -> int:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pid_lightning.checks import check_at_least
 from pid_lightning.nn.config import AdapterConfig
+from pid_lightning.nn.geometry import Geometry
 
 
 class SigmaGate(nn.Module):
@@ -122,7 +122,7 @@ class LatentAdapter(nn.Module):
         token_width: width D of the patch tokens.
         num_injections: injection points, including that of the pixel blocks.
         patch_size: side P of a patch in pixels.
-        latent_channels, latent_stride, scale: geometry of the latents (see `nn.PiD`).
+        geometry: the latents and the scale.
 
     Raises:
         ValueError: the latents do not fit the patch grid.
@@ -134,15 +134,13 @@ class LatentAdapter(nn.Module):
         token_width: int,
         num_injections: int,
         patch_size: int,
-        latent_channels: int,
-        latent_stride: int,
-        scale: int,
+        geometry: Geometry,
     ) -> None:
         super().__init__()
-        check_at_least("scale", scale, 1)
-        if latent_channels % config.unpack**2:
+        scale, channels = geometry.scale, geometry.latent_channels
+        if channels % config.unpack**2:
             raise ValueError(
-                f"latent_channels: {latent_channels} must be a multiple of {config.unpack**2}, the "
+                f"latent_channels: {channels} must be a multiple of {config.unpack**2}, the "
                 f"square of adapter.unpack ({config.unpack}); set adapter.unpack to 1."
             )
         if config.rgb_head and patch_size % scale:
@@ -152,13 +150,15 @@ class LatentAdapter(nn.Module):
             )
         self.unpack = config.unpack
         self.rgb_head_block = config.rgb_head_block
-        channels = latent_channels // config.unpack**2
-        if latent_stride % config.unpack:
+        if geometry.latent_stride % config.unpack:
             raise ValueError(
-                f"adapter.unpack: {config.unpack} must divide latent_stride ({latent_stride}), "
-                "since packing made the stride that many times larger; set it to 1."
+                f"adapter.unpack: {config.unpack} must divide latent_stride "
+                f"({geometry.latent_stride}), since packing made the stride that many times "
+                "larger; set it to 1."
             )
-        self.upsample, self.fold = _grid_ratio(scale, latent_stride // config.unpack, patch_size)
+        unpacked = geometry.unpacked(config.unpack)
+        channels = unpacked.latent_channels
+        self.upsample, self.fold = unpacked.to_patch_grid(patch_size)
         channels *= self.fold**2
         self.sigma_plane = config.sigma_plane
         self.stem = _stem(config, channels + config.sigma_plane, self.upsample)
@@ -259,17 +259,3 @@ def _stem(config: AdapterConfig, channels: int, ratio: int) -> nn.Sequential:
 
 def _conv(in_channels: int, out_channels: int, padding: str) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode=padding)
-
-
-def _grid_ratio(scale: int, latent_stride: int, patch_size: int) -> tuple[int, int]:
-    """(upsampling, folding) factors from the latent grid to the patch grid; one of them is 1."""
-    pixels = scale * latent_stride
-    if pixels % patch_size == 0:
-        return pixels // patch_size, 1
-    if patch_size % pixels == 0:
-        return 1, patch_size // pixels
-    raise ValueError(
-        f"scale: {scale} does not fit: a latent cell covers {scale} x {latent_stride} = {pixels} "
-        f"output pixels, which must be a multiple or a divisor of patch_size ({patch_size}); "
-        "change scale or patch_size."
-    )

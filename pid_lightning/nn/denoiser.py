@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from pid_lightning.nn.adapter import LatentAdapter, OpenGate, SigmaGate
 from pid_lightning.nn.blocks import PatchBlock, PixelBlock
 from pid_lightning.nn.condition import Condition, TextEmbedding, position_tables
 from pid_lightning.nn.config import PiDConfig
+from pid_lightning.nn.geometry import Geometry
 from pid_lightning.nn.layers import RMSNorm, TimeEmbedding
 from pid_lightning.nn.windows import Windows
 
@@ -41,11 +41,10 @@ class PiD(nn.Module):
 
     Args:
         config: sizes.
-        latent_channels: channels C of the latents.
-        latent_stride: pixels of the encoder's input per latent cell.
-        scale: side of the output divided by the side of the image the encoder saw.
+        geometry: the latents and the scale.
 
     Attributes:
+        config, geometry: as given.
         chunk_size: patches per chunk of a pixel block without gradient; None is
             `default_chunk_size`.
         window_size: side of the attention windows in patches, see `attend_in_windows`.
@@ -55,14 +54,10 @@ class PiD(nn.Module):
         ValueError: the scale does not fit the patch size.
     """
 
-    def __init__(
-        self, config: PiDConfig, latent_channels: int, latent_stride: int, scale: int
-    ) -> None:
+    def __init__(self, config: PiDConfig, geometry: Geometry) -> None:
         super().__init__()
         self.config = config
-        self.latent_channels = latent_channels
-        self.latent_stride = latent_stride
-        self.scale = scale
+        self.geometry = geometry
         self.chunk_size: int | None = None
         self.window_size: int | None = None
         self.activation_checkpointing = False
@@ -99,13 +94,7 @@ class PiD(nn.Module):
         num_gates = -(-config.num_blocks // config.adapter.interval)
         num_gates += config.adapter.inject_pixels
         self.adapter = LatentAdapter(
-            config.adapter,
-            config.width,
-            num_gates,
-            config.patch_size,
-            latent_channels,
-            latent_stride,
-            scale,
+            config.adapter, config.width, num_gates, config.patch_size, geometry
         )
         self.gates = nn.ModuleList(
             OpenGate()
@@ -171,7 +160,7 @@ class PiD(nn.Module):
     @property
     def alignment(self) -> int:
         """Output sizes are multiples of this many pixels: whole patches and whole latent cells."""
-        return math.lcm(self.config.patch_size, self.scale * self.latent_stride)
+        return self.geometry.alignment(self.config.patch_size)
 
     def check_size(self, height: int, width: int) -> None:
         """Check that an output size is a whole number of patches and of latent cells.
@@ -225,13 +214,13 @@ class PiD(nn.Module):
         Raises:
             ValueError: a wrong number of channels, or a size that is not whole patches.
         """
-        channels, *cells = latents.shape[1:]
-        if channels != self.latent_channels:
+        channels = self.geometry.latent_channels
+        if latents.shape[1] != channels:
             raise ValueError(
-                f"latents: {channels} channels, but this network was built for "
-                f"{self.latent_channels}; use latents of its own latent family."
+                f"latents: {latents.shape[1]} channels, but this network was built for "
+                f"{channels}; use latents of its own latent family."
             )
-        self.check_size(*(side * self.latent_stride * self.scale for side in cells))
+        self.check_size(*self.geometry.output_size(latents))
         return self.adapter(latents.to(self.dtype), latent_sigma, with_rgb)
 
     def condition_on(

@@ -163,7 +163,8 @@ def initialise_from(module: PiDModule, path: str) -> None:
     source, info = weights.load_model(found)
     taken = source.state_dict()
     ours = module.denoiser.state_dict()
-    if info.latent_space != module.encoder.latent_space or info.scale != module.scale:
+    scale = info.geometry.scale
+    if info.latent_space != module.encoder.latent_space or scale != module.scale:
         own = ("adapter.", "gates.")
         taken = {k: v for k, v in taken.items() if not k.startswith(own)}
         ours = {k: v for k, v in ours.items() if not k.startswith(own)}

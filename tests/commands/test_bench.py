@@ -87,7 +87,7 @@ def forward_flops(spec: ModelInfo, size: int) -> tuple[int, int]:
     n, length, d = (size // side) ** 2, config.text_length, config.width
     num_gates = -(-config.num_blocks // config.adapter.interval)
     adapter = config.adapter.width
-    convs = spec.latent_channels + (1 + 2 * config.adapter.num_res_blocks) * adapter
+    convs = spec.geometry.latent_channels + (1 + 2 * config.adapter.num_res_blocks) * adapter
     condition = 9 * convs * adapter * n + n * adapter * num_gates * d  # convolutions, heads
     condition += num_gates * n * d * d + length * config.text_width * d  # gates' halves, text
 

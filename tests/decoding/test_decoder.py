@@ -16,6 +16,7 @@ import torch
 from decoders import decode, make, make_info
 from torch import Tensor
 
+from pid_lightning.checks import Mistake
 from pid_lightning.decoding import tile_choice
 from pid_lightning.decoding.decoder import PiDDecoder
 from pid_lightning.decoding.latents import decode_latents
@@ -27,7 +28,7 @@ from pid_lightning.encoders.families import build_encoder
 from pid_lightning.encoders.text import TextEncoder
 from pid_lightning.files import hub
 from pid_lightning.files.models import ModelInfo
-from pid_lightning.nn import PiD
+from pid_lightning.nn import Geometry, PiD
 from pid_lightning.pictures.colour import colour_shift, match_colour
 
 ROOT = Path(__file__).parents[2]
@@ -167,8 +168,9 @@ def test_what_is_outside_the_training_warns(latents: Tensor, options: dict, sent
 
 def test_a_network_of_another_scale_is_refused() -> None:
     info = make_info()
-    with pytest.raises(ValueError, match=r"^scale: this network was built for 8, .* for 4"):
-        PiDDecoder(PiD(info.config, 4, 8, 8), info)
+    with pytest.raises(Mistake) as told:
+        PiDDecoder(PiD(info.config, Geometry(4, 8, 8)), info)
+    assert told.value.option == "denoiser"
 
 
 # ------------------------------------------------------------------- text

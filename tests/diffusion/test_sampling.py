@@ -12,7 +12,7 @@ from torch import Tensor
 from pid_lightning.decoding.latents import decode_latents
 from pid_lightning.diffusion import flow, sampling
 from pid_lightning.diffusion.randomness import sample_generators
-from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
+from pid_lightning.nn import AdapterConfig, Geometry, PiD, PiDConfig
 
 SHAPE = (2, 3, 4, 4)
 STEPS = range(1, 5)
@@ -262,7 +262,7 @@ def tiny_network() -> PiD:
         adapter=AdapterConfig(width=8, num_res_blocks=1),
     )
     torch.manual_seed(0)
-    network = PiD(config, latent_channels=4, latent_stride=4, scale=2)
+    network = PiD(config, Geometry(4, 4, 2))
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return network

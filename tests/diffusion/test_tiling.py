@@ -15,7 +15,7 @@ from pid_lightning.decoding.tile_choice import trained_tile
 from pid_lightning.diffusion.randomness import sample_generators
 from pid_lightning.diffusion.sampling import Velocity, sample_few_steps
 from pid_lightning.diffusion.tiling import Tile, Tiles, blended_velocity, default_overlap
-from pid_lightning.nn import PiD
+from pid_lightning.nn import Geometry, PiD
 
 TIMES = (0.999, 0.866, 0.634, 0.342)
 SHAPES = [(64, 64), (96, 160), (128, 64), (176, 80), (16, 208), (512, 144)]
@@ -113,7 +113,7 @@ def test_blended_velocity_has_no_jump_at_any_border() -> None:
 
 def network(seed: int = 0) -> PiD:
     """A network with random weights, so that the output depends on every input."""
-    denoiser = PiD(tiny.config(), latent_channels=4, latent_stride=4, scale=4).eval()
+    denoiser = PiD(tiny.config(), Geometry(4, 4, 4)).eval()
     return tiny.randomise(denoiser, seed, std=0.15).requires_grad_(False)
 
 
@@ -211,7 +211,7 @@ def test_latents_pass_the_adapter_once_a_tile() -> None:
 
 def test_cells_larger_and_smaller_than_patches_align() -> None:
     for stride, scale, step in ((8, 4, 32), (4, 2, 16), (4, 4, 16), (8, 1, 16)):
-        denoiser = PiD(tiny.config(), 4, stride, scale).eval().requires_grad_(False)
+        denoiser = PiD(tiny.config(), Geometry(4, stride, scale)).eval().requires_grad_(False)
         assert denoiser.alignment == step
         cells = 6 * step // (stride * scale)
         assert decode(denoiser, noise(1, 4, cells, cells), 2 * step).shape[-1] == 6 * step

@@ -21,7 +21,7 @@ from pid_lightning.files.models import (
     read_checkpoint,
     save_model,
 )
-from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
+from pid_lightning.nn import AdapterConfig, Geometry, PiD, PiDConfig
 
 CONFIG = PiDConfig(
     width=16,
@@ -41,9 +41,7 @@ INFO = ModelInfo(
     family="VAEPiD",
     encoder={"name": "bundled", "sample": False},
     latent_space="flux",
-    latent_channels=4,
-    latent_stride=4,
-    scale=2,
+    geometry=Geometry(latent_channels=4, latent_stride=4, scale=2),
     image_size=64,
     latent_sigma_max=0.8,
     noise_frame="flow",
@@ -133,7 +131,8 @@ def test_differences_name_what_would_not_mean_the_same() -> None:
     assert INFO.differences(INFO) == []
     adapter = dataclasses.replace(CONFIG.adapter, gate="channel")
     config = dataclasses.replace(CONFIG, num_blocks=3, adapter=adapter)
-    other = dataclasses.replace(INFO, family="SigLIPPiD", scale=8, config=config, image_size=32)
+    changes = {"family": "SigLIPPiD", "geometry": Geometry(4, 4, 8), "image_size": 32}
+    other = dataclasses.replace(INFO, config=config, **changes)
     assert INFO.differences(other) == [
         "family: SigLIPPiD, here VAEPiD",
         "scale: 8, here 2",

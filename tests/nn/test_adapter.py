@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from pid_lightning.nn import AdapterConfig, LatentAdapter, PiD, PiDConfig, SigmaGate
+from pid_lightning.nn import AdapterConfig, Geometry, LatentAdapter, PiD, PiDConfig, SigmaGate
 
 CLEAN = torch.zeros(1)
 V1 = AdapterConfig(width=8, num_res_blocks=2)
@@ -28,7 +28,7 @@ def random_adapter(
 ) -> LatentAdapter:
     """An adapter of patch size 16 and 3 injections, in fp64, with no zero weights."""
     torch.manual_seed(seed)
-    adapter = LatentAdapter(config, 12, 3, 16, channels, stride, scale).double()
+    adapter = LatentAdapter(config, 12, 3, 16, Geometry(channels, stride, scale)).double()
     for parameter in adapter.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return adapter
@@ -183,8 +183,8 @@ def test_without_a_gate_the_whole_feature_comes_in_at_every_noise_level() -> Non
     adapter = dataclasses.replace(V15, gate="none", rgb_head=False)
     config = dataclasses.replace(tiny.config(), adapter=adapter)
     torch.manual_seed(0)
-    pid = PiD(config, 4, 8, 4)
-    gated = PiD(dataclasses.replace(config, adapter=V15), 4, 8, 4)
+    pid = PiD(config, Geometry(4, 8, 4))
+    gated = PiD(dataclasses.replace(config, adapter=V15), Geometry(4, 8, 4))
     for network in (pid, gated):
         for weight in network.parameters():
             torch.nn.init.normal_(weight, std=0.1)
@@ -283,9 +283,7 @@ def test_a_fresh_adapter_injects_nothing() -> None:
             text_length=0,
             adapter=V15,
         ),
-        latent_channels=4,
-        latent_stride=8,
-        scale=4,
+        Geometry(4, 8, 4),
     )
     tokens, rgb = network.adapt(torch.randn(1, 4, 2, 2), torch.zeros(1), with_rgb=True)
     features = network.adapter.features(tokens)
@@ -333,4 +331,4 @@ def test_impossible_geometry_is_told_in_one_sentence(
     config: AdapterConfig, channels: int, stride: int, scale: int, sentence: str
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
-        LatentAdapter(config, 12, 3, 16, channels, stride, scale)
+        LatentAdapter(config, 12, 3, 16, Geometry(channels, stride, scale))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pid_lightning.files.published_layout import from_released
-from pid_lightning.nn import PiD, PiDConfig
+from pid_lightning.nn import Geometry, PiD, PiDConfig
 from pid_lightning.nn.denoiser import MAX_CACHED_SIZES
 
 SMALL = {
@@ -368,7 +368,7 @@ def test_a_network_without_text_is_one_that_reads_no_tokens(name: str) -> None:
     case.inputs["text"] = case.inputs["text"][:, :0]
     with_text = case.network(torch.float64)
     config = dataclasses.replace(with_text.config, text_length=0)
-    network = PiD(config, with_text.latent_channels, with_text.latent_stride, with_text.scale)
+    network = PiD(config, with_text.geometry)
     network = network.double()
     state = with_text.state_dict()
     network.load_state_dict({k: state[k] for k in network.state_dict()})
@@ -381,7 +381,7 @@ def test_a_network_without_text_is_one_that_reads_no_tokens(name: str) -> None:
 
 def test_guidance_without_a_text_stream_is_refused() -> None:
     config = dataclasses.replace(tiny_config(), text_length=0)
-    network = PiD(config, latent_channels=4, latent_stride=4, scale=2)
+    network = PiD(config, Geometry(4, 4, 2))
     condition = network.condition(torch.zeros(1, 4, 1, 1), torch.zeros(1))
     with pytest.raises(ValueError, match="without a text stream"):
         network.without_text(condition)
@@ -427,7 +427,7 @@ def test_a_network_that_predicts_x0_returns_its_velocity() -> None:
 
 
 def test_a_fresh_network_predicts_nothing() -> None:
-    network = PiD(tiny_config(), latent_channels=4, latent_stride=4, scale=2)
+    network = PiD(tiny_config(), Geometry(4, 4, 2))
     condition = network.condition(torch.randn(2, 4, 2, 3), torch.tensor([0.0, 0.5]))
     velocity = network(torch.randn(2, 3, 16, 24), torch.tensor([0.3, 0.9]), condition)
     assert torch.equal(velocity, torch.zeros(2, 3, 16, 24))
@@ -559,7 +559,7 @@ def with_null(case: Case) -> PiD:
     """The network of a case plus a random learned null, in fp64."""
     released = case.network(torch.float64)
     config = dataclasses.replace(released.config, learned_null=True)
-    network = PiD(config, released.latent_channels, released.latent_stride, released.scale)
+    network = PiD(config, released.geometry)
     network = network.double()
     null = torch.randn(1, config.text_length, config.text_width, dtype=torch.float64)
     network.load_state_dict({**released.state_dict(), "text_embedding.null": null})
@@ -587,7 +587,7 @@ def test_attention_in_chunks_is_softmax_attention(num_queries, scores, monkeypat
 
 
 def test_tables_are_made_once_a_size_and_may_be_trained_with() -> None:
-    network = PiD(tiny_config(), 16, 8, 4)
+    network = PiD(tiny_config(), Geometry(16, 8, 4))
     latents, sigma = torch.zeros(1, 16, 2, 2), torch.zeros(1)
     with torch.inference_mode():
         first = network.condition(latents, sigma)
@@ -606,7 +606,7 @@ def test_tables_are_made_once_a_size_and_may_be_trained_with() -> None:
 
 
 def test_few_tables_are_kept_whatever_the_number_of_threads() -> None:
-    network = PiD(tiny_config(), 16, 8, 4)
+    network = PiD(tiny_config(), Geometry(16, 8, 4))
 
     def condition(side: int) -> int:
         return network.condition(torch.zeros(1, 16, 1, side), torch.zeros(1)).columns.shape[0]

@@ -24,14 +24,14 @@ def make_denoiser(dtype: torch.dtype, text_length: int) -> PiD:
 def velocity(denoiser: PiD, times: list[float]) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     num = len(times)
-    latents = torch.randn(num, denoiser.latent_channels, 2, 3, generator=generator)
+    latents = torch.randn(num, denoiser.geometry.latent_channels, 2, 3, generator=generator)
     text = None
     if denoiser.text_embedding is not None:
         text = torch.randn(num, 5, denoiser.config.text_width, generator=generator)
         text = text.to(denoiser.dtype)
     with torch.no_grad():
         condition = denoiser.condition(latents, torch.full((num,), 0.3), text)
-        side = denoiser.latent_stride * denoiser.scale
+        side = denoiser.geometry.cell
         x_t = torch.randn(num, 3, 2 * side, 3 * side, generator=generator)
         return denoiser(x_t, torch.tensor(times), condition)
 

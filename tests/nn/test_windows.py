@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from pid_lightning.nn import PiD
+from pid_lightning.nn import Geometry, PiD
 from pid_lightning.nn.attention import attend
 from pid_lightning.nn.windows import Windows, attend_in_windows
 
@@ -23,7 +23,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def network(text_length: int, num_blocks: int = 2) -> PiD:
     config = tiny.config(text_length=text_length, num_blocks=num_blocks)
-    denoiser = PiD(config, 4, 8, 4).double().eval().requires_grad_(False)
+    denoiser = PiD(config, Geometry(4, 8, 4)).double().eval().requires_grad_(False)
     for i, weight in enumerate(denoiser.parameters()):
         weight.copy_(0.2 * draw(*weight.shape, seed=i))
     return denoiser

@@ -19,7 +19,7 @@ from pid_lightning.diffusion import losses
 from pid_lightning.nn.compilation import compile_for_inference
 from pid_lightning.decoding.latents import decode_latents
 from pid_lightning.training.sample import draw_sample
-from pid_lightning.nn import Discriminator, PiD, PiDConfig
+from pid_lightning.nn import Discriminator, Geometry, PiD, PiDConfig
 from pid_lightning.nn.layers import RMSNorm
 from pid_lightning.nn.quantisation import quantise
 from pid_lightning.diffusion.sampling import STUDENT_TIMES
@@ -50,7 +50,7 @@ CONFIG = tiny.config(
 def meta_network() -> PiD:
     """Built before fake tensors are in force, which cannot initialise weights."""
     with torch.device("meta"):
-        return PiD(CONFIG, latent_channels=16, latent_stride=8, scale=4)
+        return PiD(CONFIG, Geometry(16, 8, 4))
 
 
 @contextmanager
@@ -206,7 +206,7 @@ def test_eight_bits_are_not_compiled_to_the_slow_kernel(
 
     monkeypatch.setattr(PiD, "compile", compile_network)
     with torch.device("meta"):
-        network = PiD(PiDConfig(num_blocks=1), latent_channels=16, latent_stride=8, scale=4)
+        network = PiD(PiDConfig(num_blocks=1), Geometry(16, 8, 4))
     with on_gpu(network.requires_grad_(False)) as network:
         if eight_bits:
             quantise(network)
@@ -218,7 +218,7 @@ def test_eight_bits_are_not_compiled_to_the_slow_kernel(
 def test_published_sizes_have_the_same_code_paths() -> None:
     """Head sizes 64 and 72, with text: the configuration that GPUs are for."""
     with torch.device("meta"):
-        network = PiD(PiDConfig(num_blocks=2), latent_channels=16, latent_stride=8, scale=4)
+        network = PiD(PiDConfig(num_blocks=2), Geometry(16, 8, 4))
     with on_gpu(network.requires_grad_(False)) as network, torch.no_grad():
         condition = network.condition(normal(1, 16, 16, 16), normal(1), normal(1, 300, 2304))
         velocity = network(normal(1, 3, 512, 512), normal(1), condition)

@@ -9,20 +9,19 @@ from torch import Tensor
 
 from pid_lightning.decoding.decoder import PiDDecoder
 from pid_lightning.files.models import ModelInfo
+from pid_lightning.nn import Geometry
 
 TIMES = (0.999, 0.866, 0.634, 0.342)
 
 
-def make_info(**changes) -> ModelInfo:
+def make_info(latent_channels: int = 4, **changes) -> ModelInfo:
     """A student of 4 steps on the bundled latents; `sizes` are changes of its network."""
     sizes = changes.pop("sizes", {})
     info = ModelInfo(
         family="VAEPiD",
         encoder={"vae": "bundled", "pretrained": True},
         latent_space="pid-small",
-        latent_channels=4,
-        latent_stride=8,
-        scale=4,
+        geometry=Geometry(latent_channels, latent_stride=8, scale=4),
         image_size=128,
         latent_sigma_max=0.8,
         noise_frame="flow",

@@ -1,9 +1,9 @@
 """The method in the simplest correct code: no fusing, no caching, one formula per line.
 
 The reference for tests of the fast paths and the baseline of the benchmark. It takes tensors with
-the published key names and does not use `pid_lightning.nn`. Everything is computed at every call in
-the dtype of the weights, except in fp32 at least: time and norm statistics, as the method requires,
-rotations and the gate's alpha, as in the published network.
+the published key names and shares no formula with `pid_lightning.nn`. Everything is computed at
+every call in the dtype of the weights, except in fp32 at least: time and norm statistics, as the
+method requires, rotations and the gate's alpha, as in the published network.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from pid_lightning.nn import Geometry
 
 Params = Mapping[str, Tensor]
 Arguments = Mapping[str, Any]
@@ -51,9 +53,9 @@ def published_arguments(info: Any) -> dict[str, Any]:
         "lq_aux_rgb_head": adapter.rgb_head,
         "lq_aux_rgb_head_latent_block_idx": adapter.rgb_head_block or -1,
         "lq_latent_unpatchify_factor": adapter.unpack,
-        "lq_latent_channels": info.latent_channels,
-        "latent_spatial_down_factor": info.latent_stride,
-        "sr_scale": info.scale,
+        "lq_latent_channels": info.geometry.latent_channels,
+        "latent_spatial_down_factor": info.geometry.latent_stride,
+        "sr_scale": info.geometry.scale,
     }
 
 
@@ -128,8 +130,11 @@ class PlainPiD(nn.Module):
     def __init__(self, params: Params, arguments: Arguments, config: Any = None) -> None:
         super().__init__()
         self.arguments, self.config = dict(arguments), config
-        self.scale = arguments["sr_scale"]
-        self.latent_stride = arguments["latent_spatial_down_factor"]
+        self.geometry = Geometry(
+            arguments["lq_latent_channels"],
+            arguments["latent_spatial_down_factor"],
+            arguments["sr_scale"],
+        )
         # Parameter names must not contain a dot.
         self.params = nn.ParameterDict({k.replace(".", "/"): v.float() for k, v in params.items()})
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from plain import GATES
 
-from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
+from pid_lightning.nn import AdapterConfig, Geometry, PiD, PiDConfig
 
 ROPES = {"ntk_aware": True, "original": False}
 
@@ -46,9 +46,9 @@ def build_from_arguments(arguments: Mapping[str, Any]) -> PiD:
             unpack=get("lq_latent_unpatchify_factor", 1),
         ),
     )
-    return PiD(
-        config,
+    geometry = Geometry(
         latent_channels=get("lq_latent_channels", 0),
         latent_stride=get("latent_spatial_down_factor", 8),
         scale=get("sr_scale", 4),
     )
+    return PiD(config, geometry)

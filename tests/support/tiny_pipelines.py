@@ -11,7 +11,7 @@ from torch import Tensor
 from pid_lightning.decoding.decoder import PiDDecoder
 from pid_lightning.decoding.diffusers_vae import space_of
 from pid_lightning.files.models import ModelInfo
-from pid_lightning.nn import AdapterConfig, PiDConfig
+from pid_lightning.nn import AdapterConfig, Geometry, PiDConfig
 
 HEIGHT, WIDTH = 32, 64  # of the pipelines' native pictures
 SCALE = 4
@@ -62,9 +62,7 @@ def decoder_for(vae: Any, noise_frame: str = "flow", **changes: Any) -> PiDDecod
         "family": "VAEPiD",
         "encoder": {},
         "latent_space": space.name,
-        "latent_channels": space.channels,
-        "latent_stride": space.stride,
-        "scale": SCALE,
+        "geometry": Geometry(space.channels, space.stride, SCALE),
         "image_size": None,
         "latent_sigma_max": 1.0,
         "noise_frame": noise_frame,

@@ -13,7 +13,7 @@ from torch import Tensor
 from pid_lightning import DMD2, PiD, Training
 from pid_lightning.diffusion.flow import per_sample
 from pid_lightning.diffusion.losses import rgb_alignment_loss
-from pid_lightning.nn import AdapterConfig
+from pid_lightning.nn import AdapterConfig, Geometry
 from pid_lightning.training.objective import FlowMatching
 from pid_lightning.training.optimizers import make_schedule
 from pid_lightning.training.sample import Sample, draw_sample
@@ -116,7 +116,7 @@ def test_critics_learn_as_configured() -> None:
 def test_validation_judges_the_average_with_equal_draws() -> None:
     module = tiny.module()
     module.encoder.load()
-    module.denoiser_ema = tiny.randomise(PiD(tiny.config(), 16, 8, 4)).eval()
+    module.denoiser_ema = tiny.randomise(PiD(tiny.config(), Geometry(16, 8, 4))).eval()
     image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
     batch = {"image": image, "caption": ["", ""], "number": torch.arange(2)}
     logged = []

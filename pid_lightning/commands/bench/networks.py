@@ -118,13 +118,14 @@ def draw_inputs(info: ModelInfo, size: int, batch_size: int, device: torch.devic
     def uniform() -> Tensor:
         return torch.rand(batch_size, generator=generator).to(device)
 
-    config, cells = info.config, size // (info.latent_stride * info.scale)
+    config, geometry = info.config, info.geometry
+    seen, cells = size // geometry.scale, size // geometry.cell
     return Inputs(
         x0=normal(3, size, size).clamp(-1, 1),
         eps=normal(3, size, size),
-        low_resolution=normal(3, size // info.scale, size // info.scale).clamp(-1, 1),
+        low_resolution=normal(3, seen, seen).clamp(-1, 1),
         t=uniform(),
-        latents=normal(info.latent_channels, cells, cells),
+        latents=normal(geometry.latent_channels, cells, cells),
         latent_sigma=0.8 * uniform(),
         text=normal(config.text_length, config.text_width) if config.text_length else None,
     )

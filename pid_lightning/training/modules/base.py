@@ -20,7 +20,7 @@ from pid_lightning.decoding.tile_choice import trained_tile
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.text import NoText, TextEncoder, check_text
 from pid_lightning.files import models as weights
-from pid_lightning.nn import PiD, PiDConfig
+from pid_lightning.nn import Geometry, PiD, PiDConfig
 from pid_lightning.nn.freezing import freeze_untrained
 from pid_lightning.pictures.lpips import lpips_network
 from pid_lightning.training.checkpoints import (
@@ -80,11 +80,12 @@ class PiDModule(LightningModule):
         self.encoder = encoder.requires_grad_(False).eval()
         self.text_encoder = (text or NoText()).requires_grad_(False).eval()
         self.encoder_arguments = encoder_arguments
-        self.scale = scale
         self.training_settings = training
         self.evaluation = evaluation
         self.init_from = init_from
-        self.denoiser = PiD(denoiser, encoder.latent_channels, encoder.latent_stride, scale)
+        self.denoiser = PiD(
+            denoiser, Geometry(encoder.latent_channels, encoder.latent_stride, scale)
+        )
         self.denoiser.activation_checkpointing = training.activation_checkpointing
         self.denoiser_ema: PiD | None = None
         self.ema_callback: Callback | None = None
@@ -110,9 +111,7 @@ class PiDModule(LightningModule):
             family=type(self).__name__,
             encoder=self.encoder_arguments,
             latent_space=self.encoder.latent_space,
-            latent_channels=self.encoder.latent_channels,
-            latent_stride=self.encoder.latent_stride,
-            scale=self.scale,
+            geometry=self.denoiser.geometry,
             image_size=self.image_size,
             latent_sigma_max=self.training_settings.latent_sigma_max,
             noise_frame=self.training_settings.noise_frame,
@@ -120,6 +119,11 @@ class PiDModule(LightningModule):
             config=self.denoiser.config,
             time_shift=self.training_settings.time_shift,
         )
+
+    @property
+    def scale(self) -> int:
+        """Output side divided by the side of the encoder's input."""
+        return self.denoiser.geometry.scale
 
     @property
     def averaged_denoiser(self) -> PiD:

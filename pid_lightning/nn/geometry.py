@@ -1,0 +1,63 @@
+"""How latents cover the output."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pid_lightning.checks import Mistake, check_at_least
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The latents of a network and how many output pixels a latent cell covers.
+
+    Attributes:
+        latent_channels: channels C of the latents.
+        latent_stride: pixels of the encoder's input per latent cell.
+        scale: side of the output divided by the side of the image the encoder saw.
+
+    Raises:
+        Mistake: the scale is below 1.
+    """
+
+    latent_channels: int
+    latent_stride: int
+    scale: int
+
+    def __post_init__(self) -> None:
+        check_at_least("scale", self.scale, 1)
+
+    @property
+    def cell(self) -> int:
+        """Side in output pixels of a latent cell."""
+        return self.latent_stride * self.scale
+
+    def output_size(self, latents: Tensor) -> tuple[int, int]:
+        """(height, width) in pixels of the pictures that latents (B, C, h, w) decode to."""
+        return latents.shape[-2] * self.cell, latents.shape[-1] * self.cell
+
+    def unpacked(self, side: int) -> Geometry:
+        """The latents after undoing a packing of `side` x `side` cells into channels."""
+        return Geometry(self.latent_channels // side**2, self.latent_stride // side, self.scale)
+
+    def alignment(self, patch_size: int) -> int:
+        """Output sizes are multiples of this many pixels: whole patches and whole latent cells."""
+        return math.lcm(patch_size, self.cell)
+
+    def to_patch_grid(self, patch_size: int) -> tuple[int, int]:
+        """(upsampling, folding) factors from the latent grid to the patch grid; one of them is 1.
+
+        Raises:
+            Mistake: neither grid divides the other.
+        """
+        if self.cell % patch_size and patch_size % self.cell:
+            raise Mistake(
+                "scale",
+                f"{self.scale} does not fit: a latent cell covers {self.scale} x "
+                f"{self.latent_stride} = {self.cell} output pixels, which must be a multiple or a "
+                f"divisor of patch_size ({patch_size}); change scale or patch_size.",
+            )
+        return max(self.cell // patch_size, 1), max(patch_size // self.cell, 1)
