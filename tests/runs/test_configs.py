@@ -8,13 +8,15 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
-from pid_lightning.files import models as weights
 from pid_lightning.commands.fit import PiDCLI, main
+from pid_lightning.files import models as weights
 from pid_lightning.training.modules.base import PiDModule
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FULL_SIZE = sorted(CONFIGS.glob("*_[48]x.yaml"))
 DISTILLATIONS = sorted(CONFIGS.glob("*_[48]x_dmd2.yaml"))
+# The distillations below train the other half, and a discriminator beside it.
+NOT_DISTILLED = [c for c in FULL_SIZE if c.with_stem(f"{c.stem}_dmd2") not in DISTILLATIONS]
 OTHERS = sorted(set(CONFIGS.glob("*.yaml")) - {*FULL_SIZE, *DISTILLATIONS})
 SHRUNK = [
     "--data.path=bundled",
@@ -35,6 +37,7 @@ SHRUNK = [
     "--trainer.max_steps=1",
     "--trainer.accelerator=cpu",
     "--trainer.devices=1",
+    "--trainer.precision=32-true",
     "--trainer.limit_val_batches=0",
     "--trainer.logger=false",
     "--trainer.callbacks=[]",
@@ -43,7 +46,7 @@ SHRUNK = [
 ]
 SMALL_ENCODERS = {
     "vae": ["--model.vae=bundled"],
-    "siglip": ["--model.model=vit_base_patch16_siglip_224", "--model.pretrained=false"],
+    "siglip": ["--model.model=vit_tiny_patch16_224", "--model.pretrained=false"],
     "dinov2": ["--model.model=vit_small_patch14_dinov2", "--model.pretrained=false"],
 }
 
@@ -84,7 +87,7 @@ def test_full_size_has_the_published_number_of_parameters(config: Path) -> None:
     assert f"_{cli.model.scale}x" in config.stem
 
 
-@pytest.mark.parametrize("config", FULL_SIZE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", NOT_DISTILLED, ids=lambda path: path.stem)
 def test_full_size_steps_once_when_shrunk(config: Path, tmp_path: Path) -> None:
     family = config.stem.split("_")[0]
     arguments = [*SHRUNK, *SMALL_ENCODERS[family], f"--trainer.default_root_dir={tmp_path}"]
@@ -125,7 +128,7 @@ def test_quickstart_steps(tmp_path: Path) -> None:
     config = CONFIGS / "quickstart.yaml"
     arguments = [
         "--trainer.max_steps=1",
-        "--data.batch_size=2",
+        "--data.batch_size=1",
         "--test_after_fit=false",
         "--trainer.limit_val_batches=0",
         "--trainer.logger=false",
