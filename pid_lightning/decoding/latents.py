@@ -10,6 +10,7 @@ from torch import Tensor
 from pid_lightning.diffusion import flow, sampling
 from pid_lightning.diffusion.tiling import Tile, Tiles, blended_velocity
 from pid_lightning.nn import Condition, PiD
+from pid_lightning.nn.condition import Adapted
 
 TEACHER_STEPS = 25
 
@@ -62,7 +63,7 @@ def decode_latents(
 
     shape = (latents.shape[0], 3, height, width)
     # Cached across steps: about one picture in total, where whole conditions would be several.
-    adapted: dict[tuple[int, int], Tensor] = {}
+    adapted: dict[tuple[int, int], Adapted] = {}
 
     def velocity_of_tile(place: Tile) -> sampling.Velocity:
         corner = (place.rows.start, place.columns.start)
@@ -109,17 +110,17 @@ def output_size(denoiser: PiD, latents: Tensor) -> tuple[int, int]:
 
 def adapt_tile(
     denoiser: PiD, latents: Tensor, latent_sigma: Tensor, tiles: Tiles, place: Tile
-) -> Tensor:
+) -> Adapted:
     """`PiD.adapt` for one tile, computed from its latents and a margin around them."""
     seen = place.widened(tiles.step, tiles.height, tiles.width)
-    cell, side = denoiser.geometry.cell, denoiser.config.patch_size
+    cell = denoiser.geometry.cell
     cells = (slice(span.start // cell, span.stop // cell) for span in seen)
-    adapted, _ = denoiser.adapt(latents[(..., *cells)], latent_sigma)
+    adapted = denoiser.adapt(latents[(..., *cells)], latent_sigma)
     rows, columns = (
-        slice((span.start - wide.start) // side, (span.stop - wide.start) // side)
+        slice(span.start - wide.start, span.stop - wide.start)
         for span, wide in zip((place.rows, place.columns), seen, strict=True)
     )
-    return adapted[:, rows, columns].contiguous()
+    return adapted.parts([(rows, columns)] * len(latents), denoiser.config.patch_size)
 
 
 def conditioned_velocity(

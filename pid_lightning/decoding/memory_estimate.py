@@ -18,6 +18,7 @@ from pid_lightning.decoding.latents import adapt_tile, tiles_for
 from pid_lightning.diffusion import sampling
 from pid_lightning.diffusion.tiling import Tile, Tiles
 from pid_lightning.files.models import ModelInfo
+from pid_lightning.nn.condition import Adapted
 from pid_lightning.nn.quantisation import is_quantised
 
 
@@ -79,12 +80,13 @@ def _estimate(
             text = torch.empty(batch_size, config.text_length, config.text_width, dtype=dtype)
         x = torch.empty(batch_size, 3, *seen)
 
-        def adapt() -> Tensor:
+        def adapt() -> Adapted:
             if tiles is None:
-                return denoiser.adapt(latents, t)[0]
+                return denoiser.adapt(latents, t)
             return adapt_tile(denoiser, latents, t, tiles, place)
 
         adapted = adapt()
+        kept = num_bytes(filter(_is_tensor, tree_leaves(adapted)))
         condition = denoiser.condition_on(adapted, t, text)
         adapting = peak_bytes(adapt)
         conditioning = peak_bytes(lambda: denoiser.condition_on(adapted, t, text))
@@ -97,7 +99,7 @@ def _estimate(
             torch.empty(running, dtype=torch.uint8, device="meta")
             return torch.empty_like(x_t)
 
-        making = max(adapting, num_bytes([adapted]) + conditioning)
+        making = max(adapting, kept + conditioning)
         return max(making, held + _sampling_bytes(info, (batch_size, 3, height, width), velocity))
 
     making = max(adapting, conditioning, held + running)
@@ -109,7 +111,7 @@ def _estimate(
         del cut
         return total
 
-    held = len(tiles) * num_bytes([adapted])
+    held = len(tiles) * kept
     return held + _sampling_bytes(info, (batch_size, 3, height, width), sum_of_tiles)
 
 

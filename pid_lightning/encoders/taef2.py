@@ -16,6 +16,11 @@ from pid_lightning.nn.taef2 import LATENT_CHANNELS, STRIDE, TAEF2Decoder, TAEF2E
 BUNDLED = Path(__file__).parent.parent / "assets" / "taef2.safetensors"
 
 
+def decoder_weights() -> dict[str, Tensor]:
+    """The bundled weights of a `TAEF2Decoder`, in fp16."""
+    return read_tensors(BUNDLED, "decoder.")
+
+
 class TAEF2(Encoder):
     """TAEF2 (https://github.com/madebyollin/taesd, MIT), a distilled autoencoder that shares
     FLUX.2's latent space: what it encodes, `AutoencoderKLFlux2` decodes, and the reverse.

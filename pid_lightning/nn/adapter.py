@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pid_lightning.nn.config import AdapterConfig
 from pid_lightning.nn.geometry import Geometry
+from pid_lightning.nn.native import Native, NativeDecoder, check_geometry
 
 
 class SigmaGate(nn.Module):
@@ -161,7 +162,16 @@ class LatentAdapter(nn.Module):
         self.upsample, self.fold = unpacked.to_patch_grid(patch_size)
         channels *= self.fold**2
         self.sigma_plane = config.sigma_plane
-        self.stem = _stem(config, channels + config.sigma_plane, self.upsample)
+        self.native: NativeDecoder | None = None
+        self.native_side = 0  # pixels of the native decode on a patch's side
+        if config.native != "none":
+            check_geometry(unpacked, patch_size)
+            self.native = NativeDecoder(config.denoise_width, config.denoise_blocks)
+            self.native_side = patch_size // geometry.scale
+            channels *= 2  # the latents and their estimate
+        self.stem = _stem(
+            config, channels + config.sigma_plane, self.upsample, 3 * self.native_side**2
+        )
         if config.upsampling == "shuffle":
             self.upsample = 1  # the stem does it
         self.res_blocks = nn.ModuleList(
@@ -187,13 +197,16 @@ class LatentAdapter(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.native is not None and self.native.denoise is not None:
+            self.native.denoise.reset_parameters()
         nn.init.zeros_(self.heads.weight)
         nn.init.zeros_(self.heads.bias)
 
     def forward(
         self, latents: Tensor, latent_sigma: Tensor, with_rgb: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Native | None]:
         """Run everything but the heads.
 
         Args:
@@ -202,15 +215,26 @@ class LatentAdapter(nn.Module):
             with_rgb: also run the RGB head, if there is one.
 
         Returns:
-            One token per patch (B, H/P, W/P, width), for `features`, and the predicted
-            low-resolution image (B, 3, H/scale, W/scale) in [-1, 1], or None.
+            One token per patch (B, H/P, W/P, width), for `features`; the predicted low-resolution
+            image (B, 3, H/scale, W/scale) in [-1, 1], or None; and the native decode, or None.
         """
-        x = self._to_patch_grid(latents)
+        unpacked = rearrange(
+            latents, "b (c p q) h w -> b c (h p) (w q)", p=self.unpack, q=self.unpack
+        )
+        native = None
+        if self.native is not None:
+            native = self.native(unpacked, latent_sigma)
+            unpacked = torch.cat((unpacked, native.latents.detach()), dim=1)
+        x = self._to_patch_grid(unpacked)
         if self.sigma_plane:
             plane = latent_sigma.to(x.dtype).view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])
             x = torch.cat((x, plane), dim=1)
         # channels_last makes bf16 convolutions a tenth faster and needs no copy to tokens.
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = self.stem[:-1](x.contiguous(memory_format=torch.channels_last))
+        if native is not None:
+            folded = F.pixel_unshuffle(native.picture, self.native_side)
+            x = torch.cat((x, folded), dim=1)
+        x = self.stem[-1](x)
         tapped = None
         for number, block in enumerate(self.res_blocks, start=1):
             x = block(x)
@@ -218,8 +242,8 @@ class LatentAdapter(nn.Module):
                 tapped = x
         tokens = rearrange(x, "b c h w -> b h w c")
         if self.rgb_head is None or not with_rgb:
-            return tokens, None
-        return tokens, self._predict_rgb(x if tapped is None else tapped)
+            return tokens, None, native
+        return tokens, self._predict_rgb(x if tapped is None else tapped), native
 
     def features(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """All heads in one matmul: tokens (B, h, w, width) to one (B, h*w, D) per injection."""
@@ -227,10 +251,7 @@ class LatentAdapter(nn.Module):
         # Copied apart: CUDA graphs would copy each view of the rows with the whole rows' extent.
         return tuple(head.contiguous() for head in heads.chunk(self.num_injections, dim=-1))
 
-    def _to_patch_grid(self, latents: Tensor) -> Tensor:
-        unpacked = rearrange(
-            latents, "b (c p q) h w -> b c (h p) (w q)", p=self.unpack, q=self.unpack
-        )
+    def _to_patch_grid(self, unpacked: Tensor) -> Tensor:
         if self.upsample > 1:
             return F.interpolate(unpacked, scale_factor=self.upsample, mode="nearest")
         return rearrange(unpacked, "b c (h p) (w q) -> b (c p q) h w", p=self.fold, q=self.fold)
@@ -242,18 +263,19 @@ class LatentAdapter(nn.Module):
         )
 
 
-def _stem(config: AdapterConfig, channels: int, ratio: int) -> nn.Sequential:
-    """The first convolutions, with learned upsampling by `ratio` between them if configured."""
+def _stem(config: AdapterConfig, channels: int, ratio: int, more: int) -> nn.Sequential:
+    """The first convolutions, with learned upsampling by `ratio` between them if configured; the
+    last one, on the patch grid, takes `more` channels."""
     width = config.width
     first = (_conv(channels, width, config.padding), nn.SiLU())
     if config.upsampling == "nearest" or ratio == 1:
-        return nn.Sequential(*first, _conv(width, width, config.padding))
+        return nn.Sequential(*first, _conv(width + more, width, config.padding))
     narrow = -(-width // ratio)
     return nn.Sequential(
         *first,
         _conv(width, narrow * ratio**2, config.padding),
         nn.PixelShuffle(ratio),
-        _conv(narrow, width, config.padding),
+        _conv(narrow + more, width, config.padding),
     )
 
 

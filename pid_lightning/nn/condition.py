@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ class Condition(NamedTuple):
         pixel_table: RoPE table of the patches, for the pixel blocks.
         columns, rows: sine-cosine position tables of the pixels, (W, C/2) and (H, C/2).
         rgb: the adapter's low-resolution image (B, 3, H/scale, W/scale), if requested.
+        base: the enlarged native decode (B, 3, H, W), if the network adds to it.
     """
 
     text: Tensor | None
@@ -38,12 +40,50 @@ class Condition(NamedTuple):
     columns: Tensor
     rows: Tensor
     rgb: Tensor | None = None
+    base: Tensor | None = None
 
     def pixel_positions(self, patch_size: int) -> Tensor:
         """Positions of every pixel of every patch, (h, w, P, P, C)."""
         columns = rearrange(self.columns, "(w q) c -> w 1 q c", q=patch_size)
         rows = rearrange(self.rows, "(h p) c -> h 1 p 1 c", p=patch_size)
         return torch.cat(torch.broadcast_tensors(columns, rows), dim=-1)
+
+
+class Adapted(NamedTuple):
+    """What the adapter's convolutions make of latents, of which parts can be cut.
+
+    Attributes:
+        tokens: one per patch (B, H/P, W/P, adapter width).
+        base: the enlarged native decode (B, 3, H, W), if the network adds to it.
+        rgb: the predicted low-resolution image (B, 3, H/scale, W/scale), if requested.
+        latents: the estimated clean latents before packing, if there is a native decoder.
+    """
+
+    tokens: Tensor
+    base: Tensor | None = None
+    rgb: Tensor | None = None
+    latents: Tensor | None = None
+
+    def parts(self, places: Sequence[tuple[slice, slice]], patch_size: int) -> Adapted:
+        """Tokens and base of one part of each sample, with the latents of the whole; what surrounds
+        the parts has been seen.
+
+        Args:
+            places: rows and columns of each sample's part in output pixels, whole patches, of one
+                size.
+            patch_size: side of a patch in pixels.
+        """
+        patches = [
+            [slice(span.start // patch_size, span.stop // patch_size) for span in place]
+            for place in places
+        ]
+        pairs = zip(self.tokens, patches, strict=True)
+        tokens = torch.stack([one[rows, columns] for one, (rows, columns) in pairs])
+        base = self.base
+        if base is not None:
+            pairs = zip(base, places, strict=True)
+            base = torch.stack([one[:, rows, columns] for one, (rows, columns) in pairs])
+        return Adapted(tokens, base, latents=self.latents)
 
 
 class TextEmbedding(nn.Module):

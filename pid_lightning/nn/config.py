@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from pid_lightning.checks import check_at_least, check_choice
+from pid_lightning.checks import Mistake, check_at_least, check_choice
 
 GATES = ("channel", "token", "none")
 PADDINGS = ("zeros", "replicate")
 UPSAMPLINGS = ("nearest", "shuffle")
+NATIVES = ("none", "taef2")
 PREDICTIONS = ("velocity", "x0")
 
 
@@ -36,6 +37,12 @@ class AdapterConfig:
             to infer it, since only the gate is told; small adapters do better when told too.
         head_norm: LayerNorm before the heads, as at the end of pre-activation networks. Without
             it (as published), features trained from scratch outgrow the patch tokens.
+        native: ``"taef2"`` estimates the clean latents and shows the adapter what TAEF2's frozen
+            decoder, for FLUX.2's latents, makes of them: a patch's pixels of that picture are more
+            channels of it.
+        denoise_width: channels of the network that estimates the clean latents; 0 decodes them as
+            they are.
+        denoise_blocks: residual blocks of that network.
     """
 
     width: int = 512
@@ -50,11 +57,15 @@ class AdapterConfig:
     upsampling: str = "nearest"
     sigma_plane: bool = False
     head_norm: bool = False
+    native: str = "none"
+    denoise_width: int = 0
+    denoise_blocks: int = 4
 
     def __post_init__(self) -> None:
         check_choice("adapter.gate", self.gate, GATES)
         check_choice("adapter.padding", self.padding, PADDINGS)
         check_choice("adapter.upsampling", self.upsampling, UPSAMPLINGS)
+        check_choice("adapter.native", self.native, NATIVES)
         for name, least in (("width", 4), ("num_res_blocks", 0), ("interval", 1), ("unpack", 1)):
             check_at_least(f"adapter.{name}", getattr(self, name), least)
         if self.width % 4:
@@ -91,6 +102,12 @@ class PiDConfig:
             plain RoPE.
         prediction: what the last layer predicts, ``"velocity"`` or ``"x0"``; `PiD` returns a
             velocity either way.
+        residual: whether the network predicts what the bicubic enlargement of the adapter's native
+            decode lacks, instead of the picture; its pixel tokens see that decode. Needs prediction
+            ``"x0"``.
+        refiner_width: channels of convolutions over the whole picture after the pixel blocks, which
+            mix across the borders of patches; 0 builds none. Needs `residual`.
+        refiner_layers: number of these convolutions.
         adapter: sizes of the latent adapter.
     """
 
@@ -107,6 +124,9 @@ class PiDConfig:
     learned_null: bool = True
     rope_reference: tuple[int, int] | None = (1024, 1024)
     prediction: str = "velocity"
+    residual: bool = False
+    refiner_width: int = 0
+    refiner_layers: int = 4
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
 
     def __post_init__(self) -> None:
@@ -130,5 +150,16 @@ class PiDConfig:
                     "rope_reference: NTK scaling is not defined for heads of 4 channels; set it to "
                     "null or use fewer heads."
                 )
+        if self.residual and (self.prediction != "x0" or self.adapter.native == "none"):
+            raise Mistake(
+                "residual",
+                "true adds to the native decode, so it needs prediction x0 and adapter.native "
+                "taef2; set both.",
+            )
+        if self.refiner_width and not self.residual:
+            raise Mistake(
+                "refiner_width",
+                f"{self.refiner_width} channels refine a residual network; set residual to true.",
+            )
         if self.pixel_width % 4:
             raise ValueError(f"pixel_width: {self.pixel_width} must be a multiple of 4.")

@@ -15,10 +15,11 @@ from pid_lightning.checks import check_whole
 from pid_lightning.diffusion import flow
 from pid_lightning.nn.adapter import LatentAdapter, OpenGate, SigmaGate
 from pid_lightning.nn.blocks import PatchBlock, PixelBlock
-from pid_lightning.nn.condition import Condition, TextEmbedding, position_tables
+from pid_lightning.nn.condition import Adapted, Condition, TextEmbedding, position_tables
 from pid_lightning.nn.config import PiDConfig
 from pid_lightning.nn.geometry import Geometry
 from pid_lightning.nn.layers import RMSNorm, TimeEmbedding
+from pid_lightning.nn.refiner import Refiner, enlarged
 from pid_lightning.nn.windows import Windows
 
 MAX_CACHED_SIZES = 8  # output sizes whose position tables are cached
@@ -77,7 +78,7 @@ class PiD(nn.Module):
             PatchBlock(config.width, config.num_heads, with_text, i == config.num_blocks - 1)
             for i in range(config.num_blocks)
         )
-        self.pixel_embedding = nn.Linear(3, config.pixel_width)
+        self.pixel_embedding = nn.Linear(6 if config.residual else 3, config.pixel_width)
         self.pixel_blocks = nn.ModuleList(
             PixelBlock(
                 config.width,
@@ -102,6 +103,9 @@ class PiD(nn.Module):
             else SigmaGate(config.width, config.adapter.gate)
             for _ in range(num_gates)
         )
+        self.refiner = (
+            Refiner(config.refiner_width, config.refiner_layers) if config.refiner_width else None
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -122,6 +126,8 @@ class PiD(nn.Module):
             nn.init.zeros_(block.modulation.weight)
         nn.init.zeros_(self.out.weight)
         self.adapter.reset_parameters()
+        if self.refiner is not None:
+            self.refiner.reset_parameters()
         for gate in self.gates:
             gate.reset_parameters()
 
@@ -194,22 +200,16 @@ class PiD(nn.Module):
         Raises:
             ValueError: see `adapt` and `condition_on`.
         """
-        adapted, rgb = self.adapt(latents, latent_sigma, with_rgb)
-        condition = self.condition_on(adapted, latent_sigma, text, keep_latents, keep_text)
-        return condition._replace(rgb=rgb)
+        adapted = self.adapt(latents, latent_sigma, with_rgb)
+        return self.condition_on(adapted, latent_sigma, text, keep_latents, keep_text)
 
-    def adapt(
-        self, latents: Tensor, latent_sigma: Tensor, with_rgb: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
+    def adapt(self, latents: Tensor, latent_sigma: Tensor, with_rgb: bool = False) -> Adapted:
         """Run the adapter's convolutions, the slow part of a condition, whose result is small.
 
         Args:
             latents: (B, C, h, w), normalised; the output height is h*latent_stride*scale.
             latent_sigma: noise level (B,) of the latents in [0, 1].
             with_rgb: also predict the low-resolution image (training).
-
-        Returns:
-            One token per patch (B, H/P, W/P, adapter width), and the image or None.
 
         Raises:
             ValueError: a wrong number of channels, or a size that is not whole patches.
@@ -221,11 +221,15 @@ class PiD(nn.Module):
                 f"{channels}; use latents of its own latent family."
             )
         self.check_size(*self.geometry.output_size(latents))
-        return self.adapter(latents.to(self.dtype), latent_sigma, with_rgb)
+        tokens, rgb, native = self.adapter(latents.to(self.dtype), latent_sigma, with_rgb)
+        if native is None:
+            return Adapted(tokens, rgb=rgb)
+        base = enlarged(native.picture, self.geometry.scale) if self.config.residual else None
+        return Adapted(tokens, base, rgb, native.latents)
 
     def condition_on(
         self,
-        adapted: Tensor,
+        adapted: Adapted,
         latent_sigma: Tensor,
         text: Tensor | None = None,
         keep_latents: Tensor | None = None,
@@ -235,7 +239,7 @@ class PiD(nn.Module):
         part's features depend on its surroundings, but its positions start at zero.
 
         Args:
-            adapted: (B, H/P, W/P, adapter width).
+            adapted: from `adapt`.
             latent_sigma: noise level (B,) of the latents in [0, 1].
             text: caption features (B, L, D_text); None is the learned null.
             keep_latents: (B,) bool; False drops a sample's latents, so nothing is injected.
@@ -244,7 +248,7 @@ class PiD(nn.Module):
         Raises:
             ValueError: text for a network without a text stream, or no text and no learned null.
         """
-        features = self.adapter.features(adapted)
+        features = self.adapter.features(adapted.tokens)
         if keep_latents is not None:
             keep = keep_latents.view(-1, 1, 1)
             features = tuple(feature * keep for feature in features)
@@ -254,11 +258,12 @@ class PiD(nn.Module):
         )
         embedded = None
         if self.text_embedding is not None:
-            embedded = self.text_embedding(text, keep_text, len(adapted))
+            embedded = self.text_embedding(text, keep_text, len(adapted.tokens))
         elif text is not None:
             raise ValueError("text: this network was built without a text stream; pass None.")
-        height, width = (side * self.config.patch_size for side in adapted.shape[1:3])
-        return Condition(embedded, features, openness, *self._tables(height, width, embedded))
+        height, width = (side * self.config.patch_size for side in adapted.tokens.shape[1:3])
+        tables = self._tables(height, width, embedded)
+        return Condition(embedded, features, openness, *tables, adapted.rgb, adapted.base)
 
     def without_text(self, condition: Condition, null_text: Tensor | None = None) -> Condition:
         """The same condition with the null text, for the second branch of guidance.
@@ -273,9 +278,8 @@ class PiD(nn.Module):
         if text.shape[1] == condition.text.shape[1]:
             return condition._replace(text=text)
         height, width = condition.rows.shape[0], condition.columns.shape[0]
-        return Condition(
-            text, condition.features, condition.openness, *self._tables(height, width, text)
-        )
+        tables = self._tables(height, width, text)
+        return Condition(text, condition.features, condition.openness, *tables, base=condition.base)
 
     def _tables(self, height: int, width: int, text: Tensor | None) -> tuple:
         device, dtype = self.out.weight.device, self.dtype
@@ -318,6 +322,10 @@ class PiD(nn.Module):
             s = self.gates[-1](s, condition.features[-1], condition.openness[-1])
         prediction = self._run_pixel_blocks(x_t, s, condition)
         prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+        if condition.base is not None:
+            prediction = prediction + condition.base
+            if self.refiner is not None:
+                prediction = prediction + self.refiner(prediction, condition.base, x_t, t)
         if self.config.prediction == "x0":
             return flow.velocity_from_x0(x_t.to(prediction.dtype), prediction, t)
         return prediction
@@ -359,9 +367,11 @@ class PiD(nn.Module):
         return after
 
     def _run_pixel_blocks(self, x_t: Tensor, s: Tensor, condition: Condition) -> Tensor:
-        """Embed the pixels of x_t, refine them under s (B, N, D) and project them to an image."""
+        """Embed the pixels of x_t and of a residual network's base, refine them under s (B, N, D)
+        and project them to an image."""
         side = self.config.patch_size
-        image = rearrange(x_t, "b c (h p) (w q) -> b h w p q c", p=side, q=side)
+        seen = x_t if condition.base is None else torch.cat((x_t, condition.base), dim=1)
+        image = rearrange(seen, "b c (h p) (w q) -> b h w p q c", p=side, q=side)
         pixels = self.pixel_embedding(image.to(self.dtype)) + condition.pixel_positions(side)
         num_rows = pixels.shape[1]
         pixels = rearrange(pixels, "b h w p q c -> b (h w) (p q) c")

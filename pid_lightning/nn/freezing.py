@@ -23,9 +23,11 @@ def freeze_untrained(denoiser: PiD, train: str, reads_null: bool) -> None:
         text = denoiser.text_embedding
         if text is not None and text.null is not None:
             text.null.requires_grad_(reads_null)  # DDP waits for every gradient it expects
+        freeze_native(denoiser)
         return
     denoiser.requires_grad_(False)
     denoiser.adapter.requires_grad_(True)
+    freeze_native(denoiser)
     if train == "adapter":
         denoiser.gates.requires_grad_(True)
     elif denoiser.adapter.rgb_head is None:
@@ -42,8 +44,16 @@ def freeze_untrained(denoiser: PiD, train: str, reads_null: bool) -> None:
             module.requires_grad_(False)
 
 
+def freeze_native(denoiser: PiD) -> None:
+    """Freeze the adapter's native decoder, which is another autoencoder's."""
+    if denoiser.adapter.native is not None:
+        denoiser.adapter.native.decoder.requires_grad_(False)
+
+
 def freeze_unused(network: PiD) -> None:
-    """Freeze the RGB head, unused in distillation, and the last block's unused text weights."""
+    """Freeze what distillation does not train: the RGB head, the native decoder, and the last
+    block's unused text weights."""
+    freeze_native(network)
     if network.adapter.rgb_head is not None:
         network.adapter.rgb_head.requires_grad_(False)
     for block in network.patch_blocks:

@@ -48,7 +48,7 @@ class FlowMatching:
         """(loss, its named parts) of `denoiser` on `sample`."""
         settings, x0 = module.training_settings, sample.x0
         if settings.train == "rgb_head":
-            _, rgb = denoiser.adapt(sample.latents, sample.latent_sigma, with_rgb=True)
+            rgb = denoiser.adapt(sample.latents, sample.latent_sigma, with_rgb=True).rgb
             loss = losses.rgb_alignment_loss(rgb, sample.low_resolution, sample.latent_sigma)
             return loss, {"rgb_loss": loss.detach(), "loss": loss.detach()}
         shift = settings.time_shift

@@ -12,6 +12,7 @@ from pid_lightning.diffusion import noising
 from pid_lightning.diffusion.noising import add_latent_noise
 from pid_lightning.diffusion.randomness import draw_noise, sample_generators
 from pid_lightning.nn import Condition, PiD
+from pid_lightning.nn.condition import Adapted
 from pid_lightning.pictures.resizing import reduce_picture
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ class Sample(NamedTuple):
         keep_text: (B,) bool, False where the learned null takes its place; None where it never
             does.
         numbers: identify the samples within the run, to seed further draws.
+        clean: the latents without noise, None where no loss needs them.
+        offset: row and column (B, 2) of x0 in the latents, in cells, where these show more than
+            the picture; None where they do not.
     """
 
     x0: Tensor
@@ -41,9 +45,13 @@ class Sample(NamedTuple):
     keep_latents: Tensor
     keep_text: Tensor | None
     numbers: list[int]
+    clean: Tensor | None = None
+    offset: Tensor | None = None
 
     def condition(self, denoiser: PiD, with_rgb: bool = False) -> Condition:
         """The condition of `denoiser` for this batch."""
+        if self.offset is not None:
+            return self.condition_on(denoiser, self.adapt(denoiser))
         return denoiser.condition(
             self.latents,
             self.latent_sigma,
@@ -51,6 +59,22 @@ class Sample(NamedTuple):
             keep_latents=self.keep_latents,
             keep_text=self.keep_text,
             with_rgb=with_rgb,
+        )
+
+    def adapt(self, denoiser: PiD) -> Adapted:
+        """What the adapter of `denoiser` makes of the latents, where x0 is."""
+        adapted = denoiser.adapt(self.latents, self.latent_sigma)
+        if self.offset is None:
+            return adapted
+        height, width = self.x0.shape[-2:]
+        starts = (self.offset * denoiser.geometry.cell).tolist()
+        places = [(slice(top, top + height), slice(left, left + width)) for top, left in starts]
+        return adapted.parts(places, denoiser.config.patch_size)
+
+    def condition_on(self, denoiser: PiD, adapted: Adapted) -> Condition:
+        """The condition for a result of `adapt`."""
+        return denoiser.condition_on(
+            adapted, self.latent_sigma, self.text, self.keep_latents, self.keep_text
         )
 
 
@@ -83,7 +107,10 @@ def draw_sample(module: PiDModule, batch: dict[str, Any], purpose: str) -> Sampl
         captions = [c if kept else "" for c, kept in zip(captions, keep_text, strict=True)]
 
     low_resolution = reduce_picture(x0, module.scale)
-    clean, text = module.encode(low_resolution, captions)
+    if "latents" in batch:  # cut from those of the whole photograph
+        clean, text = batch["latents"], module.text_encoder.encode(captions)
+    else:
+        clean, text = module.encode(low_resolution, captions)
     replaced = text is not None and module.denoiser.config.learned_null
     replaced = replaced and settings.caption_dropout > 0
     generators = sample_generators(settings.seed, f"{purpose} latents", numbers, x0.device)
@@ -97,6 +124,8 @@ def draw_sample(module: PiDModule, batch: dict[str, Any], purpose: str) -> Sampl
         keep_latents,
         to_device(keep_text) if replaced else None,
         numbers,
+        clean,
+        batch.get("offset"),
     )
 
 

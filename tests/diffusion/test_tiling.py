@@ -178,7 +178,7 @@ def test_features_at_a_tiles_border_have_seen_the_margin() -> None:
 
     def first_tile(latents: Tensor) -> Tensor:
         tiles = Tiles(192, 64, 64, denoiser.alignment)
-        return adapt_tile(denoiser, latents, torch.zeros(1), tiles, next(iter(tiles)))
+        return adapt_tile(denoiser, latents, torch.zeros(1), tiles, next(iter(tiles))).tokens
 
     assert first_tile(latents).shape[1:3] == (4, 4)
     assert not torch.equal(first_tile(near), first_tile(latents))
@@ -194,7 +194,7 @@ def test_features_have_seen_the_margin_before_a_tile_too(dim: int) -> None:
 
     def last_tile(latents: Tensor) -> Tensor:
         tiles = Tiles(192, 192, 64, denoiser.alignment)
-        return adapt_tile(denoiser, latents, torch.zeros(1), tiles, [*tiles][-1])
+        return adapt_tile(denoiser, latents, torch.zeros(1), tiles, [*tiles][-1]).tokens
 
     assert not torch.equal(last_tile(near), last_tile(latents))
     assert torch.equal(last_tile(far), last_tile(latents))

@@ -64,7 +64,7 @@ def test_features_lie_on_the_patch_grid(
     channels: int, stride: int, scale: int, grid: tuple[int, int], patches: tuple[int, int]
 ) -> None:
     adapter = random_adapter(V1, channels, stride, scale)
-    tokens, rgb = adapter(torch.randn(2, channels, *grid, dtype=torch.float64), torch.zeros(2))
+    tokens, rgb, _ = adapter(torch.randn(2, channels, *grid, dtype=torch.float64), torch.zeros(2))
     assert rgb is None
     assert tokens.shape == (2, *patches, V1.width)
     assert [tuple(f.shape) for f in adapter.features(tokens)] == [(2, math.prod(patches), 12)] * 3
@@ -285,11 +285,11 @@ def test_a_fresh_adapter_injects_nothing() -> None:
         ),
         Geometry(4, 8, 4),
     )
-    tokens, rgb = network.adapt(torch.randn(1, 4, 2, 2), torch.zeros(1), with_rgb=True)
-    features = network.adapter.features(tokens)
+    adapted = network.adapt(torch.randn(1, 4, 2, 2), torch.zeros(1), with_rgb=True)
+    features = network.adapter.features(adapted.tokens)
     assert len(features) == len(network.gates) == 3  # before blocks 0 and 2, and the pixel blocks
     assert not any(feature.any() for feature in features)
-    assert rgb.any()
+    assert adapted.rgb.any()
 
 
 # --------------------------------------------------------------- error messages

@@ -54,8 +54,8 @@ def test_the_rgb_heads_loss_has_its_weight() -> None:
         x0, x0[..., ::4, ::4], torch.ones(2, 16, 2, 2), torch.zeros(2), None, None, None, [0, 1]
     )
     loss, parts = FlowMatching().losses(module, module.denoiser, sample, "train")
-    _, rgb = module.denoiser.adapt(sample.latents, sample.latent_sigma, with_rgb=True)
-    expected = rgb_alignment_loss(rgb, sample.low_resolution, sample.latent_sigma)
+    adapted = module.denoiser.adapt(sample.latents, sample.latent_sigma, with_rgb=True)
+    expected = rgb_alignment_loss(adapted.rgb, sample.low_resolution, sample.latent_sigma)
     assert parts["rgb_loss"] == pytest.approx(expected.item(), rel=1e-5)
     together = parts["velocity_loss"] + 0.7 * parts["rgb_loss"]
     assert loss.item() == pytest.approx(together.item(), rel=1e-5)

@@ -41,6 +41,7 @@ def check_published(config: PiDConfig) -> None:
         "adapter.upsampling: shuffle": adapter.upsampling != "nearest",
         "adapter.sigma_plane: true": adapter.sigma_plane,
         "adapter.head_norm: true": adapter.head_norm,
+        "adapter.native: taef2": adapter.native != "none",
         "adapter.gate: none": adapter.gate == "none",
     }
     if any(unsupported.values()):

@@ -31,8 +31,13 @@ MAX_TRIES = 1000  # consecutive unusable pictures before a source is rejected
 
 def centre_crop(picture: Tensor, image_size: int) -> Tensor:
     """The central crop (3, S, S) of a picture (3, H, W), S = `image_size`."""
-    top, left = ((side - image_size) // 2 for side in picture.shape[-2:])
-    return picture[:, top : top + image_size, left : left + image_size]
+    return centre_crop_to(picture, image_size, image_size)
+
+
+def centre_crop_to(picture: Tensor, height: int, width: int) -> Tensor:
+    """The central crop (3, height, width) of a picture (3, H, W)."""
+    top, left = ((a - b) // 2 for a, b in zip(picture.shape[-2:], (height, width), strict=True))
+    return picture[:, top : top + height, left : left + width]
 
 
 def random_crop(

@@ -18,6 +18,7 @@ from torch import Tensor
 from pid_lightning.decoding.latents import decode_latents, output_size
 from pid_lightning.decoding.tile_choice import trained_tile
 from pid_lightning.encoders.base import Encoder
+from pid_lightning.encoders.taef2 import decoder_weights
 from pid_lightning.encoders.text import NoText, TextEncoder, check_text
 from pid_lightning.files import models as weights
 from pid_lightning.nn import Geometry, PiD, PiDConfig
@@ -147,10 +148,17 @@ class PiDModule(LightningModule):
             self.text_encoder.bfloat16()
         if self.trainer.precision == "64-true":  # Lightning casts after it restores a checkpoint
             self.double()
+        self._load_native_decoder()
         restores = self.has_own_weights or self.trainer.ckpt_path is not None
         if self.init_from is not None and not restores:
             initialise_from(self, self.init_from)
         self.has_own_weights |= stage == "fit"
+
+    def _load_native_decoder(self) -> None:
+        """Give a new network's native decoder its published weights."""
+        native = self.denoiser.adapter.native
+        if native is not None and not self.has_own_weights:
+            native.decoder.load_state_dict(decoder_weights())
 
     @property
     def num_trained_steps(self) -> int:
