@@ -1,8 +1,7 @@
-"""LPIPS, a learned perceptual distance, with its published weights from local files."""
+"""LPIPS, a learned perceptual distance, with its published weights."""
 
 from __future__ import annotations
 
-import importlib.resources
 import os
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pid_lightning.files.tensors import fill, read_tensors
+
+BUNDLED = Path(__file__).parents[1] / "assets" / "lpips_alex.safetensors"
 
 
 class LPIPS(nn.Module):
@@ -56,56 +57,28 @@ def _unit(features: Tensor) -> Tensor:
     return features * features.square().sum(dim=1, keepdim=True).add(1e-8).rsqrt()
 
 
-def lpips_network(source: str | Path | None) -> tuple[LPIPS | None, str]:
-    """LPIPS with its published weights, never downloaded.
+def lpips_network(source: str | Path | None = None) -> LPIPS:
+    """LPIPS with its published weights, frozen and in fp32.
 
     Args:
         source: a ``.safetensors`` file with ``features.{0,3,6,8,10}.{weight,bias}`` and
-            ``lin{0..4}.weight``; None looks for torchvision's AlexNet in torch's hub cache and
-            takes the heads that torchmetrics ships.
-
-    Returns:
-        The frozen network in fp32 and "", or None and a sentence that says why.
+            ``lin{0..4}.weight``; None is the bundled one.
 
     Raises:
         FileNotFoundError: `source` does not exist.
         ValueError: the file is damaged, or holds another network.
     """
-    if source is None:
-        return _lpips_from_cache()
-    source = Path(os.path.expanduser(source))
+    source = BUNDLED if source is None else Path(os.path.expanduser(source))
     if not source.is_file():
         raise FileNotFoundError(
-            f"LPIPS weights {source} do not exist: give a .safetensors file of its "
-            "AlexNet and heads, or none to look in torch's hub cache."
+            f"LPIPS weights {source} do not exist: give a .safetensors file of its AlexNet and "
+            "heads, or none for the bundled one."
         )
-    return _lpips_from_state(read_tensors(source), source), ""
-
-
-def _lpips_from_cache() -> tuple[LPIPS | None, str]:
-    from torchvision.models import AlexNet_Weights
-
-    name = AlexNet_Weights.DEFAULT.url.rsplit("/", 1)[-1]
-    backbone = Path(torch.hub.get_dir()) / "checkpoints" / name
-    package = Path(str(importlib.resources.files("torchmetrics")))
-    heads = package / "functional" / "image" / "lpips_models" / "alex.pth"
-    for path in (backbone, heads):
-        if not path.is_file():
-            return None, (
-                f"LPIPS was not measured because {path} is missing: name a local .safetensors "
-                f"file of its weights, or put {path.name} there."
-            )
-    state = {k: v for k, v in read_tensors(backbone).items() if k.startswith("features.")}
-    state.update({k.replace("model.1.", ""): v for k, v in read_tensors(heads).items()})
-    return _lpips_from_state(state, backbone), ""
-
-
-def _lpips_from_state(state: dict[str, Tensor], source: str | Path) -> LPIPS:
     with torch.device("meta"):  # initialising parameters would advance the global random state
         network = LPIPS()
     state = {
         name: value.reshape(1, -1, 1, 1) if name.startswith("lin") else value
-        for name, value in state.items()
+        for name, value in read_tensors(source).items()
     }
     fill(network, state, f"LPIPS {source}", "give the file of LPIPS with AlexNet")
     return network.requires_grad_(False).eval()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +29,6 @@ _COLUMNS = (
     ("peak_mebibytes", "peak MiB", "{:.0f}"),
     ("num_pictures", "pictures", "{:d}"),
 )
-TABLE_WIDTH = 100
 
 
 class PictureMetrics:
@@ -39,21 +37,12 @@ class PictureMetrics:
     torchmetrics accumulates and reduces over processes.
 
     Args:
-        lpips: the network from `lpips_network`, or None.
-        lpips_missing: reason to report in the LPIPS column when there is no network.
+        lpips: the network from `lpips_network`.
         device: where pictures are measured.
     """
 
-    def __init__(
-        self,
-        lpips: LPIPS | None,
-        lpips_missing: str = "",
-        device: torch.device | str = "cpu",
-    ) -> None:
-        if lpips is None and not lpips_missing:
-            raise ValueError("lpips_missing: must say why LPIPS is missing; give a reason.")
-        self._lpips = None if lpips is None else lpips.to(device)
-        self._lpips_missing = lpips_missing
+    def __init__(self, lpips: LPIPS, device: torch.device | str = "cpu") -> None:
+        self._lpips = lpips.to(device)
         self._device = device
         self._rows: dict[tuple[str, float], dict[str, Metric]] = {}
 
@@ -106,17 +95,15 @@ class PictureMetrics:
     ) -> dict[str, Tensor]:
         from torchmetrics.functional.image import structural_similarity_index_measure
 
-        measures = {
+        return {
             "psnr": psnr(prediction, target),
             # Of [0, 1], as is usual: its luminance term depends on where 0 lies.
             "ssim": structural_similarity_index_measure(
                 (prediction + 1) / 2, (target + 1) / 2, data_range=1.0, reduction="none"
             ),
+            "lpips": self._lpips(prediction, target),
             "consistency": psnr(reduce_picture(prediction, scale), low_resolution),
         }
-        if self._lpips is not None:
-            measures["lpips"] = self._lpips(prediction, target)
-        return measures
 
     def _check_shapes(
         self, prediction: Tensor, target: Tensor, low_resolution: Tensor, scale: int
@@ -129,19 +116,18 @@ class PictureMetrics:
                 f"shape and low-resolution images {wanted}, not {tuple(target.shape)} and "
                 f"{tuple(low_resolution.shape)}."
             )
-        smallest = 11 if self._lpips is None else LPIPS.smallest_side
-        if min(height, width) < smallest:
+        if min(height, width) < LPIPS.smallest_side:
             raise ValueError(
                 f"pictures of {height} x {width} pixels are too small to measure; "
-                f"both sides must be at least {smallest}."
+                f"both sides must be at least {LPIPS.smallest_side}."
             )
 
     def _row(self, row: tuple[str, float]) -> dict[str, Metric]:
         from torchmetrics import MaxMetric, MeanMetric, SumMetric
 
         if row not in self._rows:
-            lpips = () if self._lpips is None else ("lpips",)
-            kinds = dict.fromkeys(("psnr", "ssim", "consistency", "seconds", *lpips), MeanMetric)
+            means = ("psnr", "ssim", "lpips", "consistency", "seconds")
+            kinds = dict.fromkeys(means, MeanMetric)
             kinds |= {"peak_mebibytes": MaxMetric, "num_pictures": SumMetric}
             self._rows[row] = {
                 name: kind(nan_strategy="error").to(self._device) for name, kind in kinds.items()
@@ -159,9 +145,9 @@ class PictureMetrics:
     def compute(self) -> list[dict[str, str | float | int]]:
         """One dict per row, ordered by latent_sigma, then method; every process must call it.
 
-        Keys: method, latent_sigma, psnr and consistency (dB), ssim, lpips (or the reason why it
-        is missing), seconds (per picture), peak_mebibytes, num_pictures. Identical pictures have
-        an infinite PSNR, which makes the mean infinite.
+        Keys: method, latent_sigma, psnr and consistency (dB), ssim, lpips, seconds (per picture),
+        peak_mebibytes, num_pictures. Identical pictures have an infinite PSNR, which makes the mean
+        infinite.
         """
         rows = []
         for row in self._all_rows():
@@ -172,7 +158,6 @@ class PictureMetrics:
                 metric.update(0.0) if sums else metric.update(0.0, weight=0.0)
             values = {name: metric.compute().item() for name, metric in metrics.items()}
             values["num_pictures"] = round(values["num_pictures"])
-            values = {"lpips": self._lpips_missing, **values}
             values["method"], values["latent_sigma"] = row
             rows.append({key: values[key] for key, _, _ in _COLUMNS})
         return rows
@@ -186,19 +171,10 @@ def psnr(images: Tensor, others: Tensor) -> Tensor:
 
 
 def format_table(rows: Sequence[dict[str, str | float | int]]) -> str:
-    """`PictureMetrics.compute()` as aligned plain text of at most 100 columns.
-
-    Without LPIPS its column says "no weights", and the reason follows the table.
-    """
-    notes = sorted({row["lpips"] for row in rows if isinstance(row["lpips"], str)})
+    """`PictureMetrics.compute()` as aligned plain text of at most 100 columns."""
     lines = [[heading for _, heading, _ in _COLUMNS]]
-    for row in rows:
-        cells = [
-            "no weights" if key == "lpips" and isinstance(row[key], str) else form.format(row[key])
-            for key, _, form in _COLUMNS
-        ]
-        lines.append(cells)
-    return "\n".join([align(lines), *(textwrap.fill(note, TABLE_WIDTH) for note in notes)])
+    lines += [[form.format(row[key]) for key, _, form in _COLUMNS] for row in rows]
+    return align(lines)
 
 
 def align(lines: Sequence[Sequence[str]]) -> str:

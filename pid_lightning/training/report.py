@@ -57,8 +57,8 @@ class Report:
     def __init__(self, module: PiDModule) -> None:
         self.module = module
         check_steps(module.student_times, module.evaluation.steps)
-        lpips, missing = lpips_network(module.evaluation.lpips)
-        self.metrics = PictureMetrics(lpips, missing, module.device)
+        lpips = lpips_network(module.evaluation.lpips)
+        self.metrics = PictureMetrics(lpips, module.device)
         upscaler = read_baseline(module)
         self.upscaler = None if upscaler is None else upscaler.to(module.device)
         self.grid_rows: list[list[Tensor]] = []

@@ -95,7 +95,7 @@ class Evaluation:
         latent_sigmas: noise levels of the latents that `test` reports.
         steps: sampling steps; null uses a student's own number, or 25 for a teacher.
         guidance_scale: scale of the teacher's text guidance; 1 disables it.
-        lpips: local file of LPIPS weights (.safetensors); null looks in torch's hub cache.
+        lpips: local file of LPIPS weights (.safetensors); null is the bundled AlexNet's.
         baseline: local file of a Real-ESRGAN 4x network; `test` then also reports the cascade of
             native decoder and Real-ESRGAN.
         predict_sigma: noise level in `predict`, added to encoded pictures and assumed for given
