@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from pid_lightning.commands.fit import PiDCLI, main
@@ -104,13 +105,13 @@ def test_distillation_steps_when_shrunk(config: Path, tmp_path: Path, monkeypatc
     teacher = tmp_path / "teacher.safetensors"
     weights.save_model(model.denoiser, model.info, teacher, torch.float32)
 
-    text = config.read_text()
-    given = next(line for line in text.splitlines() if "teacher:" in line)
+    settings = yaml.safe_load(config.read_text())
+    settings["trainer"]["callbacks"][0]["init_args"] |= {"teacher": str(teacher), "student_every": 2}
     copy = tmp_path / "distil.yaml"
-    copy.write_text(text.replace(given.split("teacher: ")[1], str(teacher)))
+    copy.write_text(yaml.safe_dump(settings))
     monkeypatch.chdir(tmp_path)
     arguments = [a for a in arguments if "logger" not in a and "max_steps" not in a]
-    main(["fit", f"--config={copy}", *arguments, "--trainer.max_steps=6"])
+    main(["fit", f"--config={copy}", *arguments, "--trainer.max_steps=2"])
     assert (tmp_path / f"runs/{config.stem}/version_0/checkpoints/last.ckpt").is_file()
 
 
