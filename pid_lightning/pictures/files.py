@@ -5,62 +5,89 @@ from __future__ import annotations
 import json
 import platform
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from pid_lightning import __version__
+from pid_lightning.checks import Mistake
 from pid_lightning.files.atomic import replaced_file
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 WEBP_LONGEST_SIDE = 16383  # of the file format
-# What Pillow raises on damaged files, depending on the format and the place.
-PICTURE_DAMAGE = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
+
+
+class UnusablePicture(ValueError):
+    """A picture that cannot be read or used; the message is the reason."""
 
 
 def read_picture(path: str | Path) -> Tensor:
-    """Read a picture file as (3, H, W) float32 in [-1, 1].
+    """Read a picture file as (3, H, W) float32 in [-1, 1], see `read_pixels`.
+
+    Raises:
+        Mistake: no such file, or it is damaged, too large or not a picture.
+    """
+    try:
+        pixels = read_pixels(path)
+    except UnusablePicture as error:
+        raise Mistake(
+            "inputs",
+            f"{path} cannot be read as a picture ({error}); give an intact "
+            f"{', '.join(PICTURE_SUFFIXES)} file.",
+        ) from error
+    return pixels.contiguous().float() / 127.5 - 1
+
+
+def read_pixels(file: str | Path | BinaryIO) -> Tensor:
+    """Read a picture as uint8 RGB (3, H, W), a view of (H, W, 3).
 
     EXIF orientation is applied, transparency is composited over white, and grey or 16-bit
     pictures are converted to 8-bit RGB.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is damaged, or not a picture.
+        UnusablePicture: it is missing, damaged, too large or not a picture.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"picture {path} does not exist or is not a file: check the path.")
+    with _open(file) as picture:
+        pixels = np.array(_to_rgb(picture))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def read_size(file: str | Path | BinaryIO) -> tuple[int, int]:
+    """Read a picture's width and height from its header alone, before EXIF orientation.
+
+    Raises:
+        UnusablePicture: as `read_pixels`, as far as the header tells.
+    """
+    with _open(file) as picture:
+        return picture.size
+
+
+@contextmanager
+def _open(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as file:
-            picture = to_rgb(file)
-    except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"{path} is too large: at most {2 * Image.MAX_IMAGE_PIXELS} pixels are read; reduce it "
-            "or cut it."
-        ) from error
-    except PICTURE_DAMAGE as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(
-            f"{path} cannot be read as a picture ({reason}): give an intact "
-            f"{', '.join(PICTURE_SUFFIXES)} file."
-        ) from error
-    pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))  # (H, W, 3)
-    return pixels.permute(2, 0, 1).contiguous().float() / 127.5 - 1
+        with Image.open(file) as picture:
+            if picture.mode == "F":
+                raise ValueError("32-bit float pixels have no fixed range")
+            yield picture
+    except UnidentifiedImageError as error:
+        raise UnusablePicture("not a picture") from error
+    # What Pillow raises on damaged files, depending on the format and the place.
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+        raise UnusablePicture(" ".join(str(error).split()).rstrip(".")) from error
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """8-bit RGB, upright: EXIF orientation applied, transparency composited over white."""
+def _to_rgb(picture: Image.Image) -> Image.Image:
     picture = ImageOps.exif_transpose(picture)
     # Pillow's own conversion clips 16-bit greys to white instead of scaling them.
     if picture.mode.startswith("I"):
         greys = np.asarray(picture).astype(np.float64).clip(0, 65535) / 257
         picture = Image.fromarray(greys.round().astype(np.uint8))
-    elif picture.mode == "F":
-        raise ValueError("32-bit float pixels have no fixed range")
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))

@@ -23,7 +23,7 @@ from pid_lightning.encoders.latent_spaces import (
 from pid_lightning.encoders.small_vae import SmallVAE
 from pid_lightning.pictures.files import read_picture
 from pid_lightning.pictures.resizing import reduce_picture
-from pid_lightning.training.data.draws import centre_crop
+from pid_lightning.training.data.samples import centre_crop
 from pid_lightning.training.data.sources import BUNDLED_PHOTOS
 
 

@@ -311,7 +311,7 @@ def test_the_command_line_refuses_before_data_is_opened(
     def opened(*_: object) -> None:
         raise AssertionError("data was opened")
 
-    monkeypatch.setattr("pid_lightning.training.data.image_data.open_source", opened)
+    monkeypatch.setattr("pid_lightning.training.data.image_data.ImageData.setup", opened)
     for argument in ("--baseline=nowhere", "--model.evaluation.baseline=nowhere"):
         with pytest.raises(SystemExit):
             main(["test", *run, argument])

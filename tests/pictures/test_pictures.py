@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pid_lightning.checks import Mistake
 from pid_lightning.pictures import files as pictures
 from pid_lightning.pictures.files import read_picture, write_picture
 from pid_lightning.pictures.grids import picture_grid
@@ -90,10 +91,10 @@ def test_unreadable_pictures_give_one_sentence(tmp_path):
             read_picture(tmp_path / name)
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        read_picture(tmp_path / "missing.png")
-    with pytest.raises(FileNotFoundError, match="is not a file"):
-        read_picture(tmp_path)
+    for path in (tmp_path / "missing.png", tmp_path):
+        with pytest.raises(Mistake) as told:
+            read_picture(path)
+        assert told.value.option == "inputs"
 
 
 def test_wrong_pictures_are_refused_before_anything_is_written(tmp_path):

@@ -72,7 +72,7 @@ def forbid_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(*_: object) -> None:
         raise AssertionError("data was opened")
 
-    monkeypatch.setattr("pid_lightning.training.data.image_data.open_source", opened)
+    monkeypatch.setattr("pid_lightning.training.data.image_data.ImageData.setup", opened)
 
 
 # Mistakes.
@@ -140,7 +140,6 @@ def forbid_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--trainer.callbacks+=DMD2", "--trainer.callbacks.teacher=no.ckpt"], "model no.ckpt was"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
         (["--optimizer=SGD"], "optimizer"),
-        (["--data.path="], "data.path: an empty name; give"),
         (["--model.init_from="], "init_from: an empty name; name"),
         (["--model.evaluation.latent_sigmas=[]"], "evaluation.latent_sigmas: none are given"),
         (
@@ -170,7 +169,7 @@ def test_a_wrong_setting_is_one_sentence_before_data_is_opened(
 
 @pytest.mark.parametrize(
     ("setting", "told"),
-    [("test_path=nowhere", "data.test_path: 'nowhere' is no"), ("num_val=0", "no pictures for t")],
+    [("test_path=nowhere", "data.test_path: 'nowhere' is no"), ("num_val=0", "data.num_val: 0 pictures")],
 )
 def test_a_test_that_cannot_follow_is_told_before_the_fit(
     setting: str, told: str, runs: Path, capsys: pytest.CaptureFixture[str]
@@ -335,7 +334,7 @@ def test_unusable_data_is_one_sentence(
     said = mistake(capsys, "fit", f"--config={runs / 'tiny.yaml'}", f"--data.path={folder}")
     assert {
         "missing": "is no folder of pictures",
-        "empty": "there are no pictures (.png",
+        "empty": "none of 0 pictures is usable at image_size 64",
         "text": "none of 1 pictures is usable at image_size 64",
         "small": "none of 1 pictures is usable at image_size 64",
     }[kind] in said
@@ -475,7 +474,7 @@ def test_a_parser_message_keeps_what_tells() -> None:
 def test_a_fault_of_the_package_is_shown_in_full(
     runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pid_lightning.training.data.image_data.open_source", lambda *_: int("no number"))
+    monkeypatch.setattr("pid_lightning.training.data.image_data.ImageData.setup", lambda *_: int("no number"))
     with pytest.raises(ValueError, match="invalid literal"):
         main(["fit", f"--config={runs / 'tiny.yaml'}"])
 

@@ -148,7 +148,7 @@ def test_any_scale_data_and_size_can_be_given(tmp_path: Path) -> None:
         *SMALL_ENCODERS["dinov2"],
         *(a for a in SHRUNK if "denoiser" in a),
     )
-    assert (cli.model.scale, cli.datamodule.path, cli.datamodule.image_size) == (
+    assert (cli.model.scale, cli.datamodule.source.path, cli.datamodule.image_size) == (
         8,
         "elsewhere",
         512,

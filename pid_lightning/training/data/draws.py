@@ -1,132 +1,26 @@
-"""Order of the samples: crops, endless shuffled draws, and a loader that can resume."""
+"""Which draw comes when: endless shuffled passes over the rows, and a loader that can resume."""
 
 from __future__ import annotations
 
 import itertools
-import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pid_lightning.diffusion.randomness import sample_generators
-from pid_lightning.training.data.sources import (
-    Split,
-    UnusablePicture,
-    check_header,
-    decode,
-    none_left,
-)
+from pid_lightning.pictures.files import UnusablePicture
+from pid_lightning.training.data.samples import MAX_TRIES, Pictures
+from pid_lightning.training.data.sources import check_picture, fail_without_pictures
 
 if TYPE_CHECKING:
     import datasets
 
 SHUFFLE_BUFFER = 1000  # rows in the shuffle buffer of a stream
-MAX_TRIES = 1000  # consecutive unusable pictures before a source is rejected
-
-
-def centre_crop(picture: Tensor, image_size: int) -> Tensor:
-    """The central crop (3, S, S) of a picture (3, H, W), S = `image_size`."""
-    return centre_crop_to(picture, image_size, image_size)
-
-
-def centre_crop_to(picture: Tensor, height: int, width: int) -> Tensor:
-    """The central crop (3, height, width) of a picture (3, H, W)."""
-    top, left = ((a - b) // 2 for a, b in zip(picture.shape[-2:], (height, width), strict=True))
-    return picture[:, top : top + height, left : left + width]
-
-
-def random_crop(
-    picture: Tensor, image_size: int, resize: str, flip: bool, generator: torch.Generator
-) -> Tensor:
-    """A random crop (3, S, S) of a uint8 picture (3, H, W), S = `image_size`.
-
-    With `resize` "random" the picture is first downsized so that its shorter side is uniform
-    between S and its original length; only the cropped window is actually resampled.
-    """
-    from torchvision.transforms.v2 import InterpolationMode, functional
-
-    height, width = picture.shape[-2:]
-    shorter = min(height, width)
-    zoom, down, right, mirror = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-    window = image_size
-    if resize == "random":
-        window = round(image_size * shorter / (image_size + zoom * (shorter - image_size)))
-    top, left = int(down * (height - window + 1)), int(right * (width - window + 1))
-    picture = functional.crop(picture, top, left, window, window)
-    if window != image_size:
-        size, bicubic = [image_size, image_size], InterpolationMode.BICUBIC
-        picture = functional.resize(picture, size, interpolation=bicubic, antialias=True)
-    return functional.horizontal_flip(picture) if flip and mirror < 0.5 else picture
-
-
-class Pictures(Dataset):
-    """Crops of one split: random for training, otherwise central.
-
-    Items are requested by (key, draw): a picture's index or a row of a stream, and the number of
-    the draw, which determines the crop together with the seed. An unusable picture is replaced by
-    the next one, so that batches stay full; an unusable row of a stream returns None.
-    """
-
-    def __init__(
-        self, split: Split, image_size: int, train: bool, resize: str, flip: bool, seed: int
-    ) -> None:
-        self.split, self.image_size, self.train = split, image_size, train
-        self.resize, self.flip, self.seed = resize, flip, seed
-        self.num_skipped = 0
-
-    def __len__(self) -> int:
-        return len(self.split.rows)
-
-    def __getitem__(self, item: int | tuple[int | dict[str, Any], int]) -> dict[str, Any] | None:
-        key, draw = item if isinstance(item, tuple) else (item, item)
-        if isinstance(key, dict):
-            return self._sample(key, None, draw)
-        for index in range(key, key + min(len(self), MAX_TRIES)):
-            index %= len(self)
-            pixels = None if self.split.pixels is None else self.split.pixels[index]
-            sample = self._sample({"name": f"{index:06d}", **self.split.rows[index]}, pixels, draw)
-            if sample is not None:
-                return sample
-        raise ValueError(none_left(self.num_skipped, self.image_size))
-
-    def _sample(self, row: dict[str, Any], pixels: Tensor | None, draw: int) -> dict | None:
-        try:
-            picture = decode(row["image"], self.image_size) if pixels is None else pixels
-        except UnusablePicture as reason:
-            self.report(row["name"], reason)
-            return None
-        if self.train:
-            (generator,) = sample_generators(self.seed, "crop", [draw])
-            picture = random_crop(picture, self.image_size, self.resize, self.flip, generator)
-        else:
-            picture = centre_crop(picture, self.image_size)
-        caption = row.get("caption") or ""
-        caption = caption if isinstance(caption, str) else caption[0] or ""
-        image = picture.float() / 127.5 - 1
-        return {"image": image, "caption": caption, "name": row["name"], "number": draw}
-
-    def report(self, name: str, reason: UnusablePicture) -> None:
-        """Count a skipped picture and warn at the 1st, 10th, 100th, ..."""
-        self.num_skipped += 1
-        if math.log10(self.num_skipped).is_integer():
-            rank_zero_warn(
-                f"{self.num_skipped} picture(s) skipped so far, most recently {name}: {reason}."
-            )
-
-
-def collate(samples: list[dict[str, Any] | None]) -> dict[str, Any]:
-    """Samples to a batch (see `ImageData`): tensors stacked, everything else in lists."""
-    samples = [sample for sample in samples if sample is not None]
-    if not samples:
-        raise ValueError("data.path: all pictures in a batch of the stream are damaged; check it.")
-    batch = {key: [sample[key] for sample in samples] for key in samples[0]}
-    stacked = {key: torch.stack(v) for key, v in batch.items() if isinstance(v[0], Tensor)}
-    return {**batch, **stacked, "number": torch.tensor(batch["number"])}
 
 
 @dataclass
@@ -146,9 +40,9 @@ class ShuffledDraws:
     position: Callable[[], int]
 
     def __len__(self) -> int:
-        if self.num_batches is None:  # Lightning takes a TypeError to mean "no length"
-            raise TypeError("a single pass over a stream has no length; iterate over it instead.")
-        return self.num_batches
+        # None, of a single pass over a stream, is a TypeError here, which is "no length" to
+        # Lightning.
+        return operator.index(self.num_batches)
 
     def __iter__(self) -> Iterator[list[tuple[Any, int]]]:
         items, num_done = [], 0
@@ -197,16 +91,17 @@ class StreamedDraws(ShuffledDraws):
             row = {"name": f"{num_rows:06d}", **row}
             num_rows += 1
             try:
-                check_header(row["image"], self.pictures.image_size)
+                check_picture(row["image"], self.pictures.image_size)
             except UnusablePicture as reason:
-                self.pictures.report(row["name"], reason)
+                self.pictures.skip(row["name"], reason)
                 if num_usable == 0 and num_rows == MAX_TRIES:
                     break
                 continue
             num_usable += 1
             yield row
-        if num_usable == 0:
-            raise ValueError(none_left(num_rows, self.pictures.image_size))
+        if num_usable == 0:  # held out, all of them, if there was no row
+            option = "data.path" if num_rows else "data.num_val"
+            fail_without_pictures(option, num_rows, self.pictures.image_size)
 
 
 class ResumableLoader:
@@ -228,11 +123,12 @@ class ResumableLoader:
         return iter(self.loader)
 
     def state_dict(self) -> dict[str, int]:
-        draws = self.draws
-        global_batch_size = draws.batch_size * draws.world_size
-        return {"seed": draws.pictures.seed, "global batch size": global_batch_size}
+        """The seed and the global batch size."""
+        global_batch_size = self.draws.batch_size * self.draws.world_size
+        return {"seed": self.draws.pictures.seed, "global batch size": global_batch_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Warn of a value that has changed."""
         for name, current in self.state_dict().items():
             if state[name] != current:
                 rank_zero_warn(
@@ -251,7 +147,7 @@ def make_loader(
         samples,
         **which,
         num_workers=num_workers,
-        collate_fn=collate,
+        collate_fn=samples.collate if isinstance(samples, Pictures) else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # keeps iteration from drawing from the global generator
     )

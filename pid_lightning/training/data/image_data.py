@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from pid_lightning.checks import check_at_least, check_choice
+from pid_lightning.checks import Mistake, check_at_least, check_choice
 from pid_lightning.training.data.draws import (
-    Pictures,
     ResumableLoader,
     ShuffledDraws,
     StreamedDraws,
     make_loader,
 )
 from pid_lightning.training.data.prediction_inputs import PredictionInputs
-from pid_lightning.training.data.sources import Split, hold_out, open_source
+from pid_lightning.training.data.samples import Pictures, Resize
+from pid_lightning.training.data.sources import Source, Split
 
 
 class ImageData(LightningDataModule):
@@ -37,8 +35,8 @@ class ImageData(LightningDataModule):
     Splits are the source's own (sub-folders or splits named train, val or validation, test). If
     only one of val and test exists, it serves as both; if neither does, `num_val` pictures of the
     training split are held out for both. Unusable pictures (unreadable, smaller than `image_size`,
-    float pixels) are skipped with a warning: for a folder, one that lists them
-    before training; for other sources, as they are encountered.
+    float pixels) are skipped with a warning: for a folder, one that lists them before training; for
+    other sources, as they are encountered.
 
     Prediction reads only `inputs`, one file per batch: {"image": (1, 3, H, W)} or {"latents":
     (1, C, h, w)} with "caption", "name", "path" and "number", see `PredictionInputs`.
@@ -68,9 +66,8 @@ class ImageData(LightningDataModule):
             and folders of both; captions are read from NAME.txt next to them.
 
     Raises:
-        ValueError: an argument is out of range; or, in `setup`, no picture is usable or an input
-            is invalid.
-        FileNotFoundError: `path` or an input does not exist (in `setup`).
+        Mistake: an argument is out of range; or, in `setup`, there is no usable picture to train,
+            validate or test on, or an input is invalid.
     """
 
     def __init__(
@@ -82,7 +79,7 @@ class ImageData(LightningDataModule):
         test_path: str | None = None,
         num_val: int = 8,
         samples_per_epoch: int | None = None,
-        resize: Literal["none", "random"] = "none",
+        resize: Resize = "none",
         flip: bool = True,
         streaming: bool = False,
         image_column: str = "image",
@@ -102,24 +99,15 @@ class ImageData(LightningDataModule):
         ):
             check_at_least(f"data.{name}", value, minimum)
         check_choice("data.resize", resize, ("none", "random"))
-        for name, value in (("path", path), ("test_path", test_path)):
-            if value == "":
-                raise ValueError(
-                    f"data.{name}: an empty name; give a folder, a parquet file or a data set."
-                )
         if streaming and samples_per_epoch is None:
-            raise ValueError(
-                "data.samples_per_epoch: a stream has no length, so None is not possible; set a "
-                "number."
-            )
-        self.path, self.test_path, self.streaming = path, test_path, streaming
+            raise Mistake("data.samples_per_epoch", "a stream has no length; set a number.")
         self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
-        self.num_val, self.samples_per_epoch = num_val, samples_per_epoch
-        self.resize, self.flip, self.cache_bytes, self.seed = resize, flip, cache_bytes, seed
-        self.image_column, self.caption_column = image_column, caption_column
+        self.num_val, self.samples_per_epoch, self.streaming = num_val, samples_per_epoch, streaming
+        self.resize, self.flip, self.seed = resize, flip, seed
         self.inputs = [inputs] if isinstance(inputs, str) else inputs
-        self._parts: dict[str, Callable[[], Split]] | None = None
-        self._loaded: dict[str, Split] = {}
+        kind = (image_size, cache_bytes, streaming, image_column, caption_column)
+        self.source = Source("data.path", path, *kind)
+        self.test_source = None if test_path is None else Source("data.test_path", test_path, *kind)
         self._pictures: dict[str, Pictures | None] = {}
         self._to_decode: PredictionInputs | None = None
 
@@ -130,32 +118,28 @@ class ImageData(LightningDataModule):
         """
         if stage == "predict":
             if not self.inputs:
-                raise ValueError(
-                    "data.inputs: nothing to decode; list pictures, latent files or folders, as in "
-                    "--data.inputs photos/ or --data.inputs '[a.png, z.safetensors]'."
+                raise Mistake(
+                    "data.inputs",
+                    "nothing to decode; list pictures, latent files or folders, as in "
+                    "--data.inputs photos/ or --data.inputs '[a.png, z.safetensors]'.",
                 )
             self._to_decode = PredictionInputs(self.inputs)
             return
-        names = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
-        for name in names.get(stage, ("train", "val", "test")):
-            if name not in self._pictures:
-                split = self._split(name)
+        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        for name in needed.get(stage, ("train", "val", "test")):
+            if self._pictures.get(name) is None:
+                split = self._find_split(name, is_optional=stage not in ("validate", "test"))
                 self._pictures[name] = split and Pictures(
                     split, self.image_size, name == "train", self.resize, self.flip, seed
                 )
-        if stage in ("validate", "test") and self._pictures[name] is None:
-            raise ValueError(
-                f"data.num_val: {self.num_val} leaves no pictures for {name}; hold some out, or "
-                f"add a split named {name}."
-            )
 
     def train_dataloader(self) -> ResumableLoader:
         """Random crops; a resumed run continues after its last trained batch."""
         pictures = self._pictures["train"]
-        world_size = self.trainer.world_size if self.trainer else 1
         num_samples = self.samples_per_epoch or len(pictures)
-        return self._loader(pictures, math.ceil(num_samples / (self.batch_size * world_size)))
+        global_batch_size = self.batch_size * self._num_processes
+        return self._loader(pictures, math.ceil(num_samples / global_batch_size))
 
     def val_dataloader(self) -> DataLoader | ResumableLoader | list[Any]:
         """Centre crops of the validation pictures; empty if there are none and `num_val` is 0."""
@@ -170,16 +154,19 @@ class ImageData(LightningDataModule):
         return make_loader(self._to_decode, self.num_workers, None)
 
     def _loader(self, pictures: Pictures, num_batches: int | None) -> ResumableLoader:
-        trainer = self.trainer
         draws = (StreamedDraws if self.streaming else ShuffledDraws)(
             pictures=pictures,
             num_batches=num_batches,
             batch_size=self.batch_size,
-            rank=trainer.global_rank if trainer else 0,
-            world_size=trainer.world_size if trainer else 1,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self._num_processes,
             position=self._num_trained_batches if pictures.train else int,
         )
         return ResumableLoader(draws, self.num_workers)
+
+    @property
+    def _num_processes(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
 
     def _num_trained_batches(self) -> int:
         # Lightning counts over all epochs, saves the count, and restores it before the first
@@ -198,55 +185,21 @@ class ImageData(LightningDataModule):
         pictures = self._pictures[name]
         if pictures is None:
             return []
-        if isinstance(pictures.split.rows, torch.utils.data.IterableDataset):
+        if pictures.split.is_stream:
             return self._loader(pictures, None)
         return make_loader(pictures, self.num_workers, None, self.batch_size)
 
-    def _split(self, name: str) -> Split | None:
-        if name == "test" and self.test_path is not None:
-            return self._open_test_path()
-        self._parts = self._parts or self._open(self.path)
-        candidates = {"train": (), "val": ("val", "test"), "test": ("test", "val")}[name]
-        for part in candidates:
-            if part in self._parts:
-                return self._load(part)
-        if "train" not in self._parts:
-            raise ValueError(
-                f"data.path: {self.path} has no training pictures, only {', '.join(self._parts)}; "
-                "add a train split or put all pictures in one folder."
-            )
-        whole = self._load("train")
-        if len(self._parts) > 1:
-            return whole
-        if self.num_val == 0:
+    def _find_split(self, name: str, is_optional: bool) -> Split | None:
+        """The split that serves as "train", "val" or "test"; None for an optional one."""
+        if name == "test" and self.test_source is not None:
+            return self.test_source.read("test", "val", "train")
+        if not self.source.readers.keys().isdisjoint(("val", "test")):
+            others = {"train": (), "val": ("test",), "test": ("val",)}[name]
+            return self.source.read(name, *others)
+        whole = self.source.read("train")
+        if self.num_val == 0 and is_optional:
             return whole if name == "train" else None
-        num_processes = self.trainer.world_size if self.trainer else 1
-        if self.streaming and self.num_val < num_processes:  # a process without any would hang
-            raise ValueError(
-                f"data.num_val: {self.num_val} streamed pictures are too few to validate on "
-                f"{num_processes} processes; hold out at least one for each."
-            )
-        return hold_out(whole, self.num_val)[0 if name == "train" else 1]
-
-    def _load(self, part: str) -> Split:
-        if part not in self._loaded:
-            self._loaded[part] = self._parts[part]()
-        return self._loaded[part]
-
-    def _open_test_path(self) -> Split:
-        try:
-            parts = self._open(self.test_path)
-            return parts[next(n for n in ("test", "val", "train") if n in parts)]()
-        except (OSError, ValueError) as error:
-            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-            raise kind(str(error).replace("data.path", "data.test_path")) from error
-
-    def _open(self, path: str) -> dict[str, Callable[[], Split]]:
-        return open_source(
-            path,
-            self.image_size,
-            self.cache_bytes,
-            self.streaming,
-            self.image_column,
-            self.caption_column,
-        )
+        # Of a stream every process takes its own part, and would hang without any.
+        least = self._num_processes if whole.is_stream else 1
+        rest, held = whole.hold_out(self.num_val, least)
+        return rest if name == "train" else held

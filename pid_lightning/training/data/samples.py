@@ -1,0 +1,117 @@
+"""What a sample is: a crop of a picture, its caption, name and number; and batches of samples."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pid_lightning.diffusion.randomness import sample_generators
+from pid_lightning.pictures.files import UnusablePicture
+from pid_lightning.training.data.sources import Split, decode, fail_without_pictures
+
+MAX_TRIES = 1000  # consecutive unusable pictures before a source is rejected
+Resize = Literal["none", "random"]
+
+
+def centre_crop(picture: Tensor, image_size: int) -> Tensor:
+    """The central crop (3, S, S) of a picture (3, H, W), S = `image_size`."""
+    return centre_crop_to(picture, image_size, image_size)
+
+
+def centre_crop_to(picture: Tensor, height: int, width: int) -> Tensor:
+    """The central crop (3, height, width) of a picture (3, H, W)."""
+    top, left = ((a - b) // 2 for a, b in zip(picture.shape[-2:], (height, width), strict=True))
+    return picture[:, top : top + height, left : left + width]
+
+
+def random_crop(
+    picture: Tensor, image_size: int, resize: Resize, flip: bool, generator: torch.Generator
+) -> Tensor:
+    """A random crop (3, S, S) of a uint8 picture (3, H, W), S = `image_size`.
+
+    With `resize` "random" the picture is first downsized so that its shorter side is uniform
+    between S and its original length; only the cropped window is actually resampled.
+    """
+    from torchvision.transforms.v2 import InterpolationMode, functional
+
+    height, width = picture.shape[-2:]
+    shorter = min(height, width)
+    zoom, down, right, mirror = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+    window = image_size
+    if resize == "random":
+        window = round(image_size * shorter / (image_size + zoom * (shorter - image_size)))
+    top, left = int(down * (height - window + 1)), int(right * (width - window + 1))
+    picture = functional.crop(picture, top, left, window, window)
+    if window != image_size:
+        size, bicubic = [image_size, image_size], InterpolationMode.BICUBIC
+        picture = functional.resize(picture, size, interpolation=bicubic, antialias=True)
+    return functional.horizontal_flip(picture) if flip and mirror < 0.5 else picture
+
+
+class Pictures(Dataset):
+    """Crops of one split: random for training, otherwise central.
+
+    Items are requested by (key, draw): a picture's index or a row of a stream, and the number of
+    the draw, which determines the crop together with the seed. An unusable picture is replaced by
+    the next one, so that batches stay full; an unusable row of a stream returns None.
+    """
+
+    def __init__(
+        self, split: Split, image_size: int, train: bool, resize: Resize, flip: bool, seed: int
+    ) -> None:
+        self.split, self.image_size, self.train = split, image_size, train
+        self.resize, self.flip, self.seed = resize, flip, seed
+        self.num_skipped = 0
+
+    def __len__(self) -> int:
+        return len(self.split.rows)
+
+    def __getitem__(self, item: int | tuple[int | dict[str, Any], int]) -> dict[str, Any] | None:
+        key, draw = item if isinstance(item, tuple) else (item, item)
+        if isinstance(key, dict):
+            return self._sample(key, None, draw)
+        for index in range(key, key + min(len(self), MAX_TRIES)):
+            index %= len(self)
+            pixels = None if self.split.pixels is None else self.split.pixels[index]
+            sample = self._sample({"name": f"{index:06d}", **self.split.rows[index]}, pixels, draw)
+            if sample is not None:
+                return sample
+        fail_without_pictures("data.path", self.num_skipped, self.image_size)
+
+    def _sample(self, row: dict[str, Any], pixels: Tensor | None, draw: int) -> dict | None:
+        try:
+            picture = decode(row["image"], self.image_size) if pixels is None else pixels
+        except UnusablePicture as reason:
+            self.skip(row["name"], reason)
+            return None
+        if self.train:
+            (generator,) = sample_generators(self.seed, "crop", [draw])
+            picture = random_crop(picture, self.image_size, self.resize, self.flip, generator)
+        else:
+            picture = centre_crop(picture, self.image_size)
+        caption = row.get("caption") or ""
+        caption = caption if isinstance(caption, str) else caption[0] or ""
+        image = picture.float() / 127.5 - 1
+        return {"image": image, "caption": caption, "name": row["name"], "number": draw}
+
+    def skip(self, name: str, reason: UnusablePicture) -> None:
+        """Count a skipped picture and warn at the 1st, 10th, 100th, ..."""
+        self.num_skipped += 1
+        if math.log10(self.num_skipped).is_integer():
+            rank_zero_warn(
+                f"{self.num_skipped} picture(s) skipped so far, most recently {name}: {reason}."
+            )
+
+    def collate(self, samples: list[dict[str, Any] | None]) -> dict[str, Any]:
+        """Samples to a batch, see `ImageData`."""
+        usable = [sample for sample in samples if sample is not None]
+        if not usable:
+            fail_without_pictures("data.path", self.num_skipped, self.image_size)
+        batch = {key: [sample[key] for sample in usable] for key in usable[0]}
+        image, number = torch.stack(batch["image"]), torch.tensor(batch["number"])
+        return {**batch, "image": image, "number": number}
