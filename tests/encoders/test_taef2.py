@@ -15,7 +15,7 @@ from pid_lightning.encoders.vae import build_vae_encoder
 from pid_lightning.pictures.files import read_picture
 from pid_lightning.pictures.metrics import psnr
 from pid_lightning.pictures.resizing import reduce_picture
-from pid_lightning.training.data.draws import centre_crop
+from pid_lightning.training.data.samples import centre_crop
 from pid_lightning.training.data.sources import BUNDLED_PHOTOS
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "taef2.safetensors"
