@@ -32,8 +32,9 @@ from pid_lightning.training.callbacks.dmd2 import DMD2
 from pid_lightning.training.callbacks.ema import EMA
 from pid_lightning.training.callbacks.images import PictureGrids
 from pid_lightning.training.callbacks.last_checkpoint import LastCheckpoint, check_place
-from pid_lightning.training.checkpoints import AtomicCheckpointIO, check_checkpoint
-from pid_lightning.training.modules.base import PiDModule, check_strategy
+from pid_lightning.training.checkpoints import AtomicCheckpointIO, read_run
+from pid_lightning.training.modules.base import PiDModule
+from pid_lightning.training.strategies import check_strategy
 
 # jsonargparse resolves short class names in configs only for classes that were imported.
 for _module in ("callbacks", "data.image_data", "modules", "modules.autoencoder"):
@@ -192,7 +193,7 @@ class PiDCLI(LightningCLI):
         check_strategy(self.trainer.strategy)
         path = self.config[self.subcommand].ckpt_path
         if path is not None and Path(path).is_file():
-            check_checkpoint(self.model, read_torch_file(path))
+            read_run(self.model.info, read_torch_file(path))
         self.model.prepare(self.datamodule, self.subcommand)
         if self.subcommand == "fit":
             for callback in self.trainer.callbacks:

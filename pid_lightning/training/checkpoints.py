@@ -1,116 +1,179 @@
-"""Checks a checkpoint against the module that restores it, and adapts both to the stage."""
+"""What checkpoints and model files bring to a module: found and checked here, adopted there."""
 
 from __future__ import annotations
 
 import glob
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
 
+from pid_lightning.checks import Mistake
 from pid_lightning.files import models as weights
 from pid_lightning.files.atomic import replaced_file
 from pid_lightning.files.hub import find_model
 from pid_lightning.files.models import AVERAGE, METADATA_KEY, ModelInfo
 from pid_lightning.files.tensors import read_torch_file
-
-if TYPE_CHECKING:
-    from pid_lightning.training.modules.base import PiDModule
+from pid_lightning.training.settings import Training
 
 # Submodules with pretrained weights, left out of checkpoints.
-FROZEN = ("encoder.", "text_encoder.", "teacher.")
-CRITICS = ("fake_score.", "discriminator.")  # attached to a module by DMD2
+FROZEN = ("encoder.", "text_encoder.", "distillation.teacher.")
 TRAINING_KEY = "pid_training"  # in checkpoints: settings that the optimiser's state holds
-OPTIMIZER_SETTINGS = ("optimizer", "train", "learning_rate", "weight_decay")
 
 
-def check_checkpoint(module: PiDModule, checkpoint: dict[str, Any]) -> ModelInfo:
-    """Compare a checkpoint's model description with the module's and return it.
+class Found(NamedTuple):
+    """What a checkpoint or a model file brings.
+
+    Attributes:
+        state: tensors by the names that they have in a module (of a model file: in its denoiser).
+        info: its description.
+        is_averaged: whether an average is among the tensors.
+        optimizer: settings that the state of its optimiser holds; empty if there is none.
+    """
+
+    state: dict[str, Tensor]
+    info: ModelInfo
+    is_averaged: bool
+    optimizer: dict[str, Any]
+
+
+def optimizer_settings(training: Training) -> dict[str, Any]:
+    """Those settings of a fit that the state of its optimiser holds."""
+    names = ("optimizer", "train", "learning_rate", "weight_decay")
+    return {name: getattr(training, name) for name in names}
+
+
+def read_run(ours: ModelInfo, checkpoint: dict[str, Any]) -> Found:
+    """What a run's checkpoint brings to a module with this description.
 
     Raises:
-        ValueError: the checkpoint has no description, or that of another model.
+        Mistake: the checkpoint has no description, or that of another model.
     """
     if not isinstance(checkpoint, dict) or METADATA_KEY not in checkpoint:
-        raise ValueError(
-            "ckpt_path: not a checkpoint of a PiD run (it has no model description); give one "
-            "that pid fit wrote."
+        raise Mistake(
+            "ckpt_path",
+            "not a checkpoint of a PiD run (it has no model description); give one that pid fit "
+            "wrote.",
         )
     theirs = ModelInfo.from_plain(checkpoint[METADATA_KEY])
-    differences = module.info.differences(theirs)
+    differences = ours.differences(theirs)
     if differences:
-        raise ValueError(
-            f"ckpt_path: this checkpoint is from another model ({'; '.join(differences)}); "
-            "use the config of its run."
+        raise Mistake(
+            "ckpt_path",
+            f"this checkpoint is from another model ({'; '.join(differences)}); use the config of "
+            "its run.",
         )
-    return theirs
+    # Until version 0.1 the networks of a distillation stood beside the denoiser.
+    moved = {
+        f"distillation.{name}" if name.startswith(("fake_score.", "discriminator.")) else name: v
+        for name, v in checkpoint["state_dict"].items()
+    }
+    is_averaged = any(name.startswith(AVERAGE) for name in moved)
+    return Found(moved, theirs, is_averaged, checkpoint.get(TRAINING_KEY, {}))
 
 
-def prepare_restoring(module: PiDModule, checkpoint: dict[str, Any]) -> None:
-    """Adopt a checkpoint's student times and average, before its tensors are loaded strictly.
+def check_resumes(
+    found: Found, training: Training, student_times: tuple[float, ...] | None, averages: bool
+) -> None:
+    """Check that a fit can go on from a checkpoint.
 
-    To resume a fit, the callbacks must be those of its run. For evaluation, the average is
-    adopted without the EMA callback, and the networks of a distillation are left out.
+    Args:
+        found: of `read_run`.
+        training: settings of the fit.
+        student_times: of the fit's distillation, None without one.
+        averages: whether the fit averages its weights.
 
     Raises:
-        ValueError: another model's checkpoint, or a fit with other callbacks.
+        Mistake: its run had other callbacks, or other settings that its optimiser keeps.
     """
-    theirs = check_checkpoint(module, checkpoint)
-    state = checkpoint["state_dict"]
-    averaged = any(name.startswith(AVERAGE) for name in state)
-    if module._trainer is not None and module.trainer.state.fn == "fit":  # None: loaded by hand
-        _check_callbacks(module, theirs.student_times, averaged)
-        for name, stored in checkpoint.get(TRAINING_KEY, {}).items():
-            set_here = getattr(module.training_settings, name)
-            if stored != set_here:
-                raise ValueError(
-                    f"ckpt_path: training.{name} of this run is {stored}, here {set_here}; set it "
-                    f"to {stored} to resume, or start a new run with --model.init_from."
-                )
-    else:
-        ours = module.state_dict()
-        critics = {k: v for k, v in ours.items() if k.startswith(CRITICS)}
-        checkpoint["state_dict"] = critics | {
-            name: tensor
-            for name, tensor in state.items()
-            if name in ours or name.startswith(AVERAGE)
-        }
-        if not averaged:
-            module.denoiser_ema = None
-        elif module.denoiser_ema is None:
-            module.denoiser_ema = module.info.build().requires_grad_(False).to(module.device)
-    module.has_own_weights = True
-    module.student_times = theirs.student_times
-    if module.image_size is None:
-        module.image_size = theirs.image_size
+    theirs = found.info.student_times
+    if theirs != student_times:
+        if student_times is None:
+            told = "this checkpoint is from DMD2; add the DMD2 callback to resume it."
+        elif theirs is None:
+            told = "this checkpoint is not from DMD2; give it to DMD2 as the teacher."
+        else:
+            told = f"its run has student_times {theirs}, DMD2 here {student_times}; give it those."
+        raise Mistake("ckpt_path", told)
+    if found.is_averaged != averages:
+        told = "did not average its weights; remove the EMA callback."
+        if found.is_averaged:
+            told = "averaged its weights; add the EMA callback to resume it."
+        raise Mistake("ckpt_path", f"this run {told}")
+    ours = optimizer_settings(training)
+    for name, stored in found.optimizer.items():
+        if stored != ours[name]:
+            raise Mistake(
+                "ckpt_path",
+                f"training.{name} of this run is {stored}, here {ours[name]}; set it to {stored} "
+                "to resume, or start a new run with --model.init_from.",
+            )
 
 
-def forgive_frozen(module: PiDModule, incompatible: Any) -> None:
+def read_start(path: str, ours: ModelInfo, denoiser: nn.Module, fits: bool) -> Found:
+    """What another model brings to a denoiser: all of it for the same latent space and scale, else
+    its backbone.
+
+    Args:
+        path: see `find_model`.
+        ours: the description of the denoiser.
+        denoiser: the network to start; it is not changed.
+        fits: whether a fit follows, which trains what is new.
+
+    Raises:
+        Mistake: the networks' sizes differ, or only the backbone fits and no fit follows.
+        OSError: `path` is neither a local model nor on the hub.
+    """
+    found = find_model(path)
+    source, theirs = weights.load_model(found)
+    taken, kept = source.state_dict(), denoiser.state_dict()
+    num_tensors = len(kept)
+    is_same = theirs.latent_space == ours.latent_space
+    is_same = is_same and theirs.geometry.scale == ours.geometry.scale
+    if not is_same:
+        taken, kept = _backbone(taken), _backbone(kept)
+    differences = ours.differences(theirs)
+    mismatched = sorted(kept.keys() ^ taken.keys())
+    mismatched += [k for k in kept if k in taken and kept[k].shape != taken[k].shape]
+    if mismatched:
+        details = "; ".join(differences) or mismatched[0]
+        raise Mistake(
+            "init_from", f"{path} is a different network ({details}); use its model.denoiser."
+        )
+    if not is_same and not fits:
+        raise Mistake(
+            "init_from",
+            f"{path} is for another latent space or scale ({'; '.join(differences)}), so its "
+            "adapter is not used and this one's is untrained; fit first, or use the config of its "
+            "family and scale.",
+        )
+    # Differences that the shapes of tensors do not show.
+    hidden = ("rope_reference", "prediction", *(("adapter.", "noise_frame") if is_same else ()))
+    told = [difference for difference in differences if difference.startswith(hidden)]
+    if not fits and theirs.student_times is None and theirs.time_shift != ours.time_shift:
+        told.append(f"time_shift: {theirs.time_shift}, here {ours.time_shift}")
+    if told:
+        rank_zero_warn(f"init_from: {path} was trained with another {'; '.join(told)}")
+    parts, rest = "backbone, adapter and gates", "nothing is new"
+    if not is_same:
+        parts = "backbone"
+        rest = f"{num_tensors - len(taken)} tensors are new (adapter and gates)"
+    rank_zero_info(f"init_from {found}: loaded {len(taken)} tensors ({parts}), {rest}")
+    return Found(taken, theirs, is_averaged=False, optimizer={})
+
+
+def _backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v for k, v in state.items() if not k.startswith(("adapter.", "gates."))}
+
+
+def forgive_frozen(module: nn.Module, incompatible: Any) -> None:
     """Accept missing frozen networks, which are never in checkpoints."""
     kept = [name for name in incompatible.missing_keys if not name.startswith(FROZEN)]
     incompatible.missing_keys[:] = kept
-
-
-def _check_callbacks(
-    module: PiDModule, student_times: tuple[float, ...] | None, averaged: bool
-) -> None:
-    ours = module.student_times
-    if student_times != ours:
-        if ours is None:
-            told = "this checkpoint is from DMD2; add the DMD2 callback to resume it."
-        elif student_times is None:
-            told = "this checkpoint is not from DMD2; give it to DMD2 as the teacher."
-        else:
-            told = f"its run has student_times {student_times}, DMD2 here {ours}; give it the same."
-        raise ValueError(f"ckpt_path: {told}")
-    if averaged != (module.denoiser_ema is not None):
-        raise ValueError(
-            "ckpt_path: this run averaged its weights; add the EMA callback to resume it."
-            if averaged
-            else "ckpt_path: this run did not average its weights; remove the EMA callback."
-        )
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -145,57 +208,3 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ValueError: the file is truncated, or is not a checkpoint.
         """
         return read_torch_file(path, mapped=False)
-
-
-def initialise_from(module: PiDModule, path: str) -> None:
-    """Load another model: all of it for the same latent space and scale, else its backbone.
-
-    Args:
-        module: the module to initialise.
-        path: see `find_model`.
-
-    Raises:
-        ValueError: the networks' sizes differ, or only the backbone fits and there is no fit to
-            train the rest; names the differences.
-        OSError: `path` is neither a local model nor on the hub.
-    """
-    found = find_model(path)
-    source, info = weights.load_model(found)
-    taken = source.state_dict()
-    ours = module.denoiser.state_dict()
-    scale = info.geometry.scale
-    if info.latent_space != module.encoder.latent_space or scale != module.scale:
-        own = ("adapter.", "gates.")
-        taken = {k: v for k, v in taken.items() if not k.startswith(own)}
-        ours = {k: v for k, v in ours.items() if not k.startswith(own)}
-    mismatched = sorted(ours.keys() ^ taken.keys())
-    mismatched += [k for k in ours if k in taken and ours[k].shape != taken[k].shape]
-    if mismatched:
-        details = "; ".join(module.info.differences(info)) or mismatched[0]
-        raise ValueError(
-            f"init_from: {path} is a different network ({details}); use its model.denoiser."
-        )
-    new = len(module.denoiser.state_dict()) - len(taken)
-    if new and module.trainer.state.fn != "fit":
-        raise ValueError(
-            f"init_from: {path} is for another latent space or scale "
-            f"({'; '.join(module.info.differences(info))}), so its adapter is not used and this "
-            "one's is untrained; fit first, or use the config of its family and scale."
-        )
-    # Differences that the shapes of tensors do not show.
-    hidden = ["rope_reference", "prediction"]
-    if not new:
-        hidden += ["adapter.", "noise_frame"]
-    told = [d for d in module.info.differences(info) if d.startswith(tuple(hidden))]
-    solves = module.trainer.state.fn != "fit" and info.student_times is None
-    if solves and info.time_shift != module.info.time_shift:
-        told.append(f"time_shift: {info.time_shift}, here {module.info.time_shift}")
-    if told:
-        rank_zero_warn(f"init_from: {path} was trained with another {'; '.join(told)}")
-    module.denoiser.load_state_dict(module.denoiser.state_dict() | taken)
-    module.student_times = None if module.trainer.state.fn == "fit" else info.student_times
-    if module.image_size is None:
-        module.image_size = info.image_size
-    parts = "backbone" if new else "backbone, adapter and gates"
-    rest = f"{new} tensors are new (adapter and gates)" if new else "nothing is new"
-    rank_zero_info(f"init_from {found}: loaded {len(taken)} tensors ({parts}), {rest}")

@@ -1,67 +1,66 @@
-"""Training objectives: the random draws of a batch, and the teacher's flow matching."""
+"""What a run minimises: a teacher's flow matching, or in its place a distillation."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from pid_lightning.diffusion import flow, losses
 from pid_lightning.diffusion.randomness import draw_noise, sample_generators
 from pid_lightning.nn import PiD
+from pid_lightning.training.optimizers import make_optimizer, make_schedule
 from pid_lightning.training.sample import Sample
-
-if TYPE_CHECKING:
-    from pid_lightning.training.modules.base import PiDModule
+from pid_lightning.training.settings import Training
 
 
 class Objective(Protocol):
-    """How a module trains: the teacher's flow matching, or a distillation in its place."""
+    """How a module trains: `FlowMatching`, or the `Turns` of a distillation."""
 
     automatic_optimization: bool
 
-    def training_step(self, module: PiDModule, sample: Sample) -> Tensor | None:
-        """One training step; returns a loss under automatic optimisation."""
+    def training_step(
+        self, module: LightningModule, sample: Sample
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """One training step; the loss, None under manual optimisation, and what to log."""
 
-    def configure_optimizers(self, module: PiDModule) -> Any:
-        """What Lightning's hook of that name returns."""
+    def configure_optimizers(self, fused: bool) -> Any:
+        """What Lightning's hook of that name returns, with optimisers fused or not."""
 
-    def num_denoiser_updates(self, module: PiDModule) -> int:
+    def num_denoiser_updates(self, global_step: int) -> int:
         """Optimiser steps the denoiser has taken."""
 
 
 class FlowMatching:
-    """The teacher's objective: velocity at random times, plus the RGB head's loss (v1.5)."""
+    """The teacher's objective: velocity at random times, plus the RGB head's loss (v1.5).
+
+    Args:
+        denoiser: the network that learns, or is judged.
+        settings: its times, loss weights, optimiser and seed.
+    """
 
     automatic_optimization = True
 
-    def training_step(self, module: PiDModule, sample: Sample) -> Tensor:
-        """The loss of one batch; logs its parts."""
-        loss, parts = self.losses(module, module.denoiser, sample, "train")
-        module.log_dict({f"train/{k}": v for k, v in parts.items()}, batch_size=len(sample.x0))
-        return loss
+    def __init__(self, denoiser: PiD, settings: Training) -> None:
+        self.denoiser = denoiser
+        self.settings = settings
 
-    def losses(
-        self, module: PiDModule, denoiser: PiD, sample: Sample, purpose: str
+    def training_step(
+        self, module: LightningModule, sample: Sample
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, its named parts) of `denoiser` on `sample`."""
-        settings, x0 = module.training_settings, sample.x0
+        """The loss of one batch and its parts."""
+        return self.losses(sample, "train")
+
+    def losses(self, sample: Sample, purpose: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, its named parts) on a sample; each purpose has its own random numbers."""
+        denoiser, settings, x0 = self.denoiser, self.settings, sample.x0
         if settings.train == "rgb_head":
             rgb = denoiser.adapt(sample.latents, sample.latent_sigma, with_rgb=True).rgb
             loss = losses.rgb_alignment_loss(rgb, sample.low_resolution, sample.latent_sigma)
             return loss, {"rgb_loss": loss.detach(), "loss": loss.detach()}
-        shift = settings.time_shift
-        if shift is None:
-            shift = flow.resolution_shift(*x0.shape[-2:])
-        scalars = sample_generators(settings.seed, f"{purpose} times", sample.numbers)
-        drawn = [flow.sample_times(1, shift, settings.time_std, one) for one in scalars]
-        t = torch.cat(drawn).to(x0.device, non_blocking=True)
-        generators = sample_generators(
-            settings.seed, f"{purpose} pixels", sample.numbers, x0.device
-        )
-        eps = draw_noise(x0.shape, generators, x0.device)
-
+        t, eps = self._times(sample, purpose), self._noise(sample, purpose)
         with_rgb = denoiser.config.adapter.rgb_head
         condition = sample.condition(denoiser, with_rgb)
         velocity = denoiser(flow.add_noise(x0, eps, t), t, condition)
@@ -75,12 +74,30 @@ class FlowMatching:
             loss = loss + settings.rgb_loss_weight * rgb_loss
         return loss, parts | {"loss": loss.detach()}
 
-    def configure_optimizers(self, module: PiDModule) -> dict[str, Any]:
-        """The configured optimiser and its learning-rate schedule."""
-        optimizer = module.make_optimizer()
-        schedule = {"scheduler": module.make_schedule(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+    def _times(self, sample: Sample, purpose: str) -> Tensor:
+        settings, x0 = self.settings, sample.x0
+        shift = settings.time_shift
+        if shift is None:
+            shift = flow.resolution_shift(*x0.shape[-2:])
+        generators = sample_generators(settings.seed, f"{purpose} times", sample.numbers)
+        drawn = [flow.sample_times(1, shift, settings.time_std, one) for one in generators]
+        return torch.cat(drawn).to(x0.device, non_blocking=True)
 
-    def num_denoiser_updates(self, module: PiDModule) -> int:
+    def _noise(self, sample: Sample, purpose: str) -> Tensor:
+        seed, device = self.settings.seed, sample.x0.device
+        generators = sample_generators(seed, f"{purpose} pixels", sample.numbers, device)
+        return draw_noise(sample.x0.shape, generators, device)
+
+    def configure_optimizers(self, fused: bool) -> dict[str, Any]:
+        """The configured optimiser and its learning-rate schedule."""
+        settings = self.settings
+        optimizer = make_optimizer(self.denoiser, settings, fused)
+        schedule = make_schedule(optimizer, settings.warmup_steps, settings.decay_steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def num_denoiser_updates(self, global_step: int) -> int:
         """Every optimiser step is the denoiser's."""
-        return module.trainer.global_step
+        return global_step

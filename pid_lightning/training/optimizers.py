@@ -1,17 +1,15 @@
-"""The denoiser's optimiser (AdamW, or Muon for matrices and AdamW for the rest), its schedule, and
-which parts of the denoiser train."""
+"""The denoiser's optimiser (AdamW, or Muon for matrices and AdamW for the rest), its schedule and
+the clipping of gradients."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from pid_lightning.training.settings import Training
+from pid_lightning.training.settings import Training
 
 
 def make_optimizer(denoiser: nn.Module, settings: Training, fused: bool) -> torch.optim.Optimizer:
@@ -44,13 +42,31 @@ def make_schedule(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def clip_gradients(
+    optimizer: torch.optim.Optimizer, limit: float | None, algorithm: str | None
+) -> Tensor:
+    """Clip what an optimiser steps, as a trainer is configured, and return the norm from before.
+
+    Lightning refuses to clip for fused optimisers, which unscale fp16 gradients themselves; here
+    they are only used where gradients are not scaled.
+    """
+    learning = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None])
+    if limit and algorithm == "value":
+        torch.nn.utils.clip_grad_value_(learning, limit)
+    elif limit:
+        torch.nn.utils.clip_grads_with_norm_(learning, limit, norm)
+    return norm
+
+
 class MuonAndAdamW(torch.optim.Optimizer):
     """Muon for matrices and AdamW for the rest, as one optimiser with one schedule and state.
 
     Muon (https://kellerjordan.github.io/posts/muon) steps along the orthogonal matrix nearest to
     the momentum, here scaled to the size of AdamW's step (arXiv 2502.16982, equation 4). The
-    kernel (out, in, h, w) of a convolution is treated as a matrix (out, in*h*w);
-    `torch.optim.Muon`, from torch 2.9, is the same for matrices but accepts no kernels.
+    kernel (out, in, h, w) of a convolution is treated as a matrix (out, in*h*w).
+    `torch.optim.Muon` (from torch 2.9, without kernels) and timm's fuse the bfloat16 products,
+    which rounds otherwise (by up to 0.02 of a step's entries): runs would not resume equal.
 
     Args:
         matrices: parameters for Muon, each with at least 2 dimensions.

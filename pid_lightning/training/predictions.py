@@ -60,13 +60,15 @@ class PredictionWriter:
             # Whole cells for the encoder, whole patches for the output.
             images = pad_picture(batch["image"], module.denoiser.alignment // module.scale)
             latents, text = module.encode(images, batch["caption"])
-            latents, latent_sigma = add_evaluation_noise(module, latents, sigma, numbers)
+            training = module.training_settings
+            latents, latent_sigma = add_evaluation_noise(latents, sigma, numbers, training)
         else:  # latents may be noisy already; the sigma only states the level
             latents = batch["latents"]
             text = module.text_encoder.encode(batch["caption"])
             latent_sigma = torch.full((len(latents),), sigma, device=latents.device)
             size = tuple(side * module.encoder.latent_stride for side in latents.shape[-2:])
-        generators = evaluation_generators(module, "pixels", numbers)
+        seed = module.training_settings.seed
+        generators = evaluation_generators(seed, "pixels", numbers, module.device)
         height, width = (side * module.scale for side in size)
         pictures = module.decode(latents, latent_sigma, text, generators)[..., :height, :width]
         for i, path in enumerate(paths):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,12 +11,12 @@ from torch import Tensor
 from pid_lightning.diffusion import noising
 from pid_lightning.diffusion.noising import add_latent_noise
 from pid_lightning.diffusion.randomness import draw_noise, sample_generators
+from pid_lightning.encoders.base import Encoder
+from pid_lightning.encoders.text import TextEncoder
 from pid_lightning.nn import Condition, PiD
 from pid_lightning.nn.condition import Adapted
 from pid_lightning.pictures.resizing import reduce_picture
-
-if TYPE_CHECKING:
-    from pid_lightning.training.modules.base import PiDModule
+from pid_lightning.training.settings import Training
 
 
 class Sample(NamedTuple):
@@ -78,16 +78,37 @@ class Sample(NamedTuple):
         )
 
 
-def draw_sample(module: PiDModule, batch: dict[str, Any], purpose: str) -> Sample:
+@torch.no_grad()
+def encode_batch(
+    encoder: Encoder, text_encoder: TextEncoder, images: Tensor, captions: list[str]
+) -> tuple[Tensor, Tensor | None]:
+    """Clean normalised latents (B, C, h, w) and caption features (B, L, D_text) of pictures at the
+    encoder's resolution."""
+    # Cloned because the adapter's backward pass cannot save inference tensors.
+    with torch.inference_mode():
+        latents = encoder.encode(images)
+        text = text_encoder.encode(captions)
+    return latents.clone(), None if text is None else text.clone()
+
+
+def draw_sample(
+    batch: dict[str, Any],
+    purpose: str,
+    encoder: Encoder,
+    text_encoder: TextEncoder,
+    denoiser: PiD,
+    settings: Training,
+) -> Sample:
     """Encode a batch and draw its latent noise and dropouts, as configured in `Training`.
 
     Args:
-        module: provides the encoder, text encoder and settings.
         batch: from `ImageData`.
         purpose: e.g. ``"train"``; each purpose has its own random numbers.
+        encoder, text_encoder: loaded, on the batch's device.
+        denoiser: its scale, and whether its null text is learned, decide what is encoded.
+        settings: noise levels, dropouts and seed.
     """
-    settings, x0 = module.training_settings, batch["image"]
-    numbers = batch["number"].tolist()
+    x0, numbers = batch["image"], batch["number"].tolist()
     scalars = sample_generators(settings.seed, f"{purpose} scalars", numbers)
     drawn = [
         (
@@ -103,15 +124,15 @@ def draw_sample(module: PiDModule, batch: dict[str, Any], purpose: str) -> Sampl
     drop_latents, drop_text = torch.cat([drops for _, drops in drawn], dim=1)
     keep_latents = to_device(drop_latents >= settings.latent_dropout)
     captions, keep_text = batch["caption"], drop_text >= settings.caption_dropout
-    if not module.denoiser.config.learned_null:
+    if not denoiser.config.learned_null:
         captions = [c if kept else "" for c, kept in zip(captions, keep_text, strict=True)]
 
-    low_resolution = reduce_picture(x0, module.scale)
+    low_resolution = reduce_picture(x0, denoiser.geometry.scale)
     if "latents" in batch:  # cut from those of the whole photograph
-        clean, text = batch["latents"], module.text_encoder.encode(captions)
+        clean, text = batch["latents"], text_encoder.encode(captions)
     else:
-        clean, text = module.encode(low_resolution, captions)
-    replaced = text is not None and module.denoiser.config.learned_null
+        clean, text = encode_batch(encoder, text_encoder, low_resolution, captions)
+    replaced = text is not None and denoiser.config.learned_null
     replaced = replaced and settings.caption_dropout > 0
     generators = sample_generators(settings.seed, f"{purpose} latents", numbers, x0.device)
     eps = draw_noise(clean.shape, generators, x0.device)
@@ -130,21 +151,20 @@ def draw_sample(module: PiDModule, batch: dict[str, Any], purpose: str) -> Sampl
 
 
 def evaluation_generators(
-    module: PiDModule, purpose: str, numbers: list[int]
+    seed: int, purpose: str, numbers: list[int], device: torch.device
 ) -> list[torch.Generator]:
     """One generator per picture, from the run's seed, the purpose and the picture's number."""
-    seed = module.training_settings.seed
-    return sample_generators(seed, f"test {purpose}", numbers, module.device)
+    return sample_generators(seed, f"test {purpose}", numbers, device)
 
 
 def add_evaluation_noise(
-    module: PiDModule, clean: Tensor, sigma: float, numbers: list[int]
+    clean: Tensor, sigma: float, numbers: list[int], settings: Training
 ) -> tuple[Tensor, Tensor]:
     """Latents (B, C, h, w) at one noise level, and that level for each sample (B,).
 
     A picture gets the same noise at every level.
     """
     latent_sigma = torch.full((len(clean),), sigma, device=clean.device)
-    eps = draw_noise(clean.shape, evaluation_generators(module, "latents", numbers), clean.device)
-    frame = module.training_settings.noise_frame
-    return add_latent_noise(clean, eps, latent_sigma, frame), latent_sigma
+    generators = evaluation_generators(settings.seed, "latents", numbers, clean.device)
+    eps = draw_noise(clean.shape, generators, clean.device)
+    return add_latent_noise(clean, eps, latent_sigma, settings.noise_frame), latent_sigma

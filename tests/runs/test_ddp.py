@@ -17,7 +17,12 @@ from pid_lightning.files import models as weights
 
 NUM_STEPS = 4
 GLOBAL_BATCH = 4
-NETWORKS = ("denoiser", "denoiser_ema", "fake_score", "discriminator")
+NETWORKS = (
+    "denoiser",
+    "denoiser_ema",
+    "distillation.fake_score",
+    "distillation.discriminator",
+)
 
 
 def train(folder: Path, teacher: Path | None, num_ranks: int) -> None:

@@ -14,11 +14,14 @@ from torch import Tensor
 from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pid_lightning import DMD2, EMA, AdapterConfig, Training, VAEPiD
+from pid_lightning import EMA, AdapterConfig, Training, VAEPiD
 from pid_lightning.diffusion import losses
 from pid_lightning.nn.compilation import compile_for_inference
 from pid_lightning.decoding.latents import decode_latents
+from pid_lightning.training.callbacks.turns import Turns
+from pid_lightning.training.distillation import Distillation
 from pid_lightning.training.sample import draw_sample
+from pid_lightning.training.settings import DistillationSettings
 from pid_lightning.nn import Discriminator, Geometry, PiD, PiDConfig
 from pid_lightning.nn.layers import RMSNorm
 from pid_lightning.nn.quantisation import quantise
@@ -149,25 +152,26 @@ def test_a_training_step_stays_on_the_gpu(optimizer: str, distils: bool) -> None
     module = tiny.module(Training(optimizer=optimizer, caption_dropout=0.1), TextOnGPU())
     module.encoder.load()
     module.denoiser_ema = copy.deepcopy(module.denoiser).requires_grad_(False)
-    dmd2 = DMD2("unread", taps=(0, 1), student_steps="last")
     if distils:
-        module.fake_score = copy.deepcopy(module.denoiser)
-        module.teacher = copy.deepcopy(module.denoiser).bfloat16().requires_grad_(False)
-        module.discriminator = Discriminator(module.denoiser.config.width, len(dmd2.taps))
+        settings, network = DistillationSettings(taps=(0, 1), student_steps="last"), module.denoiser
+        distillation = Distillation.begin(settings, copy.deepcopy(network), network)
+        turns = Turns(network, distillation, module.training_settings)
+        module.begin_distillation(distillation, turns)
     numbers = torch.tensor([0, 1])
     with FakeTensorMode(allow_non_fake_inputs=True):
         module = module_on_gpu(module)
         batch = {"image": normal(2, 3, 64, 64), "number": numbers, "caption": ["a", "b"]}
-        sample = draw_sample(module, batch, "train")
+        networks = (module.encoder, module.text_encoder, module.denoiser)
+        sample = draw_sample(batch, "train", *networks, module.training_settings)
         assert all(x.device.type == "cuda" for x in sample if isinstance(x, Tensor))
         if not distils:
-            loss, parts = module.objective.losses(module, module.denoiser, sample, "train")
-            step_and_average(module, module.make_optimizer())
+            loss, parts = module.objective.losses(sample, "train")
+            step_and_average(module, module.configure_optimizers()["optimizer"])
         else:
-            (student, critics), _ = dmd2.configure_optimizers(module)
-            loss, parts = dmd2._student_loss(module, sample)
+            (student, critics), _ = module.configure_optimizers()
+            loss, parts = distillation.student_loss(network, sample, 0, 0)
             step_and_average(module, student)
-            critic_loss, critic_parts = dmd2._critic_loss(module, sample)
+            critic_loss, critic_parts = distillation.critic_loss(network, sample, 0)
             step_and_average(module, critics)
             parts |= {"critic_loss": critic_loss} | critic_parts
         for value in (loss, *parts.values()):

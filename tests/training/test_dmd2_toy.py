@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import itertools
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import pid_lightning.training.callbacks.dmd2 as dmd2_module
-from pid_lightning import DMD2, Training
+import pid_lightning.training.distillation as distillation_module
 from pid_lightning.diffusion import flow, losses, sampling
 from pid_lightning.nn import Discriminator
 from pid_lightning.training.callbacks.turns import resting
+from pid_lightning.training.distillation import Distillation
 from pid_lightning.training.sample import Sample
+from pid_lightning.training.settings import DistillationSettings
 
 WIDTH = 64
 CENTRES = torch.tensor([[1.5, 0.0, 0.5], [-1.0, 1.0, -0.5], [-0.5, -1.5, 0.0]])
@@ -109,45 +110,44 @@ def test_students_match_the_teachers_distribution(
         teacher = train_teacher(generator)
         discriminator = Discriminator(WIDTH, 1)
     student, fake_score = copy.deepcopy(teacher), copy.deepcopy(teacher)
-    teacher.requires_grad_(False)
-    dmd2 = DMD2("none", student_every=10, student_input=student_input, taps=(0,), r1_weight=1.0)
-    module = SimpleNamespace(
-        denoiser=student,
-        fake_score=fake_score,
-        discriminator=discriminator,
-        teacher=teacher,
-        training_settings=Training(),
-        trainer=SimpleNamespace(global_step=0),
+    settings = DistillationSettings(
+        student_every=10, student_input=student_input, taps=(0,), r1_weight=1.0
     )
+    distillation = Distillation(settings, teacher, fake_score, discriminator)
     critics = [*fake_score.parameters(), *discriminator.parameters()]
     optimizers = torch.optim.Adam(student.parameters(), 2e-3), torch.optim.Adam(critics, 2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[0], num_batches // 10)
     batch_size = 128
     # One generator for all draws: one per sample, as in a run, would take most of the time.
-    monkeypatch.setattr(dmd2, "_noise", lambda *_: torch.randn(x0.shape, generator=generator))
+    draw = partial(torch.randn, (batch_size, 3, 1, 1), generator=generator)
+    monkeypatch.setattr(distillation, "_noise", lambda *_: draw())
     monkeypatch.setattr(
-        dmd2, "_times", lambda *_: flow.sample_times(128, generator=generator).clamp(0.02, 0.99)
+        distillation,
+        "_times",
+        lambda *_: flow.sample_times(batch_size, generator=generator).clamp(0.02, 0.99),
     )
     monkeypatch.setattr(
-        dmd2_module,
+        distillation_module,
         "sample_generators",
         lambda seed, purpose, samples, device="cpu": [generator] * len(samples),
     )
-    for step in range(num_batches):
-        module.trainer.global_step = step
+    num_updates = 0
+    for turn in range(num_batches):
         x0 = draw_points(batch_size, generator)
         numbers = list(range(batch_size))
         sample = Sample(x0, x0, x0, torch.zeros(batch_size), None, None, None, numbers)
-        is_student = dmd2.turns.is_student(step)
-        with resting(*((fake_score, discriminator) if is_student else (student,))):
+        is_student = turn % 10 == 9
+        with resting(distillation if is_student else student):
             optimizers[not is_student].zero_grad()
-            chosen = dmd2._student_loss if is_student else dmd2._critic_loss
-            loss, _ = chosen(module, sample)
+            if is_student:
+                loss, _ = distillation.student_loss(student, sample, turn, num_updates)
+            else:
+                loss, _ = distillation.critic_loss(student, sample, turn)
             loss.backward()
             optimizers[not is_student].step()
         if is_student:
             schedule.step()
-            dmd2.num_student_updates += 1
+            num_updates += 1
 
     noise, other_noise = torch.randn(2, 3000, 3, 1, 1, generator=generator)
     target = sample_finely(teacher, noise)

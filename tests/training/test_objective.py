@@ -10,12 +10,13 @@ import tiny
 import torch
 from torch import Tensor
 
-from pid_lightning import DMD2, PiD, Training
+from pid_lightning import PiD, Training
 from pid_lightning.diffusion.flow import per_sample
 from pid_lightning.diffusion.losses import rgb_alignment_loss
+from pid_lightning.encoders.text import NoText
 from pid_lightning.nn import AdapterConfig, Geometry
 from pid_lightning.training.objective import FlowMatching
-from pid_lightning.training.optimizers import make_schedule
+from pid_lightning.training.optimizers import make_optimizer, make_schedule
 from pid_lightning.training.sample import Sample, draw_sample
 
 
@@ -38,8 +39,8 @@ def test_the_exact_velocity_of_the_data_has_no_loss_at_times_as_configured() -> 
             seen.append(t)
             return (x_t - x0) / per_sample(t, x_t)
 
-    module = tiny.module(Training(time_shift=3.0, time_std=2.0))
-    loss, _ = FlowMatching().losses(module, Oracle(), sample_of(x0), "train")
+    objective = FlowMatching(Oracle(), Training(time_shift=3.0, time_std=2.0))
+    loss, _ = objective.losses(sample_of(x0), "train")
     assert loss < 1e-9
     logits = torch.cat(seen).double().logit()  # of k u / (1 + (k - 1) u): logit(u) + log k
     assert logits.mean().item() == pytest.approx(torch.tensor(3.0).log().item(), abs=0.15)
@@ -53,7 +54,7 @@ def test_the_rgb_heads_loss_has_its_weight() -> None:
     sample = Sample(
         x0, x0[..., ::4, ::4], torch.ones(2, 16, 2, 2), torch.zeros(2), None, None, None, [0, 1]
     )
-    loss, parts = FlowMatching().losses(module, module.denoiser, sample, "train")
+    loss, parts = module.objective.losses(sample, "train")
     adapted = module.denoiser.adapt(sample.latents, sample.latent_sigma, with_rgb=True)
     expected = rgb_alignment_loss(adapted.rgb, sample.low_resolution, sample.latent_sigma)
     assert parts["rgb_loss"] == pytest.approx(expected.item(), rel=1e-5)
@@ -64,11 +65,11 @@ def test_the_rgb_heads_loss_has_its_weight() -> None:
 def test_latents_are_noised_in_the_frame_of_their_diffusion() -> None:
     image = torch.zeros(5, 3, 64, 64)
     batch = {"image": image, "caption": [""] * 5, "number": torch.arange(5)}
-    samples = []
+    encoder = SimpleNamespace(encode=lambda images: torch.ones(5, 1, 2, 2))
+    denoiser, samples = tiny.module().denoiser, []
     for frame in ("flow", "variance_preserving"):
-        module = tiny.module(Training(noise_frame=frame, latent_sigma_probability=1.0))
-        module.encode = lambda images, captions: (torch.ones(5, 1, 2, 2), None)
-        samples.append(draw_sample(module, batch, "train"))
+        settings = Training(noise_frame=frame, latent_sigma_probability=1.0)
+        samples.append(draw_sample(batch, "train", encoder, NoText(), denoiser, settings))
     flow, preserving = samples
     sigma = per_sample(flow.latent_sigma, flow.latents)
     assert torch.equal(flow.latent_sigma, preserving.latent_sigma)
@@ -97,20 +98,8 @@ def test_the_learning_rate_rises_and_falls_as_configured() -> None:
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_every_group_learns_as_configured(name: str) -> None:
     settings = Training(optimizer=name, learning_rate=3e-4, weight_decay=0.07)
-    module = tiny.module(settings)
-    module.trainer = SimpleNamespace(precision="32-true")
-    groups = module.make_optimizer().param_groups
+    groups = make_optimizer(tiny.module().denoiser, settings, fused=True).param_groups
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(3e-4, 0.07)] * len(groups)
-
-
-def test_critics_learn_as_configured() -> None:
-    module = tiny.module()
-    module.fake_score, module.discriminator = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    module.trainer = SimpleNamespace(precision="32-true")
-    dmd2 = DMD2("none", learning_rate=2e-5, betas=(0.3, 0.8), fake_score_weight_decay=0.02)
-    (_, critics), _ = dmd2.configure_optimizers(module)
-    told = [(g["lr"], g["betas"], g["weight_decay"]) for g in critics.param_groups]
-    assert told == [(2e-5, (0.3, 0.8), 0.02), (2e-5, (0.3, 0.8), 0.0)]
 
 
 def test_validation_judges_the_average_with_equal_draws() -> None:

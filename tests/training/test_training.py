@@ -29,7 +29,12 @@ from pid_lightning.encoders.text import NoText
 from pid_lightning.encoders.text_cache import CachedText
 from pid_lightning.files import models as weights
 from pid_lightning.training import checkpoints
-from pid_lightning.training.sample import draw_sample
+from pid_lightning.training.sample import Sample, draw_sample
+
+
+def draw(module: VAEPiD, batch: dict) -> Sample:
+    networks = (module.encoder, module.text_encoder, module.denoiser)
+    return draw_sample(batch, "train", *networks, module.training_settings)
 
 
 @pytest.fixture(scope="module")
@@ -178,9 +183,7 @@ def test_init_from_another_scale_takes_the_backbone(
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(checkpoints, "rank_zero_info", said.append)
-    fitted = tiny.module()
-    fitted.scale, fitted.init_from = 2, str(run)
-    fitted.denoiser = type(fitted.denoiser)(tiny.config(), 16, 8, 2)
+    fitted = VAEPiD(scale=2, denoiser=tiny.config(), init_from=str(run))
     fresh = fitted.denoiser.state_dict()
     fresh = {k: v.clone() for k, v in fresh.items()}
     tiny.trainer(tmp_path, 0).fit(fitted, tiny.data())
@@ -231,11 +234,13 @@ def test_test_uses_the_average_with_or_without_the_callback(run: Path, tmp_path:
 
 
 def test_dropouts_and_noise_have_their_shares() -> None:
-    fitted = tiny.module(Training(latent_dropout=0.25, caption_dropout=0.5), tiny.Text())
-    image = torch.zeros(1, 3, 64, 64).expand(2000, -1, -1, -1)
+    settings = Training(latent_dropout=0.25, caption_dropout=0.5)
+    denoiser = tiny.module(settings, tiny.Text()).denoiser
+    image = torch.zeros(1, 3, 8, 8).expand(2000, -1, -1, -1)
     batch = {"image": image, "caption": [""] * 2000, "number": torch.arange(2000)}
-    fitted.encode = lambda images, captions: (torch.zeros(2000, 1, 1, 1), torch.zeros(2000, 3, 6))
-    sample = draw_sample(fitted, batch, "train")
+    encoder = SimpleNamespace(encode=lambda images: torch.zeros(2000, 1, 1, 1))
+    text = SimpleNamespace(encode=lambda captions: torch.zeros(2000, 3, 6))
+    sample = draw_sample(batch, "train", encoder, text, denoiser, settings)
     share = lambda mask: mask.float().mean().item()  # noqa: E731
     assert abs(share(sample.keep_latents) - 0.75) < 0.03
     assert abs(share(sample.keep_text) - 0.5) < 0.03
@@ -256,7 +261,7 @@ def test_without_a_learned_null_a_dropped_caption_is_an_empty_one() -> None:
         training = Training(caption_dropout=0.5)
         fitted = tiny.module(training, tiny.Text(), learned_null=learned_null)
         fitted.encoder.load()
-        samples.append(draw_sample(fitted, batch, "train"))
+        samples.append(draw(fitted, batch))
         captions_seen.append([*fitted.text_encoder.asked])
         assert (fitted.null_text(2) is None) == learned_null
     kept = samples[0].keep_text
@@ -298,7 +303,7 @@ def test_a_sample_depends_on_its_number_alone() -> None:
     images = torch.rand(4, 3, 64, 64) * 2 - 1
     batch = {"image": images, "caption": [""] * 4, "number": torch.tensor([3, 1, 4, 15])}
     alone = {"image": images[2:3], "caption": [""], "number": torch.tensor([4])}
-    together, single = draw_sample(fitted, batch, "train"), draw_sample(fitted, alone, "train")
+    together, single = draw(fitted, batch), draw(fitted, alone)
     assert torch.equal(together.latent_sigma[2:3], single.latent_sigma)
     torch.testing.assert_close(together.latents[2:3], single.latents)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -33,23 +32,10 @@ def assemble_training(networks: Networks, inputs: Inputs, dtype: torch.dtype) ->
 
 def training_step(networks: Networks, sample: Sample, dtype: torch.dtype) -> None:
     """One flow-matching step: draws, loss, backward, clipping, optimiser and average."""
-    module = stand_in(networks)
     with autocast(sample.x0.device, dtype):
-        loss, _ = FlowMatching().losses(module, networks.denoiser, sample, "train")
+        loss, _ = FlowMatching(networks.denoiser, Training()).losses(sample, "train")
     learn(loss, networks.optimizer)
     move_average(networks)
-
-
-def stand_in(networks: Networks) -> SimpleNamespace:
-    """An object with the attributes that the losses need from their module."""
-    return SimpleNamespace(
-        **vars(networks),
-        training_settings=Training(),
-        trainer=SimpleNamespace(global_step=0, precision="bf16-mixed"),
-        make_optimizer=lambda: adamw(networks.denoiser),
-        make_schedule=lambda optimizer: None,
-        null_text=lambda batch_size: None,
-    )
 
 
 def sample_of(inputs: Inputs) -> Sample:

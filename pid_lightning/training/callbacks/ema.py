@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from pid_lightning.checks import Mistake
 from pid_lightning.files.models import AVERAGE
 from pid_lightning.training.modules.base import PiDModule
 
@@ -25,11 +25,16 @@ class EMA(Callback):
 
     Args:
         power: 16.97 spans about 5 % of the run, 6.94 about 10 %.
+
+    Raises:
+        Mistake: `power` is not above 0.
     """
+
+    attaches = ("denoiser_ema",)
 
     def __init__(self, power: float = 6.94) -> None:
         if power <= 0:
-            raise ValueError(f"EMA power: {power} must be above 0; use 6.94 for 10 % of the run.")
+            raise Mistake("EMA power", f"{power} must be above 0; use 6.94 for 10 % of the run.")
         self.power = power
         self.num_updates = 0
         self._restored: dict[str, Tensor] = {}
@@ -43,11 +48,7 @@ class EMA(Callback):
             return
         if trainer.global_step == 0:  # else the trainer goes on; a resumed run restores it
             self.num_updates = 0
-        pl_module.ema_callback = self
-        if pl_module.denoiser_ema is None:
-            average = copy.deepcopy(pl_module.denoiser).float()
-            average.activation_checkpointing = False
-            pl_module.denoiser_ema = average.requires_grad_(False)
+        pl_module.begin_average()
 
     def on_fit_start(self, trainer: Trainer, pl_module: PiDModule) -> None:
         """Keep the average in fp32 where a precision setting cast the whole module."""

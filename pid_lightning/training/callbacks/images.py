@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from pid_lightning.checks import check_at_least, check_between
+from pid_lightning.checks import Mistake, check_at_least, check_between
 from pid_lightning.decoding.arguments import check_steps
 from pid_lightning.decoding.latents import TEACHER_STEPS, decode_latents
 from pid_lightning.nn import SigmaGate
@@ -95,12 +95,12 @@ class PictureGrids(Callback):
         self, module: PiDModule, clean: Tensor, text: Tensor | None, numbers: list[int]
     ) -> dict[str, Tensor]:
         """Labelled columns of pictures (B, 3, H, W) between the input and the original."""
-        found = {}
+        found, settings = {}, module.training_settings
         if module.encoder.has_decoder:
             found["native 0"] = enlarge_picture(module.encoder.decode(clean), module.scale)
         for sigma in self.latent_sigmas:
-            latents, latent_sigma = add_evaluation_noise(module, clean, sigma, numbers)
-            generators = evaluation_generators(module, "pixels", numbers)
+            latents, latent_sigma = add_evaluation_noise(clean, sigma, numbers, settings)
+            generators = evaluation_generators(settings.seed, "pixels", numbers, clean.device)
             found[f"PiD {sigma:g}"] = module.decode(
                 latents, latent_sigma, text, generators, self.steps
             )
@@ -110,10 +110,10 @@ class PictureGrids(Callback):
         self, module: PiDModule, x0: Tensor, clean: Tensor, text: Tensor | None, numbers: list[int]
     ) -> dict[str, float]:
         """Mean opening of each gate at t = 0.5, by injection and noise level."""
-        denoiser, found = module.averaged_denoiser, {}
+        denoiser, settings, found = module.averaged_denoiser, module.training_settings, {}
         t = torch.full((len(x0),), 0.5, device=x0.device)
         for sigma in self.latent_sigmas:
-            latents, latent_sigma = add_evaluation_noise(module, clean, sigma, numbers)
+            latents, latent_sigma = add_evaluation_noise(clean, sigma, numbers, settings)
             condition = denoiser.condition(latents, latent_sigma, text)
             openings: list[float] = []
             hooks = [gate.register_forward_hook(_record(openings)) for gate in denoiser.gates]
@@ -133,7 +133,7 @@ class DistillationGrids(PictureGrids):
         student_steps: step counts of the student's columns.
 
     Raises:
-        ValueError: the fit is no distillation.
+        Mistake: a value is out of range; in a fit, it is no distillation.
     """
 
     title = "distillation"
@@ -146,30 +146,33 @@ class DistillationGrids(PictureGrids):
 
     def on_fit_start(self, trainer: Trainer, pl_module: PiDModule) -> None:
         """Check that there is a teacher to show."""
-        if pl_module.student_times is None:
-            raise ValueError("DistillationGrids: this fit has no teacher; add DMD2, or remove it.")
+        if pl_module.distillation is None:
+            raise Mistake(
+                "trainer.callbacks",
+                "DistillationGrids shows the teacher of a distillation; add DMD2, or remove it.",
+            )
 
     def columns(
         self, module: PiDModule, clean: Tensor, text: Tensor | None, numbers: list[int]
     ) -> dict[str, Tensor]:
         """The columns of teacher and student."""
         latent_sigma = torch.zeros(len(clean), device=clean.device)
-        found = {}
+        found, seed = {}, module.training_settings.seed
         for steps in (TEACHER_STEPS, 4):
             found[f"teacher {steps}"] = decode_latents(
-                module.teacher,
+                module.distillation.teacher,
                 clean,
                 latent_sigma,
                 student_times=None,
                 time_shift=module.training_settings.time_shift,
                 steps=steps,
                 text=text,
-                generator=evaluation_generators(module, "pixels", numbers),
+                generator=evaluation_generators(seed, "pixels", numbers, clean.device),
             )
         for steps in self.student_steps:
             if steps > len(module.student_times):
                 continue
-            generators = evaluation_generators(module, "pixels", numbers)
+            generators = evaluation_generators(seed, "pixels", numbers, clean.device)
             found[f"student {steps}"] = module.decode(clean, latent_sigma, text, generators, steps)
         return found
 

@@ -1,113 +1,118 @@
-"""Alternating training of student and critics under manual optimisation."""
+"""Turns: the objective of a distillation, whose batches train the student or the critics."""
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+
+from pid_lightning.nn import PiD
+from pid_lightning.training.distillation import Distillation
+from pid_lightning.training.optimizers import clip_gradients, make_optimizer, make_schedule
+from pid_lightning.training.sample import Sample
+from pid_lightning.training.settings import Training
 
 
 class Turns:
-    """Assigns each batch to one group of networks and steps only that group's optimiser.
+    """Gives each batch to the student or to the critics, and steps only their optimiser.
 
     So `global_step` counts batches (or groups of accumulated batches), and `max_steps`,
     checkpoints and logging keep their meaning.
 
     Args:
-        student_every: batches from one student turn to the next; the others train the critics.
+        student: the network that is distilled.
+        distillation: the networks beside it and the losses.
+        settings: the student's optimiser and schedule.
+
+    Attributes:
+        num_student_updates: steps the student has taken.
     """
 
-    def __init__(self, student_every: int) -> None:
-        self.student_every = student_every
+    automatic_optimization = False
+
+    def __init__(self, student: PiD, distillation: Distillation, settings: Training) -> None:
+        self.student = student
+        self.distillation = distillation
+        self.settings = settings
+        self.num_student_updates = 0
         self._trainer: Trainer | None = None
-        self._clip: float | None = None
-        self._clip_algorithm: str | None = None
+        self._clip: tuple[float | None, str | None] = (None, None)
         self._accumulate = 1
-        self._seconds: dict[str, float] = {}
-        self._is_timing = False
 
     def take_over(self, trainer: Trainer) -> None:
-        """Take over clipping and accumulation, which Lightning refuses in manual optimisation.
-
-        Raises:
-            ValueError: scaled gradients, or a strategy that would wait for gradients of the
-                resting networks.
-        """
-        if trainer.precision == "16-mixed":
-            raise ValueError(
-                "trainer.precision: DMD2 clips gradients itself, but 16-mixed scales them; use "
-                "bf16-mixed or 32-true."
-            )
+        """Take over clipping and accumulation, which Lightning refuses in manual optimisation."""
         if trainer is self._trainer:  # fits again, its settings are here already
             return
         self._trainer = trainer
         # Does not apply: checkpoints here hold the weights after the step.
         warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
-        self._clip = trainer.gradient_clip_val
-        self._clip_algorithm = trainer.gradient_clip_algorithm
+        self._clip = (trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
         self._accumulate = trainer.accumulate_grad_batches
         trainer.gradient_clip_val = None
         trainer.accumulate_grad_batches = 1
-        strategy = trainer.strategy
-        if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get(
-            "find_unused_parameters"
-        ):
-            raise ValueError(
-                "trainer.strategy: DMD2 alternates networks; with several processes, set it to "
-                "ddp_find_unused_parameters_true."
-            )
 
     def is_student(self, turn: int) -> bool:
         """Critics train first: a student step is only as good as the fake score."""
-        return turn % self.student_every == self.student_every - 1
+        every = self.distillation.settings.student_every
+        return turn % every == every - 1
 
-    def step(self, module: LightningModule, loss: Tensor, optimizer: int) -> bool:
-        """Run backward; once the accumulation is complete, clip and step.
+    def training_step(
+        self, module: LightningModule, sample: Sample
+    ) -> tuple[None, dict[str, Tensor | float]]:
+        """Train the student or the critics on this batch; only one optimiser steps."""
+        turn = module.global_step
+        self.distillation.stopwatch.is_running = _is_logged(module, turn + 1)
+        if self.is_student(turn):
+            with resting(self.distillation):
+                loss, parts = self.distillation.student_loss(
+                    self.student, sample, turn, self.num_student_updates
+                )
+                norm = self._step(module, loss, optimizer=0)
+            if norm is not None:
+                parts["gradient_norm"] = norm
+                module.lr_schedulers().step()
+                self.num_student_updates += 1
+        else:
+            with resting(self.student):
+                loss, parts = self.distillation.critic_loss(self.student, sample, turn)
+                norm = self._step(module, loss, optimizer=1)
+            if norm is not None:
+                parts["critics_gradient_norm"] = norm
+        if _is_logged(module, module.global_step):
+            shares = self.distillation.stopwatch.take_shares()
+            parts |= {f"time_share/{name}": share for name, share in shares.items()}
+        return None, parts
 
-        Returns:
-            Whether the optimiser stepped.
-        """
+    def _step(self, module: LightningModule, loss: Tensor, optimizer: int) -> Tensor | None:
+        """Run backward; once the accumulation is complete, clip, step and return the norm."""
         chosen, trainer = module.optimizers()[optimizer], module.trainer
         module.manual_backward(loss / self._accumulate)
         num_batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         # As in automatic optimisation an epoch ends with a step, so that no partial group remains.
         is_last = trainer.is_last_batch or num_batches == trainer.num_training_batches
         if num_batches % self._accumulate and not is_last:
-            return False
-        module.configure_gradient_clipping(chosen, self._clip, self._clip_algorithm)
+            return None
+        norm = clip_gradients(chosen, *self._clip)
         chosen.step()
         chosen.zero_grad(set_to_none=True)
-        return True
+        return norm
 
-    @contextmanager
-    def timed(self, network: str) -> Iterator[None]:
-        """Add the block's duration to a network's forward time; with a GPU, which must be
-        synchronised for that, only on logged batches."""
-        if torch.cuda.is_available() and not self._is_timing:
-            yield
-            return
-        start = _now()
-        yield
-        self._seconds[network] = self._seconds.get(network, 0.0) + _now() - start
+    def configure_optimizers(self, fused: bool) -> tuple[list[Any], list[Any]]:
+        """The student's optimiser and schedule, and one optimiser for both critics."""
+        settings = self.settings
+        student = make_optimizer(self.student, settings, fused)
+        schedule = make_schedule(student, settings.warmup_steps, settings.decay_steps)
+        critics = self.distillation.make_critics_optimizer()
+        # Stepped by hand; the interval is that at which `LearningRateMonitor` logs it.
+        return [student, critics], [{"scheduler": schedule, "interval": "step"}]
 
-    def shares_of_time(self, module: LightningModule) -> dict[str, float]:
-        """Each network's share of the forward time since the last logged batch."""
-        trainer = module.trainer
-        every = max(trainer.log_every_n_steps, 1)
-        due = trainer.global_step % every
-        self._is_timing = due == every - 1
-        if due or not self._seconds:
-            return {}
-        total = sum(self._seconds.values())
-        shares = {f"time_share/{name}": s / total for name, s in self._seconds.items()}
-        self._seconds.clear()
-        return shares
+    def num_denoiser_updates(self, global_step: int) -> int:
+        """The number of student steps."""
+        return self.num_student_updates
 
 
 @contextmanager
@@ -123,8 +128,5 @@ def resting(*networks: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _now() -> float:
-    """Clock in seconds, after queued GPU work has finished."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def _is_logged(module: LightningModule, step: int) -> bool:
+    return step % max(module.trainer.log_every_n_steps, 1) == 0

@@ -2,46 +2,44 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 import warnings
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.strategies import FSDPStrategy, Strategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from pid_lightning.decoding.latents import decode_latents, output_size
-from pid_lightning.decoding.tile_choice import trained_tile
+from pid_lightning.checks import Mistake
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.taef2 import decoder_weights
 from pid_lightning.encoders.text import NoText, TextEncoder, check_text
 from pid_lightning.files import models as weights
 from pid_lightning.nn import Geometry, PiD, PiDConfig
 from pid_lightning.nn.freezing import freeze_untrained
-from pid_lightning.pictures.lpips import lpips_network
 from pid_lightning.training.checkpoints import (
     FROZEN,
-    OPTIMIZER_SETTINGS,
     TRAINING_KEY,
+    check_resumes,
     forgive_frozen,
-    initialise_from,
-    prepare_restoring,
+    optimizer_settings,
+    read_run,
+    read_start,
 )
+from pid_lightning.training.distillation import Distillation
+from pid_lightning.training.modules.evaluation import EvaluatedModule
 from pid_lightning.training.objective import FlowMatching, Objective
-from pid_lightning.training.optimizers import make_optimizer, make_schedule
-from pid_lightning.training.predictions import PredictionWriter
-from pid_lightning.training.report import Report, read_baseline
+from pid_lightning.training.optimizers import clip_gradients
+from pid_lightning.training.report import check_evaluation
 from pid_lightning.training.sample import draw_sample
 from pid_lightning.training.settings import Evaluation, Training
 from pid_lightning.training.side_stream import SideStream
+from pid_lightning.training.strategies import check_strategy
 
 
-class PiDModule(LightningModule):
+class PiDModule(EvaluatedModule):
     """Training, validation, test and prediction of a `PiD` behind a frozen encoder.
 
     A subclass builds its encoder and passes on everything else.
@@ -60,10 +58,13 @@ class PiDModule(LightningModule):
     Attributes:
         denoiser: the trained network.
         denoiser_ema: its average if the `EMA` callback is used, else None.
-        ema_callback: the `EMA` that updates it, None for a restored average.
+        distillation: the networks beside a student while `DMD2` trains it, else None.
+        objective: computes the training step.
         student_times: sampling times of a distilled student, None for a teacher.
-        objective: computes the training step; a distillation callback replaces it.
-        has_own_weights: whether it was fitted or restored, so that `init_from` is past.
+        image_size: side in pixels of the training pictures, None if unknown.
+
+    Raises:
+        Mistake: the arguments do not fit each other.
     """
 
     def __init__(
@@ -89,16 +90,15 @@ class PiDModule(LightningModule):
         )
         self.denoiser.activation_checkpointing = training.activation_checkpointing
         self.denoiser_ema: PiD | None = None
-        self.ema_callback: Callback | None = None
+        self.distillation: Distillation | None = None
+        self.objective: Objective = FlowMatching(self.denoiser, training)
         self.student_times: tuple[float, ...] | None = None
         self.image_size: int | None = None
-        self.objective: Objective = FlowMatching()
-        self.has_own_weights = False
-        self._num_past_steps = 0  # of the last fit or checkpoint
+        self._num_past_steps: int | None = None  # of the last fit or checkpoint
         self._batch_end: float | None = None
-        self._side_stream: SideStream | None = None
+        self._side_stream: SideStream | None = None  # on a GPU
         if init_from == "":
-            raise ValueError("init_from: an empty name; name a model, or leave it out.")
+            raise Mistake("init_from", "an empty name; name a model, or leave it out.")
         check_text(self.text_encoder, denoiser, training.caption_dropout)
         self._freeze_untrained()
         self.register_load_state_dict_post_hook(forgive_frozen)
@@ -122,20 +122,15 @@ class PiDModule(LightningModule):
         )
 
     @property
-    def scale(self) -> int:
-        """Output side divided by the side of the encoder's input."""
-        return self.denoiser.geometry.scale
-
-    @property
-    def averaged_denoiser(self) -> PiD:
-        """The network for evaluation and export: the average if there is one."""
-        return self.denoiser_ema if self.denoiser_ema is not None else self.denoiser
+    def has_own_weights(self) -> bool:
+        """Whether it was fitted or restored, so that `init_from` is past."""
+        return self._num_past_steps is not None
 
     def setup(self, stage: str) -> None:
         """Check sizes and load pretrained weights, so that failures come before any work.
 
         Raises:
-            ValueError: see `prepare` and `check_strategy`.
+            Mistake: see `prepare` and `check_strategy`.
         """
         check_strategy(self.trainer.strategy)
         self.prepare(self.trainer.datamodule, stage)
@@ -149,10 +144,18 @@ class PiDModule(LightningModule):
         if self.trainer.precision == "64-true":  # Lightning casts after it restores a checkpoint
             self.double()
         self._load_native_decoder()
-        restores = self.has_own_weights or self.trainer.ckpt_path is not None
-        if self.init_from is not None and not restores:
-            initialise_from(self, self.init_from)
-        self.has_own_weights |= stage == "fit"
+        if self.init_from is not None and not self.has_own_weights and not self.trainer.ckpt_path:
+            self._start_from(self.init_from)
+        if stage == "fit" and not self.has_own_weights:
+            self._num_past_steps = 0
+
+    def _start_from(self, path: str) -> None:
+        fits = self.trainer.state.fn == "fit"
+        found = read_start(path, self.info, self.denoiser, fits)
+        self.denoiser.load_state_dict(self.denoiser.state_dict() | found.state)
+        self.student_times = None if fits else found.info.student_times
+        if self.image_size is None:
+            self.image_size = found.info.image_size
 
     def _load_native_decoder(self) -> None:
         """Give a new network's native decoder its published weights."""
@@ -164,16 +167,29 @@ class PiDModule(LightningModule):
     def num_trained_steps(self) -> int:
         """Steps that made the weights, also where a checkpoint is only tested or validated."""
         is_fit = self.trainer.state.fn == "fit"
-        return self.trainer.global_step if is_fit else self._num_past_steps
+        return self.trainer.global_step if is_fit else self._num_past_steps or 0
+
+    def begin_average(self) -> None:
+        """Attach `denoiser_ema`, a copy of the denoiser in fp32, unless there is one."""
+        if self.denoiser_ema is None:
+            average = copy.deepcopy(self.denoiser).float()
+            average.activation_checkpointing = False
+            self.denoiser_ema = average.requires_grad_(False)
+
+    def begin_distillation(self, distillation: Distillation, objective: Objective) -> None:
+        """Attach what distils the denoiser, in place of the teacher's objective."""
+        self.distillation, self.objective = distillation, objective
+        self.student_times = distillation.settings.student_times
 
     def _drop_what_no_callback_keeps(self) -> None:
         """Drop the average and the distillation of an earlier fit whose callbacks are gone."""
-        if self.ema_callback not in self.trainer.callbacks:
+        kept = {n for one in self.trainer.callbacks for n in getattr(one, "attaches", ())}
+        if "denoiser_ema" not in kept:
             self.denoiser_ema = None
-        if isinstance(self.objective, Callback) and self.objective not in self.trainer.callbacks:
-            self.objective, self.student_times = FlowMatching(), None
-            del self.fake_score, self.discriminator, self.teacher
-            self._freeze_untrained()  # DMD2 froze more
+        if self.distillation is not None and "distillation" not in kept:
+            self.distillation, self.student_times = None, None
+            self.objective = FlowMatching(self.denoiser, self.training_settings)
+            self._freeze_untrained()  # a distillation freezes more
 
     def _freeze_untrained(self) -> None:
         settings = self.training_settings
@@ -184,24 +200,14 @@ class PiDModule(LightningModule):
         """The part of `setup` that needs no trainer: the command line runs it before opening data.
 
         Raises:
-            ValueError: crops that are not whole patches and latent cells, guidance without text,
-                a baseline that the encoder or the file does not allow, or damaged weights of
-                LPIPS.
+            Mistake: crops that are not whole patches and latent cells; see `check_evaluation`.
             OSError: pretrained weights are not available.
         """
         if data is not None and stage != "predict":
             self.denoiser.check_size(data.image_size, data.image_size)
         if data is not None and stage == "fit":
             self.image_size = data.image_size
-        guided = self.evaluation.guidance_scale != 1
-        if guided and stage != "validate" and self.denoiser.text_embedding is None:
-            raise ValueError(
-                f"evaluation.guidance_scale: {self.evaluation.guidance_scale} guides by text, but "
-                "this network has no text stream; set it to 1."
-            )
-        if stage in ("fit", "test"):  # a fit may end with a test, hours later
-            read_baseline(self)
-            lpips_network(self.evaluation.lpips)
+        check_evaluation(self.evaluation, self.encoder, self.denoiser, stage)
         self.encoder.load()
         self.text_encoder.load()
 
@@ -227,12 +233,28 @@ class PiDModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the model description in the checkpoint."""
         checkpoint[weights.METADATA_KEY] = self.info.to_plain()
-        settings = dataclasses.asdict(self.training_settings)
-        checkpoint[TRAINING_KEY] = {name: settings[name] for name in OPTIMIZER_SETTINGS}
+        checkpoint[TRAINING_KEY] = optimizer_settings(self.training_settings)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another model's checkpoint; adopt its student times and its average."""
-        prepare_restoring(self, checkpoint)
+        """Refuse another model's checkpoint, and one of a fit with other callbacks; adopt its
+        student times and, for evaluation, its average. Its tensors are then loaded strictly."""
+        found = read_run(self.info, checkpoint)
+        if self._trainer is not None and self.trainer.state.fn == "fit":  # None: loaded by hand
+            averages = self.denoiser_ema is not None
+            check_resumes(found, self.training_settings, self.student_times, averages)
+            checkpoint["state_dict"] = found.state
+        else:
+            if found.is_averaged:
+                self.begin_average()
+            else:
+                self.denoiser_ema = None
+            ours = self.state_dict()  # of a distillation, what the checkpoint lacks is kept
+            taken = {name: v for name, v in ours.items() if name.startswith("distillation.")}
+            taken |= {name: v for name, v in found.state.items() if name in ours}
+            checkpoint["state_dict"] = taken
+        self.student_times = found.info.student_times
+        if self.image_size is None:
+            self.image_size = found.info.image_size
         self._num_past_steps = checkpoint.get("global_step", 0)
 
     # Training.
@@ -242,26 +264,14 @@ class PiDModule(LightningModule):
         """Whether Lightning steps the optimiser; the objective decides."""
         return self.objective.automatic_optimization
 
-    @torch.no_grad()
-    def encode(self, images: Tensor, captions: list[str]) -> tuple[Tensor, Tensor | None]:
-        """Clean normalised latents and caption features of pictures at the encoder's resolution."""
-        # Cloned because the adapter's backward pass cannot save inference tensors.
-        with torch.inference_mode():
-            latents = self.encoder.encode(images)
-            text = self.text_encoder.encode(captions)
-        return latents.clone(), None if text is None else text.clone()
-
-    def null_text(self, batch_size: int) -> Tensor | None:
-        """Features of an empty caption (B, L, D_text), or None if the null is learned."""
-        if self.denoiser.config.learned_null:
-            return None
-        return self.text_encoder.encode([""] * batch_size)
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         """One step of the objective."""
-        draw = partial(draw_sample, self, batch, "train")
+        networks = (self.encoder, self.text_encoder, self.denoiser)
+        draw = partial(draw_sample, batch, "train", *networks, self.training_settings)
         sample = draw() if self._side_stream is None else self._side_stream.run(draw)
-        return self.objective.training_step(self, sample)
+        loss, parts = self.objective.training_step(self, sample)
+        self.log_dict({f"train/{k}": v for k, v in parts.items()}, batch_size=len(sample.x0))
+        return loss
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
@@ -280,11 +290,6 @@ class PiDModule(LightningModule):
             self.log("train/images_per_second", rate)
         self._batch_end = now
 
-    def on_validation_epoch_end(self) -> None:
-        """Tell loggers the step of a checkpoint that is only validated, which they take to be 0."""
-        if self.trainer.state.fn == "validate":
-            self.log("step", float(self.num_trained_steps), sync_dist=True)
-
     def on_validation_end(self) -> None:
         """Exclude validation from the throughput."""
         self._batch_end = time.perf_counter()
@@ -295,21 +300,14 @@ class PiDModule(LightningModule):
         """Remember the steps for tests to come."""
         self._num_past_steps = self.trainer.global_step
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log the flow-matching loss of the average, with the same random draws every time."""
-        sample = draw_sample(self, batch, "validate")
-        _, parts = FlowMatching().losses(self, self.averaged_denoiser, sample, "validate")
-        parts = {f"validate/{name}": value for name, value in parts.items()}
-        self.log_dict(parts, batch_size=len(sample.x0), sync_dist=True, prog_bar=True)
-
     def configure_optimizers(self) -> Any:
         """The optimisers and schedules of the objective."""
-        return self.objective.configure_optimizers(self)
+        return self.objective.configure_optimizers(fused=self.trainer.precision != "16-mixed")
 
     @property
     def num_denoiser_updates(self) -> int:
         """Optimiser steps the denoiser has taken in this run."""
-        return self.objective.num_denoiser_updates(self)
+        return self.objective.num_denoiser_updates(self.trainer.global_step)
 
     def configure_gradient_clipping(
         self,
@@ -317,104 +315,6 @@ class PiDModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Log the gradient norm, then clip as the trainer is configured.
-
-        Lightning refuses to clip for fused optimisers, which unscale fp16 gradients themselves;
-        here they are only used when gradients are not scaled.
-        """
-        learning = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None])
-        is_own = any(p is learning[0] for p in self.denoiser.parameters())
-        self.log("train/gradient_norm" if is_own else "train/critics_gradient_norm", norm)
-        if gradient_clip_val and gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(learning, gradient_clip_val)
-        elif gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(learning, gradient_clip_val, norm)
-
-    def make_optimizer(self) -> torch.optim.Optimizer:
-        """The configured optimiser for the trainable parameters of the denoiser."""
-        fused = self.trainer.precision != "16-mixed"
-        return make_optimizer(self.denoiser, self.training_settings, fused)
-
-    def make_schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-        """Linear warm-up, then constant or a cosine to 0 (see `Training`)."""
-        settings = self.training_settings
-        return make_schedule(optimizer, settings.warmup_steps, settings.decay_steps)
-
-    # Sampling: test and prediction.
-
-    def decode(
-        self,
-        latents: Tensor,
-        latent_sigma: Tensor,
-        text: Tensor | None,
-        generators: list[torch.Generator],
-        steps: int | None = None,
-    ) -> Tensor:
-        """Pictures from latents by the averaged network and its own sampler.
-
-        Pictures larger than the trained size are decoded in tiles of that size.
-        """
-        height, width = output_size(self.denoiser, latents)
-        guided = self.evaluation.guidance_scale != 1.0
-        return decode_latents(
-            self.averaged_denoiser,
-            latents,
-            latent_sigma,
-            student_times=self.student_times,
-            time_shift=self.training_settings.time_shift,
-            steps=self.evaluation.steps if steps is None else steps,
-            text=text,
-            null_text=self.null_text(len(latents)) if guided else None,
-            guidance_scale=self.evaluation.guidance_scale,
-            generator=generators,
-            tile=trained_tile(self.denoiser, height, width, self.image_size),
-        )
-
-    def on_test_start(self) -> None:
-        """Start the report."""
-        self.report = Report(self)
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Decode the batch at every noise level, by PiD and by the native decoder.
-
-        The distributed sampler repeats pictures so that every process has the same number; the
-        repeats are left out.
-        """
-        rank, num_ranks = self.trainer.global_rank, self.trainer.world_size
-        own = [i for i, n in enumerate(batch["number"].tolist()) if n % num_ranks == rank]
-        if own:
-            self.report.add(
-                {
-                    key: values[own] if isinstance(values, Tensor) else [values[i] for i in own]
-                    for key, values in batch.items()
-                }
-            )
-
-    def on_test_end(self) -> None:
-        """Print the table and write it to the run's folder."""
-        self.report.finish()
-
-    def on_predict_start(self) -> None:
-        """Create the writer of the outputs."""
-        self.writer = PredictionWriter(self)
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Path]:
-        """Decode pictures or latents; returns the files written.
-
-        Raises:
-            SIGTERMException: the process was asked to end.
-        """
-        if self.trainer.received_sigterm:  # Lightning asks in its other loops only
-            raise SIGTERMException
-        return self.writer.write(batch)
-
-
-def check_strategy(strategy: Strategy) -> None:
-    """Raise ValueError for FSDP."""
-    if isinstance(strategy, FSDPStrategy):
-        raise ValueError(
-            "trainer.strategy: FSDP is not supported, since it would cut the network and its "
-            "average at different places, and takes no frozen encoder in bf16; use ddp, with "
-            "training.activation_checkpointing if memory is short."
-        )
+        """Clip as the trainer is configured and log the norm; a distillation does so itself."""
+        norm = clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self.log("train/gradient_norm", norm)
