@@ -15,9 +15,13 @@ _HOMES = {
     "DMD2": "training.callbacks",
     "DistillationGrids": "training.callbacks",
     "EMA": "training.callbacks",
+    "ENCODERS": "encoders.families",
+    "Encoder": "encoders.base",
     "Evaluation": "training.settings",
     "ImageData": "training.data.image_data",
+    "KNOWN_SPACES": "encoders.latent_spaces",
     "LanguageModelText": "encoders.text",
+    "LatentSpace": "encoders.latent_spaces",
     "PiD": "nn",
     "PiDAutoencoder": "decoding.diffusers_vae",
     "PiDConfig": "nn",
@@ -26,6 +30,8 @@ _HOMES = {
     "SigLIPPiD": "training.modules",
     "Training": "training.settings",
     "VAEPiD": "training.modules",
+    "cache_captions": "encoders.text_cache",
+    "read_picture": "pictures.files",
     "stop_early": "decoding.early_stop",
 }
 

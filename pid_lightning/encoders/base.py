@@ -5,7 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
+
+from pid_lightning.checks import Mistake
 
 
 class Encoder(nn.Module, ABC):
@@ -57,9 +60,32 @@ class Encoder(nn.Module, ABC):
         return not any(parameter.is_meta for parameter in self.parameters())
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return next(self.parameters()).dtype
+
+    @property
     def has_decoder(self) -> bool:
         """Whether `decode` is available, that is, defined by the subclass."""
         return type(self).decode is not Encoder.decode
+
+    def check_loaded(self, inputs: Tensor | None = None) -> None:
+        """Raise RuntimeError if there are no weights, unless the inputs are shapes only, too."""
+        if not self.loaded and (inputs is None or not inputs.is_meta):
+            raise RuntimeError(f"{type(self).__name__} has no weights yet: call load() first.")
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise `Mistake` unless images are (B, 3, H, W) with sides that are multiples of
+        `latent_stride`, and RuntimeError if there are no weights."""
+        sides = images.shape[-2:]
+        fits = images.ndim == 4 and images.shape[1] == 3 and all(sides)
+        if not fits or any(side % self.latent_stride for side in sides):
+            raise Mistake(
+                "images",
+                f"shape {tuple(images.shape)} is not (B, 3, H, W) with sides that are multiples of "
+                f"{self.latent_stride}; give RGB, channels first, cropped or padded.",
+            )
+        self.check_loaded(images)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Encoder:
         """Move or cast; before `load` do nothing."""

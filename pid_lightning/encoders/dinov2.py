@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pid_lightning.checks import Mistake
 from pid_lightning.encoders.pretrained import find_weights
 from pid_lightning.encoders.vit import STRIDE, ViTEncoder, build_vit
 from pid_lightning.files.tensors import read_tensors
@@ -29,7 +30,7 @@ class DINOv2Encoder(ViTEncoder):
 
     Raises:
         FileNotFoundError: the checkpoint or statistics file does not exist.
-        ValueError: the model is not a timm vision transformer, or the statistics do not fit it.
+        Mistake: the model is not a timm vision transformer, or the statistics do not fit it.
     """
 
     image_mean = (0.485, 0.456, 0.406)
@@ -43,8 +44,9 @@ class DINOv2Encoder(ViTEncoder):
         checkpoint: str | None = None,
         statistics: str | None = None,
     ) -> None:
-        network = build_vit(model, pretrained, {})
-        super().__init__(model, network, pretrained, checkpoint, network.reg_token is not None)
+        network = build_vit(model, pretrained)
+        super().__init__(model, network, checkpoint)
+        self.antialias_positions = network.reg_token is not None
         # Not buffers, so that the statistics stay float32 when the encoder is cast.
         self.statistics = None if statistics is None else self._read_statistics(statistics)
         self.latent_space = "dinov2" if statistics is None else "dinov2-normalised"
@@ -53,32 +55,27 @@ class DINOv2Encoder(ViTEncoder):
         if self.statistics is None:
             return latents
         mean, var = (s.to(latents.device, latents.dtype) for s in self.statistics)
-        grid = tuple(latents.shape[-2:])
-        if tuple(mean.shape[-2:]) not in ((1, 1), grid):
-            raise ValueError(
-                f"statistics: a grid of {tuple(mean.shape[-2:])} cells does not fit the images' "
-                f"{grid}; use images of {tuple(STRIDE * s for s in mean.shape[-2:])} pixels "
-                "or per-channel statistics."
+        grid = tuple(mean.shape[-2:])
+        if grid not in ((1, 1), tuple(latents.shape[-2:])):
+            raise Mistake(
+                "statistics",
+                f"a grid of {grid} cells does not fit the images' {tuple(latents.shape[-2:])}; use "
+                f"images of {tuple(STRIDE * s for s in grid)} pixels or per-channel statistics.",
             )
         return (latents - mean) / torch.sqrt(var + STATISTICS_EPS)
 
-    def _read_statistics(self, path: str) -> tuple[Tensor, Tensor]:
-        tensors = read_tensors(find_weights(path))
-        if not {"mean", "var"} <= set(tensors):
-            raise ValueError(
-                f"statistics: {path} holds {sorted(tensors)}; it needs the keys mean and var."
+    def _read_statistics(self, path: str) -> list[Tensor]:
+        """Mean and variance, (C, h, w) or (C, 1, 1)."""
+        tensors = read_tensors(find_weights("statistics", path))
+        tables = [tensors[key].float() for key in ("mean", "var") if key in tensors]
+        tables = [table[0] if table.ndim == 4 and len(table) == 1 else table for table in tables]
+        tables = [table[:, None, None] if table.ndim == 1 else table for table in tables]
+        fits = [table.ndim == 3 and len(table) == self.latent_channels for table in tables]
+        if fits != [True, True]:
+            found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+            raise Mistake(
+                "statistics",
+                f"{path} holds {found}; it needs mean and var, each ({self.latent_channels},) or "
+                f"({self.latent_channels}, h, w).",
             )
-        statistics = []
-        for key in ("mean", "var"):
-            table = tensors[key].float()
-            if table.ndim == 4 and table.shape[0] == 1:
-                table = table[0]
-            if table.ndim == 1:
-                table = table[:, None, None]
-            if table.ndim != 3 or table.shape[0] != self.latent_channels:
-                raise ValueError(
-                    f"statistics: {key} in {path} has shape {tuple(tensors[key].shape)}; "
-                    f"it must be ({self.latent_channels},) or ({self.latent_channels}, h, w)."
-                )
-            statistics.append(table)  # (C, h, w) or (C, 1, 1)
-        return statistics[0], statistics[1]
+        return tables

@@ -1,26 +1,36 @@
-"""Selection of the encoder that a model was trained with."""
+"""The encoders by latent family: what a model file's family name stands for."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from pid_lightning.checks import Mistake
 from pid_lightning.encoders.base import Encoder
+from pid_lightning.encoders.dinov2 import DINOv2Encoder
+from pid_lightning.encoders.siglip import SigLIPEncoder
+from pid_lightning.encoders.vae import build_vae_encoder
 from pid_lightning.files.models import ModelInfo
+
+# How to build the encoder of a family, named after the LightningModule that trains it. For a
+# family of your own, write `ENCODERS["MyPiD"] = MyEncoder` beside its encoder: nothing is ever
+# imported because a model file names it.
+ENCODERS: dict[str, Callable[..., Encoder]] = {
+    "DINOv2PiD": DINOv2Encoder,
+    "SigLIPPiD": SigLIPEncoder,
+    "VAEPiD": build_vae_encoder,
+}
 
 
 def build_encoder(info: ModelInfo) -> Encoder:
     """The encoder whose latents a model decodes, without its weights loaded.
 
     Raises:
-        ValueError: the family is not one of this package.
+        Mistake: no encoder is known for the family.
     """
-    if info.family == "VAEPiD":
-        from pid_lightning.encoders.vae import build_vae_encoder as build
-    elif info.family == "DINOv2PiD":
-        from pid_lightning.encoders.dinov2 import DINOv2Encoder as build
-    elif info.family == "SigLIPPiD":
-        from pid_lightning.encoders.siglip import SigLIPEncoder as build
-    else:
-        raise ValueError(
-            f"family: {info.family} is not one of VAEPiD, DINOv2PiD and SigLIPPiD; pass its "
-            "encoder to PiDDecoder or decode latents."
+    if info.family not in ENCODERS:
+        raise Mistake(
+            "family",
+            f"{info.family} is not one of {', '.join(ENCODERS)}; import the file that adds its "
+            "encoder to pid_lightning.ENCODERS, pass the encoder to PiDDecoder, or decode latents.",
         )
-    return build(**info.encoder)
+    return ENCODERS[info.family](**info.encoder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from pid_lightning.checks import Mistake
 from pid_lightning.encoders.flux2_statistics import FLUX2_MEAN, FLUX2_VARIANCE
 
 # Normalised latents have a standard deviation near 1. Outside these bounds, a missing or doubled
@@ -46,9 +47,10 @@ class LatentSpace:
     def __post_init__(self) -> None:
         for field, numbers in (("shift", self.shift), ("scale", self.scale)):
             if len(numbers) not in (1, self.channels):
-                raise ValueError(
-                    f"{field}: {len(numbers)} values do not fit the {self.channels} channels of "
-                    f"latent space {self.name!r}; give 1 or {self.channels}."
+                raise Mistake(
+                    field,
+                    f"{len(numbers)} values do not fit the {self.channels} channels of latent "
+                    f"space {self.name!r}; give 1 or {self.channels}.",
                 )
 
     def normalise(self, raw: Tensor) -> Tensor:
@@ -62,53 +64,47 @@ class LatentSpace:
             Latents (B, C, h, w).
 
         Raises:
-            ValueError: the shape does not fit this space.
+            Mistake: the shape does not fit this space.
         """
-        raw = _drop_frame_axis(raw)
-        self._check_channels(raw, self.channels // self.packing**2, "raw")
-        latents = pack(raw, self.packing)
-        shift, scale = self._shift_and_scale(latents)
-        return ((_at_least_float32(latents) - shift) * scale).to(raw.dtype)
+        raw = self._checked(raw, self.packing)
+        shift, scale = self._shift_and_scale(raw)
+        return ((pack(raw, self.packing) - shift) * scale).to(raw.dtype)
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """Inverse of `normalise`: latents (B, C, h, w) to (B, C/packing^2, h*packing, w*packing).
 
         Raises:
-            ValueError: the shape does not fit this space.
+            Mistake: the shape does not fit this space.
         """
-        latents = _drop_frame_axis(latents)
-        self._check_channels(latents, self.channels, "normalised")
+        latents = self._checked(latents, packing=1)
         shift, scale = self._shift_and_scale(latents)
-        raw = _at_least_float32(latents) / scale + shift
-        return unpack(raw.to(latents.dtype), self.packing)
+        return unpack((latents / scale + shift).to(latents.dtype), self.packing)
 
-    def _shift_and_scale(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = _at_least_float32(latents).dtype
-        shift = torch.tensor(self.shift, dtype=dtype, device=latents.device)
-        scale = torch.tensor(self.scale, dtype=dtype, device=latents.device)
-        return shift.view(1, -1, 1, 1), scale.view(1, -1, 1, 1)
+    def _shift_and_scale(self, latents: Tensor) -> Iterator[Tensor]:
+        """(1, C or 1, 1, 1) each, in at least float32, in which latents are then computed."""
+        dtype = torch.promote_types(latents.dtype, torch.float32)
+        for numbers in (self.shift, self.scale):
+            yield torch.tensor(numbers, dtype=dtype, device=latents.device).view(1, -1, 1, 1)
 
-    def _check_channels(self, latents: Tensor, channels: int, state: str) -> None:
-        if latents.ndim != 4 or latents.shape[1] != channels:
-            raise ValueError(
-                f"latents: shape {tuple(latents.shape)} does not fit {state} latents of the space "
-                f"{self.name!r}; give (B, {channels}, h, w)."
+    def _checked(self, latents: Tensor, packing: int) -> Tensor:
+        """Latents (B, C, h, w), from (B, C, 1, h, w) too, that fit this space before `packing`."""
+        channels = self.channels // packing**2
+        cells = latents[:, :, 0] if latents.ndim == 5 and latents.shape[2] == 1 else latents
+        fits = cells.ndim == 4 and cells.shape[1] == channels
+        if not fits or any(side % packing for side in cells.shape[2:]):
+            raise Mistake(
+                "latents",
+                f"shape {tuple(latents.shape)} does not fit the space {self.name!r}; give "
+                f"(B, {channels}, h, w), h and w being multiples of {packing}, or one frame of it.",
             )
+        return cells
 
 
 def pack(raw: Tensor, packing: int = 2) -> Tensor:
     """Fold packing x packing cells into channels, ``channel*packing^2 + row*packing + col``.
 
-    FLUX.2's layout: (B, 32, 2h, 2w) to (B, 128, h, w).
-
-    Raises:
-        ValueError: a side is not a multiple of `packing`.
+    FLUX.2's layout: (B, 32, 2h, 2w) to (B, 128, h, w). Sides are multiples of `packing`.
     """
-    if raw.shape[-2] % packing or raw.shape[-1] % packing:
-        raise ValueError(
-            f"latents: {raw.shape[-2]} x {raw.shape[-1]} cells cannot be packed {packing} x "
-            f"{packing}; crop both sides to multiples of {packing}."
-        )
     return rearrange(
         raw, "b c (h row) (w col) -> b (c row col) h w", row=packing, col=packing
     )  # (B, C*packing^2, h, w)
@@ -202,7 +198,7 @@ def space_of(vae: nn.Module) -> LatentSpace:
             are read from its weights; on the meta device they are 0 and 1, with correct geometry.
 
     Raises:
-        ValueError: the autoencoder's class is not supported.
+        Mistake: the autoencoder's class is not supported.
     """
     name = type(vae).__name__
     if name == "AutoencoderKL":
@@ -215,9 +211,10 @@ def space_of(vae: nn.Module) -> LatentSpace:
         if mean.is_meta:
             mean, var = [0.0] * len(mean), [1.0] * len(mean)
         return flux2_space(mean, var, vae.config.batch_norm_eps, stride)
-    raise ValueError(
-        f"vae: class {name} is not supported because its latent space is unknown; use one of "
-        f"{', '.join(SUPPORTED_CLASSES)}."
+    raise Mistake(
+        "vae",
+        f"class {name} is not supported because its latent space is unknown; use one of "
+        f"{', '.join(SUPPORTED_CLASSES)}.",
     )
 
 
@@ -268,18 +265,3 @@ def _close(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return len(a) == len(b) and all(
         math.isclose(x, y, rel_tol=1e-5, abs_tol=1e-7) for x, y in zip(a, b, strict=True)
     )
-
-
-def _drop_frame_axis(latents: Tensor) -> Tensor:
-    if latents.ndim != 5:
-        return latents
-    if latents.shape[2] != 1:
-        raise ValueError(
-            f"latents: shape {tuple(latents.shape)} has {latents.shape[2]} frames; give one frame, "
-            "(B, C, 1, h, w) or (B, C, h, w)."
-        )
-    return latents[:, :, 0]
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""What encoders share: finding pretrained weights, or random ones on purpose, and input checks."""
+"""Weights of the encoders: where to find them, or random ones on purpose."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -19,49 +18,56 @@ WEIGHT_FILES = (
 )
 
 
-def find_weights(path: str) -> Path:
-    """The weights file at `path`, or in the folder at `path`.
+def find_weights(option: str, path: str) -> Path:
+    """The weights file at the path that an option names, or in the folder at that path.
 
     Raises:
         FileNotFoundError: there is none.
     """
     place = Path(os.path.expanduser(path))
-    if place.is_file():
-        return place
-    for name in WEIGHT_FILES:
-        if (place / name).is_file():
-            return place / name
-    what = f"holds none of {', '.join(WEIGHT_FILES)}" if place.is_dir() else "does not exist"
-    raise FileNotFoundError(f"{path} {what}: give a weights file or the folder that holds it.")
-
-
-def unreachable_weights(what: str, cure: str, reason: Exception | None) -> OSError:
-    """The error for weights that are not available."""
-    return OSError(
-        f"The weights of {what} are not available ({first_line(reason)}): connect to the hub (and "
-        f"log in where the licence requires it), or set {cure}, or set pretrained: false to run "
-        "with random weights on purpose."
+    for file in (place, *(place / name for name in WEIGHT_FILES)):
+        if file.is_file():
+            return file
+    raise FileNotFoundError(
+        f"{option}: {path} is no file, nor a folder with one of {', '.join(WEIGHT_FILES)}; give a "
+        "weights file or the folder that holds it."
     )
 
 
 @contextmanager
-def random_weights() -> Iterator[None]:
-    """Give networks built inside the same random weights every time.
+def reaching(what: str, cure: str) -> Iterator[None]:
+    """Say how to mend it if the weights that are loaded inside are not available.
 
-    Checkpoints do not hold encoders, so a random one must be reproducible.
+    Raises:
+        OSError: they are not.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # the forked one: the global state is restored
+    try:
         yield
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"The weights of {what} are not available ({first_line(error)}): connect to the hub "
+            f"(and log in where the licence requires it), or {cure}."
+        ) from error
 
 
-def warn_random_weights(what: str) -> None:
-    """Warn that an encoder's latents are meaningless."""
+@contextmanager
+def building(what: str, pretrained: bool) -> Iterator[None]:
+    """Build networks inside: on the meta device if weights follow, else with random ones, and warn.
+
+    Those are the same every time, because checkpoints do not hold encoders.
+    """
+    if pretrained:
+        with torch.device("meta"):
+            yield
+        return
     warnings.warn(
         f"pretrained: false gives the {what} random weights: its latents carry no meaning, which "
         "is good for trying things out only.",
-        stacklevel=3,
+        stacklevel=4,
     )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # the forked one: the global state is restored
+        yield
 
 
 def first_line(error: BaseException | None) -> str:
@@ -70,23 +76,3 @@ def first_line(error: BaseException | None) -> str:
         error = error.__cause__ or error.__context__
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].split(". ")[0][:160].rstrip(".: ")
-
-
-def check_loaded(network: nn.Module, inputs: Tensor | None, name: str) -> None:
-    """Raise RuntimeError if a network without weights (on the meta device) is to compute."""
-    if next(network.parameters()).is_meta and not (inputs is not None and inputs.is_meta):
-        raise RuntimeError(f"The encoder {name!r} has no weights yet: call load() first.")
-
-
-def check_images(images: Tensor, stride: int) -> None:
-    """Raise ValueError unless images are (B, 3, H, W) with sides that are multiples of stride."""
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(
-            f"Images of shape {tuple(images.shape)} are not (B, 3, H, W); give RGB, channels first."
-        )
-    height, width = images.shape[-2:]
-    if height % stride or width % stride or not height or not width:
-        raise ValueError(
-            f"Pictures of {height} x {width} pixels do not fit this encoder: both sides must be "
-            f"multiples of {stride}; crop or pad them."
-        )

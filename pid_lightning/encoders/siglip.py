@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ class SigLIPEncoder(ViTEncoder):
 
     Raises:
         FileNotFoundError: the checkpoint does not exist.
-        ValueError: neither library knows the name, or it is not a SigLIP tower.
+        Mistake: neither library knows the name, or it is not a SigLIP tower.
     """
 
     image_mean = (0.5, 0.5, 0.5)
@@ -47,12 +46,15 @@ class SigLIPEncoder(ViTEncoder):
         pretrained: bool = True,
         checkpoint: str | None = None,
     ) -> None:
-        tower, image_size = find_tower(model)
-        options: dict[str, object] = {"global_pool": "", "act_layer": ACTIVATION}
-        if image_size is not None:
-            options["img_size"] = image_size
-        network = build_vit(tower, pretrained, options)
-        super().__init__(model, network, pretrained, checkpoint, antialias_positions=False)
+        import open_clip
+
+        siglips = [name for name in open_clip.list_models() if "siglip" in name.lower()]
+        tower, options = model, {"global_pool": "", "act_layer": ACTIVATION}
+        if model in siglips:
+            vision = open_clip.get_model_config(model)["vision_cfg"]
+            tower, options["img_size"] = vision["timm_model_name"], vision["image_size"]
+        network = build_vit(tower, pretrained, options, siglips)
+        super().__init__(model, network, checkpoint)
         self.tower = tower
         tag = network.pretrained_cfg.get("tag") or ""
         second = "siglip2" in model.lower() or (tower == model and tag.startswith("v2"))
@@ -79,35 +81,3 @@ class SigLIPEncoder(ViTEncoder):
 
         tags = open_clip.list_pretrained_tags_by_model(self.model)
         return open_clip.get_pretrained_cfg(self.model, tags[0]) if tags else {}
-
-
-def find_tower(model: str) -> tuple[str, int | None]:
-    """timm's name of an image tower and its image size in open_clip (None: timm's default).
-
-    Raises:
-        ValueError: neither open_clip nor timm knows `model`, or its tower is not from timm.
-    """
-    import open_clip
-    import timm
-
-    config = open_clip.get_model_config(model) if model in open_clip.list_models() else None
-    if config is not None:
-        vision = config["vision_cfg"]
-        if "timm_model_name" not in vision:
-            raise ValueError(
-                f"model: open_clip's {model!r} is not a SigLIP; use one of {_open_clip_names()}."
-            )
-        return vision["timm_model_name"], vision["image_size"]
-    if timm.is_model(model):
-        return model, None
-    close = difflib.get_close_matches(model, _open_clip_names(), n=3, cutoff=0.0)
-    raise ValueError(
-        f"model: neither open_clip nor timm has an image encoder {model!r}; did you mean "
-        f"{', '.join(close)} (or a timm name like vit_so400m_patch14_siglip_224.v2_webli)?"
-    )
-
-
-def _open_clip_names() -> list[str]:
-    import open_clip
-
-    return [name for name in open_clip.list_models() if "SigLIP" in name]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pid_lightning.encoders.base import Encoder
-from pid_lightning.encoders.pretrained import check_images, check_loaded
 from pid_lightning.encoders.small_autoencoder import SmallAutoencoder
 from pid_lightning.files.atomic import replaced_file
 from pid_lightning.files.tensors import fill, opened_safetensors, read_tensors
@@ -57,15 +56,14 @@ class SmallVAE(Encoder):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) in [-1, 1] as normalised latents (B, C, h, w)."""
-        check_images(images, self.latent_stride)
-        check_loaded(self.network, images, "small autoencoder")
+        self.check_images(images)
         pixels = images.to(next(self.network.parameters()).dtype)
         return self.network.encode(pixels).to(images.dtype)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode normalised latents (B, C, h, w) to images (B, 3, h*stride, w*stride)."""
-        check_loaded(self.network, latents, "small autoencoder")
+        self.check_loaded(latents)
         raw = latents.to(next(self.network.parameters()).dtype)
         return self.network.decode(raw).to(latents.dtype)
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.latent_spaces import pack, unpack
-from pid_lightning.encoders.pretrained import check_images, check_loaded
 from pid_lightning.files.tensors import fill, read_tensors
 from pid_lightning.nn.taef2 import LATENT_CHANNELS, STRIDE, TAEF2Decoder, TAEF2Encoder
 
@@ -53,16 +52,15 @@ class TAEF2(Encoder):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) in [-1, 1] as normalised latents (B, 128, H/16, W/16)."""
-        check_images(images, self.latent_stride)
-        check_loaded(self.network, images, "taef2")
-        pixels = ((images + 1) / 2).to(next(self.network.parameters()).dtype)
+        self.check_images(images)
+        pixels = ((images + 1) / 2).to(self.dtype)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         return pack(self.network["encoder"](pixels)).to(images.dtype)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode normalised latents (B, 128, h, w) to images (B, 3, 16h, 16w)."""
-        check_loaded(self.network, latents, "taef2")
-        raw = unpack(latents).to(next(self.network.parameters()).dtype)
+        self.check_loaded(latents)
+        raw = unpack(latents).to(self.dtype)
         raw = raw.contiguous(memory_format=torch.channels_last)
         return (self.network["decoder"](raw) * 2 - 1).to(latents.dtype)

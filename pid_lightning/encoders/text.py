@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from pid_lightning.checks import check_choice
+from pid_lightning.checks import Mistake, check_at_least, check_choice
+from pid_lightning.encoders.pretrained import reaching
 
 if TYPE_CHECKING:
     from pid_lightning.nn import PiDConfig
@@ -27,6 +28,11 @@ class TextEncoder(nn.Module, ABC):
 
     text_width: int
     description: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Follows `.to(device)`: where what is loaded later goes.
+        self.register_buffer("place", torch.empty(0), persistent=False)
 
     @abstractmethod
     def load(self) -> None:
@@ -63,27 +69,30 @@ def check_text(encoder: TextEncoder, config: PiDConfig, caption_dropout: float) 
     """Check that a denoiser can be trained with an encoder's features.
 
     Raises:
-        ValueError: features of another width, captions shorter than the learned null that replaces
+        Mistake: features of another width, captions shorter than the learned null that replaces
             some, or neither captions nor a null.
     """
     silent = isinstance(encoder, NoText)
-    if not silent and config.text_length and encoder.text_width != config.text_width:
-        raise ValueError(
-            f"text: its features are {encoder.text_width} wide, but the denoiser's text_width is "
-            f"{config.text_width}; set model.denoiser.text_width to {encoder.text_width}."
-        )
     length = getattr(encoder, "length", None)  # cached captions tell theirs when they are read
     uses_null = config.learned_null and caption_dropout > 0
-    if length is not None and uses_null and length < config.text_length:
-        raise ValueError(
-            f"text: {length} tokens a caption, but the learned null has text_length "
+    if not silent and config.text_length and encoder.text_width != config.text_width:
+        sentence = (
+            f"its features are {encoder.text_width} wide, but the denoiser's text_width is "
+            f"{config.text_width}; set model.denoiser.text_width to {encoder.text_width}."
+        )
+    elif length is not None and uses_null and length < config.text_length:
+        sentence = (
+            f"{length} tokens a caption, but the learned null has text_length "
             f"{config.text_length}; set model.denoiser.text_length to {length}."
         )
-    if silent and config.text_length and not config.learned_null:
-        raise ValueError(
-            "text: a denoiser without a learned null, as in the published weights, needs "
-            "caption features; give model.text, or set model.denoiser.learned_null to true."
+    elif silent and config.text_length and not config.learned_null:
+        sentence = (
+            "a denoiser without a learned null, as in the published weights, needs caption "
+            "features; give model.text, or set model.denoiser.learned_null to true."
         )
+    else:
+        return
+    raise Mistake("text", sentence)
 
 
 class LanguageModelText(TextEncoder):
@@ -112,9 +121,8 @@ class LanguageModelText(TextEncoder):
         dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
     ) -> None:
         super().__init__()
-        if length < 2:
-            raise ValueError(f"text length: {length} is too short; give at least 2.")
-        check_choice("text dtype", dtype, ("float32", "bfloat16", "float16"))
+        check_at_least("length", length, 2)
+        check_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
         self.model, self.prefix, self.length = model, prefix, length
         self.text_width, self.dtype = text_width, dtype
         digest = hashlib.sha256(prefix.encode()).hexdigest()[:8]
@@ -127,41 +135,37 @@ class LanguageModelText(TextEncoder):
 
         Raises:
             OSError: they are not available.
-            ValueError: the hidden size is not `text_width`, or the tokenizer cannot pad.
+            Mistake: the hidden size is not `text_width`.
         """
         if self.transformer is not None:
             return
         from transformers import AutoModel, AutoTokenizer
 
-        try:
+        with reaching(
+            f"language model {self.model!r}",
+            "give a local folder with its weights and tokenizer, or train without captions "
+            "(text: null)",
+        ):
             tokenizer = AutoTokenizer.from_pretrained(self.model)
             transformer = AutoModel.from_pretrained(self.model, dtype=getattr(torch, self.dtype))
-        except (OSError, ValueError) as error:
-            raise OSError(
-                f"language model {self.model!r} is not available ({str(error).splitlines()[0]}): "
-                "give a local folder with its weights and tokenizer, log in to the hub where its "
-                "licence requires it, or train without captions (text: null)."
-            ) from error
-        if transformer.config.hidden_size != self.text_width:
-            raise ValueError(
-                f"language model {self.model!r} is {transformer.config.hidden_size} wide, "
-                f"not {self.text_width}: set text_width to that."
+        hidden_size = transformer.config.hidden_size
+        if hidden_size != self.text_width:
+            raise Mistake(
+                "text_width",
+                f"{self.text_width} is not that of language model {self.model!r}; give "
+                f"{hidden_size}.",
             )
-        if tokenizer.pad_token is None:
-            raise ValueError(f"the tokenizer of {self.model!r} has no padding token; set one.")
         tokenizer.padding_side = tokenizer.truncation_side = "right"
         self.tokenizer = tokenizer
-        self.transformer = transformer.eval().requires_grad_(False)
+        self.transformer = transformer.to(self.place.device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> Tensor:
         """Encode B captions as features (B, length, D_text) in `dtype`, regardless of autocast.
 
-        Raises:
-            RuntimeError: `load` has not been called.
+        Loads the model if that has not been done.
         """
-        if self.transformer is None:
-            raise RuntimeError(f"language model {self.model!r} is not loaded; call load() first.")
+        self.load()
         num_tokens = self.length
         if self.prefix:
             num_tokens += len(self.tokenizer(self.prefix)["input_ids"]) - 2

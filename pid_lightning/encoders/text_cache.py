@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pid_lightning.checks import Mistake
 from pid_lightning.encoders.text import TextEncoder
 from pid_lightning.files.atomic import replaced_file
 from pid_lightning.files.tensors import opened_safetensors, read_tensors
@@ -29,7 +30,7 @@ def cache_captions(
     one folder, and running it again resumes a stopped one.
 
     Args:
-        encoder: makes features, e.g. `LanguageModelText`; loaded, unless all captions are stored.
+        encoder: makes features, e.g. `LanguageModelText`; not loaded if all are stored.
         captions: what to encode; stored ones are skipped. Include "" for pictures without one.
         path: the folder, created if missing.
         batch_size: captions per batch.
@@ -38,7 +39,7 @@ def cache_captions(
         The number of captions newly stored.
 
     Raises:
-        ValueError: the folder holds another encoder's features, or `encoder` makes none.
+        Mistake: the folder holds another encoder's features.
     """
     from safetensors.torch import save_file
 
@@ -51,18 +52,14 @@ def cache_captions(
         with opened_safetensors(file) as stored:
             found = (stored.metadata() or {}).get("encoder")
         if found != encoder.description:
-            raise ValueError(
-                f"{path} holds caption features of {found}, not of {encoder.description}: "
-                "name another folder, or remove this one."
+            raise Mistake(
+                "path",
+                f"{path} holds caption features of {found}, not of {encoder.description}; name "
+                "another folder, or remove this one.",
             )
     for start in range(0, len(missing), batch_size):
         batch = missing[start : start + batch_size]
-        features = encoder.encode(batch)
-        if features is None:
-            raise ValueError(
-                f"{type(encoder).__name__} makes no features to cache; use LanguageModelText."
-            )
-        for caption, feature in zip(batch, features, strict=True):
+        for caption, feature in zip(batch, encoder.encode(batch), strict=True):
             metadata = {"caption": caption, "encoder": encoder.description}
             with replaced_file(cache_file(path, caption)) as temporary:
                 save_file({"features": feature.cpu().contiguous()}, temporary, metadata)
@@ -82,8 +79,6 @@ class CachedText(TextEncoder):
         self.path = path
         self.text_width = text_width
         self.description = f"cache {path}"
-        # Follows `.to(device)`, so that features are returned on the denoiser's device.
-        self.register_buffer("place", torch.empty(0), persistent=False)
 
     def load(self) -> None:
         """Check that the folder exists.
@@ -91,36 +86,36 @@ class CachedText(TextEncoder):
         Raises:
             FileNotFoundError: it does not.
         """
-        if not Path(self.path).is_dir():
-            raise FileNotFoundError(
-                f"text cache {self.path} does not exist: create it with "
-                "pid_lightning.encoders.text_cache.cache_captions(encoder, captions, path)."
-            )
+        self._check_present(Path(self.path), "the folder")
 
     def encode(self, captions: list[str]) -> Tensor:
-        """Read features (B, L, D_text), in their stored dtype.
+        """Read features (B, L, D_text), in their stored dtype, to where the encoder was moved.
 
         Raises:
             FileNotFoundError: a caption is not in the cache.
-            ValueError: features of another width, or of different lengths L.
+            Mistake: features of another width, or of different lengths L.
         """
         features = [self._read(caption) for caption in captions]
         shapes = sorted({tuple(feature.shape) for feature in features})
         if len(shapes) > 1 or shapes[0][-1] != self.text_width:
-            raise ValueError(
-                f"text cache {self.path} holds features of shapes {shapes}, expected one length "
-                f"and width {self.text_width}: set text_width, or cache all with one encoder."
+            raise Mistake(
+                "text_width",
+                f"{self.path} holds features of shapes {shapes} instead of one length and width "
+                f"{self.text_width}; set text_width, or cache all with one encoder.",
             )
         return torch.stack(features).to(self.place.device)
 
     def _read(self, caption: str) -> Tensor:
         file = cache_file(self.path, caption)
-        if not file.exists():
-            raise FileNotFoundError(
-                f"caption {caption!r} is not in the text cache {self.path}: add it with "
-                "pid_lightning.encoders.text_cache.cache_captions(encoder, captions, path)."
-            )
+        self._check_present(file, f"caption {caption!r}")
         return read_tensors(file)["features"]
+
+    def _check_present(self, path: Path, what: str) -> None:
+        if not path.exists():
+            raise FileNotFoundError(
+                f"text cache {self.path}: {what} is not there; add it with "
+                "pid_lightning.cache_captions(encoder, captions, path)."
+            )
 
 
 def encode_prompts(
@@ -135,19 +130,19 @@ def encode_prompts(
     Args:
         encoder: the decoder's text encoder; None reads from the cache only.
         prompts: B prompts.
-        text_width: width D_text that the denoiser expects.
+        text_width: width D_text that the denoiser expects of a cache.
         cache: folder of `cache_captions`; new prompts are added to it.
         device: where the encoder is moved and runs; None leaves it where it is.
 
     Raises:
-        ValueError: no encoder for a prompt that is not cached, one of another width, or a cache of
-            another one.
+        Mistake: no encoder for a prompt that is not cached, or a cache of another encoder.
     """
     missing = [p for p in prompts if cache is None or not cache_file(cache, p).exists()]
     if missing and encoder is None:
-        raise ValueError(
-            f"prompt: {missing[0]!r} needs a language model: set decoder.text_encoder, e.g. to "
-            "pid_lightning.LanguageModelText, or give text features or a cache that has it."
+        raise Mistake(
+            "prompt",
+            f"{missing[0]!r} needs a language model; set decoder.text_encoder, e.g. to "
+            "pid_lightning.LanguageModelText, or give text features or a cache that has it.",
         )
     if missing:
         encoder.load()
@@ -156,11 +151,4 @@ def encode_prompts(
         if encoder is not None:  # even if nothing is missing: it compares what made the features
             cache_captions(encoder, prompts, cache)
         return CachedText(str(cache), text_width).encode(prompts)
-    features = encoder.encode(prompts)
-    if features is None or features.shape[-1] != text_width:
-        made = "no features" if features is None else f"features {features.shape[-1]} wide"
-        raise ValueError(
-            f"prompt: text_encoder makes {made}, but this model expects {text_width}; use the "
-            "encoder it was trained with."
-        )
-    return features
+    return encoder.encode(prompts)

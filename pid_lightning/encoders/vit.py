@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,16 +11,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from pid_lightning.checks import Mistake
 from pid_lightning.encoders.base import Encoder
-from pid_lightning.encoders.pretrained import (
-    check_images,
-    check_loaded,
-    find_weights,
-    first_line,
-    random_weights,
-    unreachable_weights,
-    warn_random_weights,
-)
+from pid_lightning.encoders.pretrained import building, find_weights, first_line, reaching
 from pid_lightning.files.tensors import fill, read_tensors
 
 STRIDE = 16  # pixels per token, because images are resized by patch/16 before the transformer
@@ -37,38 +31,22 @@ class ViTEncoder(Encoder):
     Args:
         model: the name given by the user, for messages.
         network: from `build_vit`.
-        pretrained: whether `load` loads weights.
         checkpoint: weights file, or a folder that contains one; None downloads from the hub.
-        antialias_positions: whether resampling the position table to another grid is antialiased.
     """
 
     latent_stride = STRIDE
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     antialias_images: bool
+    antialias_positions = False  # where the position table is resampled to another grid
     weights_prefix = ""  # of the tower's tensors in a checkpoint of a larger model
 
-    def __init__(
-        self,
-        model: str,
-        network: nn.Module,
-        pretrained: bool,
-        checkpoint: str | None,
-        antialias_positions: bool,
-    ) -> None:
+    def __init__(self, model: str, network: nn.Module, checkpoint: str | None) -> None:
         super().__init__()
-        if checkpoint is not None and not pretrained:
-            raise ValueError(
-                f"checkpoint: {checkpoint} and pretrained: false contradict each other; "
-                "remove one of them."
-            )
         self.model = model
         self.network = network
-        self.checkpoint = None if checkpoint is None else find_weights(checkpoint)
-        self.antialias_positions = antialias_positions
+        self.checkpoint = None if checkpoint is None else find_weights("checkpoint", checkpoint)
         self.latent_channels = network.embed_dim
-        if not pretrained:
-            warn_random_weights(f"image encoder {model!r}")
         self.requires_grad_(False).eval()
 
     def hub_id(self) -> str | None:
@@ -79,14 +57,14 @@ class ViTEncoder(Encoder):
         """Download the pretrained tensors from the hub; OSError if they are not available."""
         from timm.models import load_state_dict_from_hf
 
-        return load_state_dict_from_hf(self.hub_id(), weights_only=True)
+        return load_state_dict_from_hf(self.hub_id() or "", weights_only=True)
 
     def load(self) -> None:
         """Load the weights from `checkpoint` or the hub.
 
         Raises:
             OSError: the weights are not available.
-            ValueError: they are damaged or belong to another network.
+            Mistake: they are damaged or belong to another network.
         """
         if self.loaded:
             return
@@ -95,16 +73,12 @@ class ViTEncoder(Encoder):
             tensors = read_tensors(self.checkpoint, self.weights_prefix)
         else:
             source = self.hub_id() or "no hub repository"
-            try:
-                if self.hub_id() is None:
-                    raise OSError("the library names no hub repository for it")
+            with reaching(
+                f"image encoder {self.model!r} ({source})",
+                "set checkpoint: a local weights file or the folder that holds it, or set "
+                "pretrained: false to run with random weights on purpose",
+            ):
                 tensors = self.fetch()
-            except OSError as error:
-                raise unreachable_weights(
-                    f"image encoder {self.model!r} ({source})",
-                    "checkpoint: a local weights file or the folder that holds it",
-                    error,
-                ) from error
         tensors = vit_tensors(self.network, tensors)
         fill(self.network, tensors, source, "give the checkpoint of this model")
 
@@ -113,13 +87,11 @@ class ViTEncoder(Encoder):
         """Images (B, 3, H, W) in [-1, 1] to latents (B, C, H/16, W/16), in the images' dtype.
 
         Raises:
-            ValueError: H or W is not a multiple of 16.
+            Mistake: H or W is not a multiple of 16.
         """
-        check_images(images, STRIDE)
-        check_loaded(self.network, images, self.model)
+        self.check_images(images)
         pixels = self.preprocess(images)
-        dtype = next(self.network.parameters()).dtype
-        hidden = vit_patch_tokens(self.network, pixels.to(dtype), self.antialias_positions)
+        hidden = vit_patch_tokens(self.network, pixels.to(self.dtype), self.antialias_positions)
         hidden = hidden.to(pixels.dtype)  # norm and statistics in at least float32
         hidden = F.layer_norm(hidden, hidden.shape[-1:], eps=NORM_EPS)  # (B, h*w, C)
         height = images.shape[-2] // STRIDE
@@ -149,24 +121,35 @@ class ViTEncoder(Encoder):
         return latents
 
 
-def build_vit(timm_name: str, pretrained: bool, options: Mapping[str, Any]) -> nn.Module:
-    """A timm `VisionTransformer` without its head, on the meta device if `pretrained`."""
+def build_vit(
+    name: str, pretrained: bool, options: Mapping[str, Any] = {}, others: Sequence[str] = ()
+) -> nn.Module:
+    """A timm `VisionTransformer` without its head, see `building`.
+
+    Args:
+        name: timm's.
+        pretrained: whether weights follow.
+        options: of timm's constructor.
+        others: names beside timm's that a user can have meant.
+
+    Raises:
+        Mistake: timm has no such vision transformer with a position table.
+    """
     import timm
 
+    network, reason = None, ""
     try:
-        with torch.device("meta") if pretrained else random_weights():
-            network = timm.create_model(timm_name, num_classes=0, **options)
-    except RuntimeError as error:  # timm raises it for an unknown name or tag
-        family = timm_name.split("_patch")[0]
-        raise ValueError(
-            f"model: timm cannot build {timm_name!r} ({first_line(error)}); "
-            f"list valid names with timm.list_models('{family}*', pretrained=True)."
-        ) from error
-    is_vit = isinstance(network, timm.models.VisionTransformer)
-    if not is_vit or network.pos_embed is None:
-        raise ValueError(
-            f"model: timm's {timm_name!r} is a {type(network).__name__}, not a vision transformer "
-            "with a position table; use a DINOv2 or SigLIP image tower."
+        with building(f"image encoder {name!r}", pretrained):
+            network = timm.create_model(name, num_classes=0, **options)
+    except RuntimeError as error:  # an unknown name or tag
+        reason = f" ({first_line(error)})"
+    if not isinstance(network, timm.models.VisionTransformer) or network.pos_embed is None:
+        known = [*others, *timm.list_models(pretrained=True)]
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+        raise Mistake(
+            "model",
+            f"{name!r} is no vision transformer with a position table{reason}, as the image towers "
+            f"of DINOv2 and SigLIP are; did you mean {', '.join(close)}?",
         )
     return network
 

@@ -20,7 +20,7 @@ from pid_lightning.nn import PiD, PiDConfig
 
 
 class Entry(NamedTuple):
-    """Tensors here that hold the same numbers as published ones: several are one, cut along `dim`."""
+    """Tensors here with the numbers of published ones; several are one tensor cut along `dim`."""
 
     ours: tuple[str, ...]
     published: tuple[str, ...]

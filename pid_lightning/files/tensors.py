@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from pid_lightning.checks import Mistake
 
 
 def read_torch_file(path: str | Path, mapped: bool = True) -> Any:
@@ -108,10 +110,16 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], source: str, cure: s
         for name in own.keys() | tensors.keys()
         if name not in own or name not in tensors or own[name].shape != tensors[name].shape
     )
-    if wrong:
-        raise ValueError(
-            f"The weights of {source} do not belong to this network: {len(wrong)} tensors are "
-            f"missing, unexpected or of another shape, the first is {wrong[0]!r}; {cure}."
-        )
+    check_fit(wrong, source, cure)
     tensors = {name: value.to(own[name].dtype) for name, value in tensors.items()}
     network.load_state_dict(tensors, strict=True, assign=True)
+
+
+def check_fit(wrong: Sequence[str], source: str, cure: str) -> None:
+    """Raise `Mistake` if tensors are missing, unexpected or of another shape; see `fill`."""
+    if wrong:
+        raise Mistake(
+            "weights",
+            f"those of {source} do not belong to this network: {len(wrong)} tensors are missing, "
+            f"unexpected or of another shape, the first is {wrong[0]!r}; {cure}.",
+        )

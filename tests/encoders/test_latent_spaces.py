@@ -12,7 +12,6 @@ from pid_lightning.encoders.latent_spaces import (
     KNOWN_SPACES,
     QWEN_MEAN,
     QWEN_STD,
-    LatentSpace,
     autoencoder_kl_space,
     flux2_space,
     pack,
@@ -63,8 +62,6 @@ def test_qwen_is_per_channel_and_takes_a_frame_axis(generator):
     )
     torch.testing.assert_close(space.normalise(raw), expected)
     torch.testing.assert_close(space.denormalise(expected), raw[:, :, 0])
-    with pytest.raises(ValueError, match="3 frames"):
-        space.normalise(raw.expand(2, 16, 3, 4, 6))
 
 
 def test_packing_is_that_of_diffusers(generator):
@@ -76,8 +73,6 @@ def test_packing_is_that_of_diffusers(generator):
     assert torch.equal(unpack(packed), Flux2Pipeline._unpatchify_latents(packed))
     # c*4 + row*2 + col
     assert torch.equal(packed[:, 3 * 4 + 1 * 2 + 0], raw[:, 3, 1::2, 0::2])
-    with pytest.raises(ValueError, match="5 x 10"):
-        pack(raw[:, :, :5])
 
 
 def test_flux2_statistics_come_from_the_batch_norm(generator):
@@ -131,19 +126,6 @@ def test_dtype_is_kept_and_computed_in_float32():
     expected = ((raw.float() - 0.1159) * 0.3611).bfloat16()
     assert torch.equal(latents, expected)
     assert KNOWN_SPACES["flux"].normalise(raw.double()).dtype == torch.float64
-
-
-@pytest.mark.parametrize(
-    ("call", "match"),
-    [
-        (lambda: KNOWN_SPACES["sd3"].normalise(torch.zeros(1, 4, 2, 2)), "16, h, w"),
-        (lambda: KNOWN_SPACES["sdxl"].denormalise(torch.zeros(4, 2, 2)), "4, h, w"),
-        (lambda: LatentSpace("odd", 4, 8, shift=(1.0, 2.0)), "1 or 4"),
-    ],
-)
-def test_mistakes_are_one_sentence(call, match):
-    with pytest.raises(ValueError, match=match):
-        call()
 
 
 @pytest.mark.parametrize(
