@@ -49,3 +49,21 @@ def check_between(option: str, value: float, least: float, most: float) -> None:
     """Raise `Mistake` unless a value lies between two values, both included."""
     if not least <= value <= most:
         raise Mistake(option, f"{value} must lie between {least} and {most}.")
+
+
+def check_multiple(option: str, value: int, of: int, because: str, least: int = 1) -> None:
+    """Raise `Mistake` unless a value is at least `least` times `of`, and a multiple of it.
+
+    Args:
+        option, value: what was given.
+        of: the divisor.
+        because: what the divisor is.
+        least: multiples of the divisor that the value holds at least.
+    """
+    if value % of or value < least * of:
+        nearest = max(least, round(value / of)) * of
+        raise Mistake(
+            option,
+            f"{value} must be a multiple of {of} ({because}), at least {least * of}; use "
+            f"{nearest}.",
+        )

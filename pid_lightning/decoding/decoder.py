@@ -29,9 +29,10 @@ from pid_lightning.encoders.text_cache import encode_prompts
 from pid_lightning.files import hub
 from pid_lightning.files.models import ModelInfo, load_model
 from pid_lightning.nn import PiD
-from pid_lightning.nn.compilation import check_not_frozen, compile_for_inference
+from pid_lightning.nn.changes import check_allowed
+from pid_lightning.nn.compilation import compile_for_inference
 from pid_lightning.nn.fixed_times import fix_times
-from pid_lightning.nn.quantisation import is_quantised, quantise
+from pid_lightning.nn.quantisation import quantise
 
 
 class PiDDecoder:
@@ -176,12 +177,7 @@ class PiDDecoder:
         if isinstance(device, torch.dtype):  # `to(torch.bfloat16)`, as modules are cast
             device, dtype = None, device
         if dtype is not None:
-            check_not_frozen(self.denoiser, f"dtype: {dtype}")
-        if dtype is not None and any(map(is_quantised, self.denoiser.parameters())):
-            raise ValueError(
-                f"dtype: {dtype} comes too late: the weights are in 8 bits; give the dtype to "
-                "from_pretrained, before quantise."
-            )
+            check_allowed(self.denoiser.changes, "dtype")
         self.denoiser.to(device=device, dtype=dtype)
         for other in (self._encoder, self.text_encoder):
             if other is not None:
@@ -229,7 +225,6 @@ class PiDDecoder:
             ModuleNotFoundError: torchao is not installed.
             ValueError: weights already in 8 bits, or frozen.
         """
-        check_not_frozen(self.denoiser, "quantise")
         quantise(self.denoiser, activations)
         return self
 

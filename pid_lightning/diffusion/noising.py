@@ -6,13 +6,14 @@ add noise take the sigma that the network is given.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from pid_lightning.checks import check_choice
 from pid_lightning.diffusion.flow import per_sample
 
-FRAMES = ("flow", "variance_preserving")
+Frame = Literal["flow", "variance_preserving"]
 
 
 def sample_latent_sigma(
@@ -28,7 +29,7 @@ def sample_latent_sigma(
 
 
 def add_latent_noise(
-    latents: Tensor, eps: Tensor, latent_sigma: Tensor, frame: str = "flow"
+    latents: Tensor, eps: Tensor, latent_sigma: Tensor, frame: Frame = "flow"
 ) -> Tensor:
     """Noisy latents at the level `latent_sigma` (B,) in [0, 1].
 
@@ -38,11 +39,7 @@ def add_latent_noise(
         latent_sigma: 0 is clean, 1 is noise.
         frame: ``"flow"``: `(1-s) z + s eps`; ``"variance_preserving"`` (SDXL):
             `sqrt(1-s^2) z + s eps`.
-
-    Raises:
-        ValueError: an unknown frame.
     """
-    check_choice("frame", frame, FRAMES)
     sigma = per_sample(latent_sigma, latents)
-    signal = 1 - sigma if frame == "flow" else (1 - sigma.square()).sqrt()
+    signal = {"flow": 1 - sigma, "variance_preserving": (1 - sigma.square()).sqrt()}[frame]
     return signal * latents + sigma * eps

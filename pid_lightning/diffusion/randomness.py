@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from pid_lightning.checks import Mistake
+
 
 def sample_generators(
     seed: int, purpose: str, samples: Iterable[int], device: torch.device | str = "cpu"
@@ -46,13 +48,13 @@ def draw_noise(shape: Sequence[int], generator: Generators, device: torch.device
         device: device of the result; the noise is drawn on the generator's device.
 
     Raises:
-        ValueError: the numbers of generators and samples differ.
+        Mistake: the numbers of generators and samples differ.
     """
     if isinstance(generator, Sequence):
         if len(generator) != shape[0]:
-            raise ValueError(
-                f"generator: {len(generator)} generators for a batch of {shape[0]}; give one per "
-                "sample."
+            raise Mistake(
+                "generator",
+                f"{len(generator)} generators for a batch of {shape[0]}; give one per sample.",
             )
         return torch.cat([draw_noise((1, *shape[1:]), g, device) for g in generator])
     drawn_on = generator.device if generator is not None else device

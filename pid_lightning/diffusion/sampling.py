@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from pid_lightning.checks import check_at_least
+from pid_lightning.checks import check_at_least, check_between
 from pid_lightning.diffusion import flow
 from pid_lightning.diffusion.randomness import Generators, draw_noise
 
@@ -23,14 +23,10 @@ def few_step_times(student_times: Sequence[float], steps: int) -> tuple[float, .
     """Pick `steps` evenly spread entries of the trained times: 2 of 4 are the first and third.
 
     Raises:
-        ValueError: fewer than one step, or more than trained: repeated times cause grain.
+        Mistake: fewer than one step, or more than trained: repeated times cause grain.
     """
     trained = len(student_times)
-    if not 1 <= steps <= trained:
-        raise ValueError(
-            f"steps: {steps} must lie between 1 and {trained}, the number of times this student "
-            f"was trained for ({', '.join(map(str, student_times))}); more would repeat times."
-        )
+    check_between("steps", steps, 1, trained)
     return tuple(student_times[i * trained // steps] for i in range(steps))
 
 
@@ -66,7 +62,7 @@ def sample_few_steps(
         x0 (B, 3, H, W) in fp32, near [-1, 1] and not yet clamped to it.
 
     Raises:
-        ValueError: more steps than the student was trained for, or none.
+        Mistake: more steps than the student was trained for, or none.
     """
     times = (*few_step_times(student_times, steps), 0.0)
     x = noise.float()
@@ -104,7 +100,7 @@ def sample_solver(
         x0 (B, 3, H, W) in fp32, near [-1, 1] and not yet clamped to it.
 
     Raises:
-        ValueError: fewer than one step.
+        Mistake: fewer than one step.
     """
     from diffusers import DPMSolverMultistepScheduler
 

@@ -16,7 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pid_lightning.checks import check_between, check_multiple
 from pid_lightning.diffusion.sampling import Velocity
+
+ALIGNED = "whole patches and latent cells"
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Tiles:
         step: alignment of the tiles in pixels: whole patches and whole latent cells.
 
     Raises:
-        ValueError: the tile or the overlap is not aligned, or the overlap is not below the tile.
+        Mistake: the tile or the overlap is not aligned, or the overlap is not below the tile.
     """
 
     def __init__(
@@ -64,11 +67,8 @@ class Tiles:
         if overlap is None:
             overlap = default_overlap(tile, step)
         check_tile(tile, step)
-        if overlap % step or not 0 <= overlap < tile:
-            raise ValueError(
-                f"overlap: {overlap} must be a multiple of {step}, at least 0 and less than the "
-                f"tile's {tile} pixels."
-            )
+        check_multiple("overlap", overlap, step, ALIGNED, least=0)
+        check_between("overlap", overlap, 0, tile - step)
         self.height, self.width, self.step = height, width, step
         self.shape = (min(height, tile), min(width, tile))  # of every tile
         self._rows = _windows(height, tile, overlap, step)
@@ -84,12 +84,8 @@ class Tiles:
 
 
 def check_tile(tile: int, step: int) -> None:
-    """Raise ValueError unless tiles of this side are aligned and can overlap."""
-    if tile % step or tile < 2 * step:
-        raise ValueError(
-            f"tile: {tile} pixels must be a multiple of {step} (whole patches and latent cells) "
-            f"and at least {2 * step}; use {max(2, round(tile / step)) * step}."
-        )
+    """Raise `Mistake` unless tiles of this side in pixels are aligned and can overlap."""
+    check_multiple("tile", tile, step, ALIGNED, least=2)
 
 
 def default_overlap(tile: int, step: int) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from pid_lightning.files.atomic import replaced_file
 from pid_lightning.files.tensors import opened_safetensors, read_tensors, read_torch_file
 from pid_lightning.nn import AdapterConfig, Geometry, PiD, PiDConfig
-from pid_lightning.nn.fixed_times import has_fixed_times
+from pid_lightning.nn.changes import check_allowed
 from pid_lightning.nn.quantisation import is_quantised
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -120,10 +120,7 @@ def save_model(
     from safetensors.torch import save_file
 
     check_model_path(path)
-    if any(map(is_quantised, denoiser.parameters())):
-        raise ValueError(f"{path}: 8-bit weights cannot be saved; save before quantise().")
-    if has_fixed_times(denoiser):
-        raise ValueError(f"{path}: fix_times() discarded weights; save before calling it.")
+    check_allowed(denoiser.changes, "save")
     state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in denoiser.state_dict().items()}
     metadata = {METADATA_KEY: json.dumps(info.to_plain())}
     if description:

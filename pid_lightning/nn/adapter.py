@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pid_lightning.nn.config import AdapterConfig
+from pid_lightning.checks import check_choice, check_multiple
+from pid_lightning.nn.config import AdapterConfig, Gate, Padding
 from pid_lightning.nn.geometry import Geometry
 from pid_lightning.nn.native import Native, NativeDecoder, check_geometry
 
@@ -19,13 +20,13 @@ class SigmaGate(nn.Module):
     `tokens + sigmoid(W [tokens; feature] + b - exp(log_alpha) * latent_sigma) * feature`.
 
     W is stored as two halves, W_x for tokens and W_f for the feature: the feature's half, b and
-    sigma are the same at every sampling step, so `openness` computes them once.
+    sigma are the same at every sampling step, so `shared_logit` computes them once.
 
     Initially W is small, b = 2 and exp(log_alpha) = 5: the gate is 0.88 at sigma 0, 0.5 at 0.4
     and 0.05 at 1.
     """
 
-    def __init__(self, width: int, gate: str) -> None:
+    def __init__(self, width: int, gate: Gate) -> None:
         super().__init__()
         gate_width = width if gate == "channel" else 1
         self.tokens = nn.Linear(width, gate_width, bias=False)
@@ -39,23 +40,24 @@ class SigmaGate(nn.Module):
         nn.init.constant_(self.feature.bias, 2.0)
         nn.init.constant_(self.log_alpha, math.log(5.0))
 
-    def openness(self, feature: Tensor, latent_sigma: Tensor) -> Tensor:
-        """`W_f feature + b - exp(log_alpha) * latent_sigma`, (B, N, D or 1), for all steps.
+    def shared_logit(self, feature: Tensor, latent_sigma: Tensor) -> Tensor:
+        """What all steps share of the gate's logit: `W_f feature + b - exp(log_alpha) *
+        latent_sigma`, (B, N, D or 1).
 
         Autocast does not cast log_alpha, a bare parameter; its product is fp32 at least.
         """
         dtype = torch.promote_types(self.log_alpha.dtype, torch.float32)
-        closing = self.log_alpha.to(dtype).exp() * latent_sigma.to(dtype)
+        penalty = self.log_alpha.to(dtype).exp() * latent_sigma.to(dtype)
         projected = self.feature(feature)
-        return projected - closing.view(-1, 1, 1).to(projected.dtype)
+        return projected - penalty.view(-1, 1, 1).to(projected.dtype)
 
-    def opening(self, tokens: Tensor, openness: Tensor) -> Tensor:
+    def value(self, tokens: Tensor, shared_logit: Tensor) -> Tensor:
         """The gate's value in [0, 1], (B, N, D or 1)."""
-        return torch.sigmoid(self.tokens(tokens) + openness)
+        return torch.sigmoid(self.tokens(tokens) + shared_logit)
 
-    def forward(self, tokens: Tensor, feature: Tensor, openness: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, feature: Tensor, shared_logit: Tensor) -> Tensor:
         """Tokens (B, N, D) plus the gated feature (B, N, D)."""
-        return torch.addcmul(tokens, self.opening(tokens, openness), feature)
+        return torch.addcmul(tokens, self.value(tokens, shared_logit), feature)
 
 
 class OpenGate(nn.Module):
@@ -64,15 +66,15 @@ class OpenGate(nn.Module):
     def reset_parameters(self) -> None:
         """Nothing to reset."""
 
-    def openness(self, feature: Tensor, latent_sigma: Tensor) -> Tensor:
-        """An empty (B, N, 0): there is nothing to precompute."""
+    def shared_logit(self, feature: Tensor, latent_sigma: Tensor) -> Tensor:
+        """An empty (B, N, 0): there is no logit."""
         return feature[..., :0]
 
-    def opening(self, tokens: Tensor, openness: Tensor) -> Tensor:
+    def value(self, tokens: Tensor, shared_logit: Tensor) -> Tensor:
         """Always 1, (B, N, 1)."""
         return torch.ones_like(tokens[..., :1])
 
-    def forward(self, tokens: Tensor, feature: Tensor, openness: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, feature: Tensor, shared_logit: Tensor) -> Tensor:
         """Tokens (B, N, D) plus the whole feature (B, N, D)."""
         return tokens + feature
 
@@ -98,7 +100,7 @@ class GroupNorm(nn.GroupNorm):
 class ResBlock(nn.Module):
     """Pre-activation residual block: GroupNorm, SiLU, Conv3x3, twice."""
 
-    def __init__(self, width: int, padding: str) -> None:
+    def __init__(self, width: int, padding: Padding) -> None:
         super().__init__()
         self.layers = nn.Sequential(
             GroupNorm(4, width),
@@ -126,7 +128,7 @@ class LatentAdapter(nn.Module):
         geometry: the latents and the scale.
 
     Raises:
-        ValueError: the latents do not fit the patch grid.
+        Mistake: the latents do not fit the patch grid.
     """
 
     def __init__(
@@ -138,34 +140,22 @@ class LatentAdapter(nn.Module):
         geometry: Geometry,
     ) -> None:
         super().__init__()
-        scale, channels = geometry.scale, geometry.latent_channels
-        if channels % config.unpack**2:
-            raise ValueError(
-                f"latent_channels: {channels} must be a multiple of {config.unpack**2}, the "
-                f"square of adapter.unpack ({config.unpack}); set adapter.unpack to 1."
-            )
-        if config.rgb_head and patch_size % scale:
-            raise ValueError(
-                f"scale: {scale} must divide patch_size ({patch_size}) for the RGB head; set "
-                "adapter.rgb_head to false."
-            )
+        channels, stride = geometry.latent_channels, geometry.latent_stride
+        sides = [n for n in range(1, stride + 1) if stride % n == channels % n**2 == 0]
+        check_choice("adapter.unpack", config.unpack, sides)
+        if config.rgb_head or config.native != "none":
+            because = "scale, for whole pixels of the low-resolution image in a patch"
+            check_multiple("patch_size", patch_size, geometry.scale, because)
         self.unpack = config.unpack
         self.rgb_head_block = config.rgb_head_block
-        if geometry.latent_stride % config.unpack:
-            raise ValueError(
-                f"adapter.unpack: {config.unpack} must divide latent_stride "
-                f"({geometry.latent_stride}), since packing made the stride that many times "
-                "larger; set it to 1."
-            )
         unpacked = geometry.unpacked(config.unpack)
-        channels = unpacked.latent_channels
         self.upsample, self.fold = unpacked.to_patch_grid(patch_size)
-        channels *= self.fold**2
+        channels = unpacked.latent_channels * self.fold**2
         self.sigma_plane = config.sigma_plane
         self.native: NativeDecoder | None = None
         self.native_side = 0  # pixels of the native decode on a patch's side
         if config.native != "none":
-            check_geometry(unpacked, patch_size)
+            check_geometry(unpacked)
             self.native = NativeDecoder(config.denoise_width, config.denoise_blocks)
             self.native_side = patch_size // geometry.scale
             channels *= 2  # the latents and their estimate
@@ -180,7 +170,7 @@ class LatentAdapter(nn.Module):
         self.num_injections = num_injections
         self.head_norm = nn.LayerNorm(config.width) if config.head_norm else nn.Identity()
         self.heads = nn.Linear(config.width, num_injections * token_width)
-        self.rgb_side = patch_size // scale if config.rgb_head else 0
+        self.rgb_side = patch_size // geometry.scale if config.rgb_head else 0
         self.rgb_head = (
             nn.Sequential(
                 nn.LayerNorm(config.width),
@@ -279,5 +269,5 @@ def _stem(config: AdapterConfig, channels: int, ratio: int, more: int) -> nn.Seq
     )
 
 
-def _conv(in_channels: int, out_channels: int, padding: str) -> nn.Conv2d:
+def _conv(in_channels: int, out_channels: int, padding: Padding) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode=padding)

@@ -41,9 +41,9 @@ class Stream(nn.Module):
         hidden = self.mlp(self.mlp_norm.modulated(tokens, shift, scale))
         return torch.addcmul(tokens, mlp_gate, hidden)
 
-    def modulate(self, condition: Tensor) -> tuple[Tensor, ...]:
+    def modulate(self, time: Tensor) -> tuple[Tensor, ...]:
         """Shift, scale, gate for attention, then for the MLP, each (B, 1, D)."""
-        return self.modulation(condition).chunk(6, dim=-1)
+        return self.modulation(time).chunk(6, dim=-1)
 
 
 class PatchBlock(nn.Module):
@@ -76,7 +76,7 @@ class PatchBlock(nn.Module):
         self,
         tokens: Tensor,
         text: Tensor | None,
-        condition: Tensor,
+        time: Tensor,
         table: Table,
         text_table: Table,
         windows: Windows | None = None,
@@ -86,7 +86,7 @@ class PatchBlock(nn.Module):
         Args:
             tokens: patches (B, N, D).
             text: text tokens (B, L, D), None without a text stream.
-            condition: SiLU of the time embedding (B, 1, D).
+            time: SiLU of the time embedding (B, 1, D), or what `fixed_times` puts in its place.
             table: RoPE table of the N patches.
             text_table: RoPE table of the L text positions.
             windows: attention windows of the patches; None attends to the whole picture.
@@ -95,12 +95,12 @@ class PatchBlock(nn.Module):
             Updated patches and text.
         """
         attention = attend if windows is None else partial(attend_in_windows, windows=windows)
-        image_modulation = self.image.modulate(condition)
+        image_modulation = self.image.modulate(time)
         q, k, v = self.image.project(tokens, image_modulation, table)
         if self.text is None:
             return self.image.update(tokens, attention(q, k, v), image_modulation), None
 
-        text_modulation = self.text.modulate(condition)
+        text_modulation = self.text.modulate(time)
         text_q, text_k, text_v = self.text.project(text, text_modulation, text_table)
         k, v = torch.cat((text_k, k), dim=2), torch.cat((text_v, v), dim=2)
         if self.last:
@@ -111,9 +111,15 @@ class PatchBlock(nn.Module):
         return tokens, self.text.update(text, text_attended, text_modulation)
 
 
+def default_chunk_size(num_patches: int, device: torch.device) -> int:
+    """Patches per chunk of a pixel block without gradient: few enough for a CPU's caches, or enough
+    to keep a GPU busy and a compiled graph, which unrolls all chunks, short."""
+    return 256 if device.type == "cpu" else max(1024, -(-num_patches // 4))
+
+
 class PixelBlock(nn.Module):
     """Refines the pixel tokens of every patch: attention over compressed patches, then an MLP per
-    pixel, both modulated per pixel by the patch's condition (PixelDiT, arXiv 2511.20645).
+    pixel, both modulated per pixel by the patch's token (PixelDiT, arXiv 2511.20645).
 
     The modulation is the largest tensor of the network, 6*P*P*C numbers per patch, so everything
     but the attention runs in chunks of `chunk_size` patches.
@@ -139,12 +145,12 @@ class PixelBlock(nn.Module):
             nn.Linear(4 * pixel_width, pixel_width),
         )
 
-    def forward(self, pixels: Tensor, condition: Tensor, table: Table, chunk_size: int) -> Tensor:
+    def forward(self, pixels: Tensor, patches: Tensor, table: Table, chunk_size: int) -> Tensor:
         """One block.
 
         Args:
             pixels: pixel tokens (B, N, P*P, C).
-            condition: patch condition s (B, N, D).
+            patches: SiLU of patch tokens plus time embedding (B, N, D).
             table: RoPE table of the N patches.
             chunk_size: patches per chunk; the result does not depend on it.
         """
@@ -153,33 +159,33 @@ class PixelBlock(nn.Module):
         rows = self.modulation.weight.shape[0] // 6
         weights, biases = (p.split((2 * rows, 4 * rows)) for p in self.modulation.parameters())
         pixel_chunks = pixels.flatten(0, 1).split(chunk_size)  # (B*N, P*P, C) in chunks
-        condition_chunks = condition.flatten(0, 1).split(chunk_size)
+        patch_chunks = patches.flatten(0, 1).split(chunk_size)
 
-        pairs = zip(pixel_chunks, condition_chunks, strict=True)
+        pairs = zip(pixel_chunks, patch_chunks, strict=True)
         compact = torch.cat([self._compact(*pair, weights[0], biases[0]) for pair in pairs])
         compact = rearrange(compact, "(b n) d -> b n d", b=batch_size)
         attended = self.attention_out(attend(*self.qkv(compact, table)))
 
         attended_chunks = attended.flatten(0, 1).split(chunk_size)
-        triples = zip(pixel_chunks, condition_chunks, attended_chunks, strict=True)
+        triples = zip(pixel_chunks, patch_chunks, attended_chunks, strict=True)
         updated = torch.cat([self._update(*triple, weights[1], biases[1]) for triple in triples])
         return updated.view(pixels.shape)
 
-    def _modulation(self, condition: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    def _modulation(self, patches: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         """The shifts, scales and gates that these rows produce, each (M, P*P, C)."""
         num = 6 * weight.shape[0] // self.modulation.weight.shape[0]
-        values = F.linear(condition, weight, bias).unflatten(-1, (num, -1, self.pixel_width))
+        values = F.linear(patches, weight, bias).unflatten(-1, (num, -1, self.pixel_width))
         return values.unbind(1)
 
-    def _compact(self, pixels: Tensor, condition: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def _compact(self, pixels: Tensor, patches: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Pixel tokens (M, P*P, C) to one token per patch (M, D_attn)."""
-        shift, scale = self._modulation(condition, weight, bias)
+        shift, scale = self._modulation(patches, weight, bias)
         return self.compress(self.attention_norm.modulated(pixels, shift, scale).flatten(1))
 
     def _update(
-        self, pixels: Tensor, condition: Tensor, attended: Tensor, weight: Tensor, bias: Tensor
+        self, pixels: Tensor, patches: Tensor, attended: Tensor, weight: Tensor, bias: Tensor
     ) -> Tensor:
-        attention_gate, shift, scale, mlp_gate = self._modulation(condition, weight, bias)
+        attention_gate, shift, scale, mlp_gate = self._modulation(patches, weight, bias)
         pixels = torch.addcmul(pixels, attention_gate, self.expand(attended).view(pixels.shape))
         hidden = self.mlp(self.mlp_norm.modulated(pixels, shift, scale))
         return torch.addcmul(pixels, mlp_gate, hidden)

@@ -1,4 +1,4 @@
-"""Inputs shared by all sampling steps: adapter features, text tokens and position tables."""
+"""What all sampling steps share: adapter features, text tokens and position tables."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from pid_lightning.nn import rope
+from pid_lightning.checks import Mistake
 from pid_lightning.nn.config import PiDConfig
 from pid_lightning.nn.layers import RMSNorm
 from pid_lightning.nn.rope import Table
@@ -22,7 +21,7 @@ class Condition(NamedTuple):
     Attributes:
         text: text tokens (B, L, D), None without a text stream.
         features: adapter features (B, N, D), one per injection.
-        openness: `SigmaGate.openness` of each feature.
+        shared_logits: `SigmaGate.shared_logit` of each feature.
         text_table: RoPE table of the text, for the patch blocks.
         patch_table: RoPE table of the patches, for the patch blocks.
         pixel_table: RoPE table of the patches, for the pixel blocks.
@@ -33,7 +32,7 @@ class Condition(NamedTuple):
 
     text: Tensor | None
     features: tuple[Tensor, ...]
-    openness: tuple[Tensor, ...]
+    shared_logits: tuple[Tensor, ...]
     text_table: Table
     patch_table: Table
     pixel_table: Table
@@ -41,6 +40,10 @@ class Condition(NamedTuple):
     rows: Tensor
     rgb: Tensor | None = None
     base: Tensor | None = None
+
+    def output_size(self) -> tuple[int, int]:
+        """(height, width) of the picture in pixels."""
+        return self.rows.shape[0], self.columns.shape[0]
 
     def pixel_positions(self, patch_size: int) -> Tensor:
         """Positions of every pixel of every patch, (h, w, P, P, C)."""
@@ -89,27 +92,29 @@ class Adapted(NamedTuple):
 class TextEmbedding(nn.Module):
     """Maps caption features to text tokens: Linear, RMSNorm, plus learned positions."""
 
-    def __init__(self, text_width: int, width: int, length: int, learned_null: bool) -> None:
+    def __init__(self, config: PiDConfig) -> None:
         super().__init__()
-        self.length = length
-        self.linear = nn.Linear(text_width, width)
-        self.norm = RMSNorm(width)
-        self.position = nn.Parameter(torch.zeros(1, length, width))
-        self.null = nn.Parameter(torch.zeros(1, length, text_width)) if learned_null else None
+        self.length = config.text_length
+        self.linear = nn.Linear(config.text_width, config.width)
+        self.norm = RMSNorm(config.width)
+        self.position = nn.Parameter(torch.zeros(1, self.length, config.width))
+        null = torch.zeros(1, self.length, config.text_width) if config.learned_null else None
+        self.null = None if null is None else nn.Parameter(null)
 
     def forward(self, features: Tensor | None, keep: Tensor | None, batch_size: int) -> Tensor:
         """Features (B, L, D_text) to tokens (B, L, D); the null where `keep` (B,) is false.
 
         Raises:
-            ValueError: no features and no null, or a null for captions shorter than it.
+            Mistake: no features and no null, or a null for captions shorter than it.
         """
         if features is None:
             features = self._null().expand(batch_size, -1, -1)
         elif keep is not None:
             if features.shape[1] < self.length:  # sampling takes the whole null
-                raise ValueError(
-                    f"text: captions of {features.shape[1]} tokens, but the learned null has "
-                    f"text_length {self.length}; set model.denoiser.text_length to theirs."
+                raise Mistake(
+                    "text",
+                    f"captions of {features.shape[1]} tokens, but the learned null has "
+                    f"text_length {self.length}; set model.denoiser.text_length to theirs.",
                 )
             features = torch.where(keep[:, None, None], features[:, : self.length], self._null())
         features = features[:, : self.length].to(self.linear.weight.dtype)
@@ -118,40 +123,9 @@ class TextEmbedding(nn.Module):
 
     def _null(self) -> Tensor:
         if self.null is None:
-            raise ValueError(
-                "text: this network has no learned null; give text features, e.g. those of "
-                "an empty or negative prompt."
+            raise Mistake(
+                "text",
+                "this network has no learned null; give text features, e.g. those of an empty or "
+                "negative prompt.",
             )
         return self.null
-
-
-def position_tables(
-    config: PiDConfig,
-    height: int,
-    width: int,
-    text_length: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[Table, Table, Table, Tensor, Tensor]:
-    """The tables of a `Condition` for one output size, in the order of its fields."""
-    grid = (height // config.patch_size, width // config.patch_size)
-    reference = config.rope_reference
-    if reference is not None:
-        reference = tuple(side / config.patch_size for side in reference)
-    head_dim = config.width // config.num_heads
-    text = rope.text_angles(text_length, head_dim)
-    patch = rope.patch_angles(*grid, head_dim, reference)
-    pixel_head_dim = config.pixel_attention_width // config.pixel_num_heads
-    pixel = rope.patch_angles(*grid, pixel_head_dim, reference)
-    columns, rows = (_sine_cosine(side, config.pixel_width // 2) for side in (width, height))
-    tables = (*map(rope.rotation, (text, patch, pixel)), columns, rows)
-    return tree_map(lambda table: table.to(dtype).to(device), tables)
-
-
-def _sine_cosine(length: int, width: int) -> Tensor:
-    """Fixed positions (length, width) in fp64: `[sin, cos]`, frequencies `10000^(-i/(width/2))`."""
-    num = width // 2
-    steps = torch.arange(num, dtype=torch.float64, device="cpu")
-    positions = torch.arange(length, dtype=torch.float64, device="cpu")
-    angles = positions[:, None] * 10_000.0 ** (-steps / num)
-    return torch.cat((angles.sin(), angles.cos()), dim=-1)

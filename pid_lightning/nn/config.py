@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from pid_lightning.checks import Mistake, check_at_least, check_choice
+from pid_lightning.checks import (
+    Mistake,
+    check_at_least,
+    check_between,
+    check_choice,
+    check_multiple,
+)
 
-GATES = ("channel", "token", "none")
-PADDINGS = ("zeros", "replicate")
-UPSAMPLINGS = ("nearest", "shuffle")
-NATIVES = ("none", "taef2")
-PREDICTIONS = ("velocity", "x0")
+Gate = Literal["channel", "token", "none"]
+Padding = Literal["zeros", "replicate"]
+Upsampling = Literal["nearest", "shuffle"]
+Native = Literal["none", "taef2"]
+Prediction = Literal["velocity", "x0"]
 
 
 @dataclass(frozen=True)
@@ -48,36 +55,29 @@ class AdapterConfig:
     width: int = 512
     num_res_blocks: int = 4
     interval: int = 2
-    gate: str = "channel"
-    padding: str = "zeros"
+    gate: Gate = "channel"
+    padding: Padding = "zeros"
     inject_pixels: bool = False
     rgb_head: bool = False
     rgb_head_block: int | None = None
     unpack: int = 1
-    upsampling: str = "nearest"
+    upsampling: Upsampling = "nearest"
     sigma_plane: bool = False
     head_norm: bool = False
-    native: str = "none"
+    native: Native = "none"
     denoise_width: int = 0
     denoise_blocks: int = 4
 
     def __post_init__(self) -> None:
-        check_choice("adapter.gate", self.gate, GATES)
-        check_choice("adapter.padding", self.padding, PADDINGS)
-        check_choice("adapter.upsampling", self.upsampling, UPSAMPLINGS)
-        check_choice("adapter.native", self.native, NATIVES)
-        for name, least in (("width", 4), ("num_res_blocks", 0), ("interval", 1), ("unpack", 1)):
+        check_choice("adapter.gate", self.gate, get_args(Gate))
+        check_choice("adapter.padding", self.padding, get_args(Padding))
+        check_choice("adapter.upsampling", self.upsampling, get_args(Upsampling))
+        check_choice("adapter.native", self.native, get_args(Native))
+        for name, least in (("num_res_blocks", 0), ("interval", 1), ("unpack", 1)):
             check_at_least(f"adapter.{name}", getattr(self, name), least)
-        if self.width % 4:
-            raise ValueError(
-                f"adapter.width: {self.width} must be a multiple of 4, the number of groups of "
-                "its GroupNorm."
-            )
-        if self.rgb_head_block is not None and not 1 <= self.rgb_head_block <= self.num_res_blocks:
-            raise ValueError(
-                f"adapter.rgb_head_block: {self.rgb_head_block} must lie between 1 and "
-                f"num_res_blocks ({self.num_res_blocks}), or be null for its output."
-            )
+        check_multiple("adapter.width", self.width, 4, "groups of its GroupNorm")
+        if self.rgb_head_block is not None:
+            check_between("adapter.rgb_head_block", self.rgb_head_block, 1, self.num_res_blocks)
 
 
 @dataclass(frozen=True)
@@ -123,33 +123,22 @@ class PiDConfig:
     text_length: int = 300
     learned_null: bool = True
     rope_reference: tuple[int, int] | None = (1024, 1024)
-    prediction: str = "velocity"
+    prediction: Prediction = "velocity"
     residual: bool = False
     refiner_width: int = 0
     refiner_layers: int = 4
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
 
     def __post_init__(self) -> None:
-        check_choice("prediction", self.prediction, PREDICTIONS)
+        check_choice("prediction", self.prediction, get_args(Prediction))
         check_at_least("text_length", self.text_length, 0)
         counts = ("num_blocks", "num_pixel_blocks", "num_heads", "pixel_num_heads", "patch_size")
-        for name in (*counts, "width", "pixel_width", "pixel_attention_width"):
+        for name in counts:
             check_at_least(name, getattr(self, name), 1)
-        for width, heads in (
-            ("width", "num_heads"),
-            ("pixel_attention_width", "pixel_num_heads"),
-        ):
-            channels, num = getattr(self, width), getattr(self, heads)
-            if channels % (4 * num):
-                raise ValueError(
-                    f"{width}: {channels} must be a multiple of 4 x {heads} = {4 * num}, because "
-                    "RoPE rotates pairs of channels by row and by column in each head."
-                )
-            if self.rope_reference is not None and channels == 4 * num:
-                raise ValueError(
-                    "rope_reference: NTK scaling is not defined for heads of 4 channels; set it to "
-                    "null or use fewer heads."
-                )
+        for width, heads in (("width", "num_heads"), ("pixel_attention_width", "pixel_num_heads")):
+            because = f"4 x {heads}, since RoPE rotates pairs of channels by row and by column"
+            check_multiple(width, getattr(self, width), 4 * getattr(self, heads), because)
+        check_multiple("pixel_width", self.pixel_width, 4, "a sine and a cosine of row and column")
         if self.residual and (self.prediction != "x0" or self.adapter.native == "none"):
             raise Mistake(
                 "residual",
@@ -161,5 +150,3 @@ class PiDConfig:
                 "refiner_width",
                 f"{self.refiner_width} channels refine a residual network; set residual to true.",
             )
-        if self.pixel_width % 4:
-            raise ValueError(f"pixel_width: {self.pixel_width} must be a multiple of 4.")

@@ -11,24 +11,18 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pid_lightning.checks import check_whole
+from pid_lightning.checks import Mistake, check_multiple, check_whole
 from pid_lightning.diffusion import flow
 from pid_lightning.nn.adapter import LatentAdapter, OpenGate, SigmaGate
-from pid_lightning.nn.blocks import PatchBlock, PixelBlock
-from pid_lightning.nn.condition import Adapted, Condition, TextEmbedding, position_tables
+from pid_lightning.nn.blocks import PatchBlock, PixelBlock, Stream, default_chunk_size
+from pid_lightning.nn.changes import Change
+from pid_lightning.nn.condition import Adapted, Condition, TextEmbedding
 from pid_lightning.nn.config import PiDConfig
 from pid_lightning.nn.geometry import Geometry
 from pid_lightning.nn.layers import RMSNorm, TimeEmbedding
+from pid_lightning.nn.positions import PositionTables, Tables
 from pid_lightning.nn.refiner import Refiner, enlarged
 from pid_lightning.nn.windows import Windows
-
-MAX_CACHED_SIZES = 8  # output sizes whose position tables are cached
-
-
-def default_chunk_size(num_patches: int, device: torch.device) -> int:
-    """Patches per chunk of a pixel block without gradient: few enough for a CPU's caches, or enough
-    to keep a GPU busy and a compiled graph, which unrolls all chunks, short."""
-    return 256 if device.type == "cpu" else max(1024, -(-num_patches // 4))
 
 
 class PiD(nn.Module):
@@ -50,30 +44,28 @@ class PiD(nn.Module):
             `default_chunk_size`.
         window_size: side of the attention windows in patches, see `attend_in_windows`.
         activation_checkpointing: whether blocks are recomputed in the backward pass.
+        changes: what was done to the network for inference, in order.
 
     Raises:
-        ValueError: the scale does not fit the patch size.
+        Mistake: config and geometry do not fit each other.
     """
 
     def __init__(self, config: PiDConfig, geometry: Geometry) -> None:
         super().__init__()
-        self.config = config
-        self.geometry = geometry
+        self.config, self.geometry = config, geometry
         self.chunk_size: int | None = None
         self.window_size: int | None = None
         self.activation_checkpointing = False
-        self._tables_of: dict[tuple, tuple] = {}
+        self.changes: tuple[Change, ...] = ()
+        self.velocity_function = PiD.velocity  # replaced by `compilation`
+        self._positions = PositionTables(config)
 
         pixels = 3 * config.patch_size**2
         self.patch_embedding = nn.Linear(pixels, config.width)
         self.time_embedding = TimeEmbedding(config.width)
-        self.block_condition: nn.Module = nn.SiLU()  # replaced by `fixed_times`
+        self.time_activation: nn.Module = nn.SiLU()  # replaced by `fixed_times`
         with_text = config.text_length > 0
-        self.text_embedding = (
-            TextEmbedding(config.text_width, config.width, config.text_length, config.learned_null)
-            if with_text
-            else None
-        )
+        self.text_embedding = TextEmbedding(config) if with_text else None
         self.patch_blocks = nn.ModuleList(
             PatchBlock(config.width, config.num_heads, with_text, i == config.num_blocks - 1)
             for i in range(config.num_blocks)
@@ -118,22 +110,16 @@ class PiD(nn.Module):
                     nn.init.zeros_(module.bias)
         if self.text_embedding is not None:
             nn.init.normal_(self.text_embedding.position, std=0.02)
-        for block in self.patch_blocks:
-            streams = (block.image, block.text) if block.text is not None else (block.image,)
-            for stream in streams:
-                nn.init.zeros_(stream.modulation.weight)
-        for block in self.pixel_blocks:
-            nn.init.zeros_(block.modulation.weight)
+        for module in self.modules():
+            if isinstance(module, (Stream, PixelBlock)):
+                nn.init.zeros_(module.modulation.weight)
         nn.init.zeros_(self.out.weight)
-        self.adapter.reset_parameters()
-        if self.refiner is not None:
-            self.refiner.reset_parameters()
-        for gate in self.gates:
-            gate.reset_parameters()
+        for part in filter(None, (self.adapter, self.refiner, *self.gates)):
+            part.reset_parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PiD:
         """Also drop the cached position tables when the network moves."""
-        self._tables_of = {}
+        self._positions = PositionTables(self.config)
         return super()._apply(fn, recurse)
 
     @property
@@ -151,16 +137,12 @@ class PiD(nn.Module):
             size: maximum side of a window in pixels; None restores full attention.
 
         Raises:
-            ValueError: `size` is not a multiple of the patch size, or below two patches.
+            Mistake: `size` is not a multiple of the patch size, or below two patches.
         """
         side = self.config.patch_size
         if size is not None:
             check_whole("window", size)
-        if size is not None and (size % side or size < 2 * side):
-            raise ValueError(
-                f"window: {size} pixels must be a multiple of {side} (patch_size) and at least "
-                f"{2 * side}; use {max(2, round(size / side)) * side}."
-            )
+            check_multiple("window", size, side, "patch_size", least=2)
         self.window_size = None if size is None else size // side
 
     @property
@@ -169,18 +151,8 @@ class PiD(nn.Module):
         return self.geometry.alignment(self.config.patch_size)
 
     def check_size(self, height: int, width: int) -> None:
-        """Check that an output size is a whole number of patches and of latent cells.
-
-        Raises:
-            ValueError: a side is not a positive multiple of `alignment`.
-        """
-        step = self.alignment
-        if height % step or width % step or min(height, width) < step:
-            raise ValueError(
-                f"output size {height} x {width} is not a multiple of {step} (patch_size and "
-                "scale x latent_stride); use "
-                f"{max(height // step, 1) * step} x {max(width // step, 1) * step}."
-            )
+        """Check an output size in pixels, see `Geometry.check_size`."""
+        self.geometry.check_size(height, width, self.config.patch_size)
 
     def condition(
         self,
@@ -196,9 +168,6 @@ class PiD(nn.Module):
         Args:
             latents, latent_sigma, with_rgb: see `adapt`.
             text, keep_latents, keep_text: see `condition_on`.
-
-        Raises:
-            ValueError: see `adapt` and `condition_on`.
         """
         adapted = self.adapt(latents, latent_sigma, with_rgb)
         return self.condition_on(adapted, latent_sigma, text, keep_latents, keep_text)
@@ -212,14 +181,8 @@ class PiD(nn.Module):
             with_rgb: also predict the low-resolution image (training).
 
         Raises:
-            ValueError: a wrong number of channels, or a size that is not whole patches.
+            Mistake: a size that is not whole patches.
         """
-        channels = self.geometry.latent_channels
-        if latents.shape[1] != channels:
-            raise ValueError(
-                f"latents: {latents.shape[1]} channels, but this network was built for "
-                f"{channels}; use latents of its own latent family."
-            )
         self.check_size(*self.geometry.output_size(latents))
         tokens, rgb, native = self.adapter(latents.to(self.dtype), latent_sigma, with_rgb)
         if native is None:
@@ -246,54 +209,42 @@ class PiD(nn.Module):
             keep_text: (B,) bool; False replaces a sample's text with the learned null.
 
         Raises:
-            ValueError: text for a network without a text stream, or no text and no learned null.
+            Mistake: text for a network without a text stream, or no text and no learned null.
         """
         features = self.adapter.features(adapted.tokens)
         if keep_latents is not None:
             keep = keep_latents.view(-1, 1, 1)
             features = tuple(feature * keep for feature in features)
-        openness = tuple(
-            gate.openness(feature, latent_sigma)
+        shared_logits = tuple(
+            gate.shared_logit(feature, latent_sigma)
             for gate, feature in zip(self.gates, features, strict=True)
         )
-        embedded = None
-        if self.text_embedding is not None:
-            embedded = self.text_embedding(text, keep_text, len(adapted.tokens))
-        elif text is not None:
-            raise ValueError("text: this network was built without a text stream; pass None.")
-        height, width = (side * self.config.patch_size for side in adapted.tokens.shape[1:3])
-        tables = self._tables(height, width, embedded)
-        return Condition(embedded, features, openness, *tables, adapted.rgb, adapted.base)
+        tokens = self._embed_text(text, keep_text, len(adapted.tokens))
+        size = (side * self.config.patch_size for side in adapted.tokens.shape[1:3])
+        tables = self._tables(*size, tokens)
+        return Condition(tokens, features, shared_logits, *tables, adapted.rgb, adapted.base)
 
     def without_text(self, condition: Condition, null_text: Tensor | None = None) -> Condition:
-        """The same condition with the null text, for the second branch of guidance.
+        """The same condition with the null text (B, L, D_text), the learned one by default, for the
+        second branch of guidance."""
+        _, features, shared_logits, *_ = condition
+        text = self._embed_text(null_text, None, len(features[0]))
+        tables = self._tables(*condition.output_size(), text)
+        return Condition(text, features, shared_logits, *tables, base=condition.base)
 
-        Raises:
-            ValueError: the network has no text stream to guide.
-        """
-        if self.text_embedding is None:
-            raise ValueError("guidance: this network was built without a text stream; use 1.0.")
-        batch_size = condition.features[0].shape[0]
-        text = self.text_embedding(null_text, None, batch_size)
-        if text.shape[1] == condition.text.shape[1]:
-            return condition._replace(text=text)
-        height, width = condition.rows.shape[0], condition.columns.shape[0]
-        tables = self._tables(height, width, text)
-        return Condition(text, condition.features, condition.openness, *tables, base=condition.base)
+    def _embed_text(self, text: Tensor | None, keep: Tensor | None, num: int) -> Tensor | None:
+        if self.text_embedding is not None:
+            return self.text_embedding(text, keep, num)
+        if text is not None:
+            raise Mistake("text", "this network was built without a text stream; pass None.")
+        return None
 
-    def _tables(self, height: int, width: int, text: Tensor | None) -> tuple:
+    def _tables(self, height: int, width: int, text: Tensor | None) -> Tables:
         device, dtype = self.out.weight.device, self.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
-        size = (height, width, 0 if text is None else text.shape[1], device, dtype)
-        tables = self._tables_of.get(size)
-        if tables is None:
-            with torch.inference_mode(False):  # training may use them next
-                tables = position_tables(self.config, *size)
-            # A new dict, since other threads may be reading the old one.
-            newest = list(self._tables_of.items())[1 - MAX_CACHED_SIZES :]
-            self._tables_of = dict([*newest, (size, tables)])
-        return tables
+        length = 0 if text is None else text.shape[1]
+        return self._positions.of(height, width, length, device, dtype)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Predict the velocity at `x_t`.
@@ -307,20 +258,25 @@ class PiD(nn.Module):
             Velocity (B, 3, H, W) in fp32 at least.
 
         Raises:
-            ValueError: `x_t` and the condition differ in size.
+            Mistake: `x_t` and the condition differ in size.
         """
-        height, width = condition.rows.shape[0], condition.columns.shape[0]
+        height, width = condition.output_size()
         if x_t.shape[-2:] != (height, width):
-            raise ValueError(
-                f"x_t: {x_t.shape[-2]} x {x_t.shape[-1]} does not match the output size of its "
-                f"latents; draw noise of {height} x {width}."
+            raise Mistake(
+                "x_t",
+                f"{x_t.shape[-2]} x {x_t.shape[-1]} does not match the output size of its "
+                f"latents; draw noise of {height} x {width}.",
             )
+        return self.velocity_function(self, x_t, t, condition)
+
+    def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """What `forward` computes unless the network is compiled."""
         t_emb = self.time_embedding(t).to(self.dtype)  # (B, 1, D)
         last = len(self.patch_blocks) - 1
-        s = F.silu(t_emb + self._run_patch_blocks(x_t, t_emb, condition, (last,))[last])
+        patches = F.silu(t_emb + self._run_patch_blocks(x_t, t_emb, condition, (last,))[last])
         if self.config.adapter.inject_pixels:
-            s = self.gates[-1](s, condition.features[-1], condition.openness[-1])
-        prediction = self._run_pixel_blocks(x_t, s, condition)
+            patches = self._inject(-1, patches, condition)
+        prediction = self._run_pixel_blocks(x_t, patches, condition)
         prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
         if condition.base is not None:
             prediction = prediction + condition.base
@@ -350,25 +306,27 @@ class PiD(nn.Module):
         patches = rearrange(x_t, "b c (h p) (w q) -> b (h w) (c p q)", p=side, q=side)
         tokens = self.patch_embedding(patches.to(self.dtype))  # (B, N, D)
         text, after = condition.text, {}
-        block_condition = self.block_condition(t_emb)
+        time = self.time_activation(t_emb)
         grid, windows = [n // side for n in x_t.shape[-2:]], (None, None)
         if self.window_size is not None:
             windows = tuple(Windows(*grid, self.window_size, shifted) for shifted in (False, True))
         for i, block in enumerate(self.patch_blocks[: max(wanted) + 1]):
             injection, rest = divmod(i, self.config.adapter.interval)
             if rest == 0:
-                tokens = self.gates[injection](
-                    tokens, condition.features[injection], condition.openness[injection]
-                )
-            shared = (block_condition, condition.patch_table, condition.text_table, windows[i % 2])
+                tokens = self._inject(injection, tokens, condition)
+            shared = (time, condition.patch_table, condition.text_table, windows[i % 2])
             tokens, text = self._run(block, tokens, text, *shared)
             if i in wanted:
                 after[i] = tokens
         return after
 
-    def _run_pixel_blocks(self, x_t: Tensor, s: Tensor, condition: Condition) -> Tensor:
-        """Embed the pixels of x_t and of a residual network's base, refine them under s (B, N, D)
-        and project them to an image."""
+    def _inject(self, number: int, tokens: Tensor, condition: Condition) -> Tensor:
+        feature, shared_logit = condition.features[number], condition.shared_logits[number]
+        return self.gates[number](tokens, feature, shared_logit)
+
+    def _run_pixel_blocks(self, x_t: Tensor, patches: Tensor, condition: Condition) -> Tensor:
+        """Embed the pixels of x_t and of a residual network's base, refine them under their patches
+        (B, N, D) and project them to an image."""
         side = self.config.patch_size
         seen = x_t if condition.base is None else torch.cat((x_t, condition.base), dim=1)
         image = rearrange(seen, "b c (h p) (w q) -> b h w p q c", p=side, q=side)
@@ -380,17 +338,11 @@ class PiD(nn.Module):
         if not torch.is_grad_enabled():
             chunk_size = self.chunk_size or default_chunk_size(num_patches, x_t.device)
         for block in self.pixel_blocks:
-            pixels = self._run(block, pixels, s, condition.pixel_table, chunk_size)
+            pixels = self._run(block, pixels, patches, condition.pixel_table, chunk_size)
         chunks = pixels.flatten(0, 1).split(chunk_size)
         rgb = torch.cat([self.out(self.out_norm(chunk)) for chunk in chunks])
-        return rearrange(
-            rgb,
-            "(b h w) (p q) c -> b c (h p) (w q)",
-            b=pixels.shape[0],
-            h=num_rows,
-            p=side,
-            q=side,
-        )
+        rgb = rgb.view(*pixels.shape[:-1], 3)
+        return rearrange(rgb, "b (h w) (p q) c -> b c (h p) (w q)", h=num_rows, p=side)
 
     def _run(self, block: nn.Module, *inputs: object) -> Any:
         if self.activation_checkpointing and torch.is_grad_enabled():

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pid_lightning.nn import PiD
-from pid_lightning.nn.compilation import check_not_frozen
+from pid_lightning.checks import Mistake
+from pid_lightning.nn.changes import check_allowed
+from pid_lightning.nn.denoiser import PiD
 
 TOLERANCE = 0.02  # of the largest embedding value: above two bf16 roundings, far below other times
 
@@ -48,15 +49,13 @@ def fix_times(denoiser: PiD, times: Sequence[float] | None) -> None:
         times: a student's pixel times in [0, 1]; None for a teacher, which is refused.
 
     Raises:
-        ValueError: a teacher, times already fixed, or compiled graphs that hold the weights.
+        Mistake: a teacher, or a change that rules it out (see `changes`).
     """
-    check_not_frozen(denoiser, "fix_times")
-    if has_fixed_times(denoiser):
-        raise ValueError("fix_times: this network's times are already fixed; call it only once.")
+    check_allowed(denoiser.changes, "fix_times")
     if times is None:
-        raise ValueError(
-            "fix_times: this network is a teacher, sampled at arbitrary times; use a distilled "
-            "student."
+        raise Mistake(
+            "fix_times",
+            "this network is a teacher, sampled at arbitrary times; use a distilled student.",
         )
     device, dtype = denoiser.out.weight.device, denoiser.dtype
     with torch.no_grad():
@@ -65,14 +64,10 @@ def fix_times(denoiser: PiD, times: Sequence[float] | None) -> None:
         embeddings = [denoiser.time_embedding(one).to(dtype) for one in t.split(1)]
         for block in denoiser.patch_blocks:
             for stream in filter(None, (block.image, block.text)):
-                rows = [stream.modulation(denoiser.block_condition(one)) for one in embeddings]
+                rows = [stream.modulation(denoiser.time_activation(one)) for one in embeddings]
                 stream.modulation = _table(torch.cat(rows)[:, 0])
-    denoiser.block_condition = ChosenTime(torch.cat(embeddings)[:, 0])
-
-
-def has_fixed_times(denoiser: PiD) -> bool:
-    """Whether `fix_times` was applied."""
-    return isinstance(denoiser.block_condition, ChosenTime)
+    denoiser.time_activation = ChosenTime(torch.cat(embeddings)[:, 0])
+    denoiser.changes += ("fix_times",)
 
 
 def _table(values: Tensor) -> nn.Linear:

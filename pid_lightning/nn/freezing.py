@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pid_lightning.nn import PiD
+from pid_lightning.checks import check_choice
+from pid_lightning.nn.denoiser import PiD
 
 
 def freeze_untrained(denoiser: PiD, train: str, reads_null: bool) -> None:
@@ -14,8 +15,11 @@ def freeze_untrained(denoiser: PiD, train: str, reads_null: bool) -> None:
         reads_null: whether some samples have no caption, so that a learned null learns.
 
     Raises:
-        ValueError: the RGB head is to be trained, but the adapter has none.
+        Mistake: the network has no such part.
     """
+    adapter = denoiser.adapter
+    parts = ("all", "adapter") if adapter.rgb_head is None else ("all", "adapter", "rgb_head")
+    check_choice("training.train", train, parts)
     if train == "all":
         denoiser.requires_grad_(True)
         for block in denoiser.patch_blocks:
@@ -26,17 +30,11 @@ def freeze_untrained(denoiser: PiD, train: str, reads_null: bool) -> None:
         freeze_native(denoiser)
         return
     denoiser.requires_grad_(False)
-    denoiser.adapter.requires_grad_(True)
+    adapter.requires_grad_(True)
     freeze_native(denoiser)
     if train == "adapter":
         denoiser.gates.requires_grad_(True)
-    elif denoiser.adapter.rgb_head is None:
-        raise ValueError(
-            "training.train: rgb_head needs an adapter with an RGB head; set "
-            "model.denoiser.adapter.rgb_head to true."
-        )
     else:
-        adapter = denoiser.adapter
         unread = [adapter.heads, adapter.head_norm]
         if adapter.rgb_head_block is not None:
             unread += adapter.res_blocks[adapter.rgb_head_block :]

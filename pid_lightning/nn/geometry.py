@@ -47,6 +47,21 @@ class Geometry:
         """Output sizes are multiples of this many pixels: whole patches and whole latent cells."""
         return math.lcm(patch_size, self.cell)
 
+    def check_size(self, height: int, width: int, patch_size: int) -> None:
+        """Check that an output size in pixels is a whole number of patches and of latent cells.
+
+        Raises:
+            Mistake: a side is not a positive multiple of `alignment`.
+        """
+        step = self.alignment(patch_size)
+        if height % step or width % step or min(height, width) < step:
+            raise Mistake(
+                "size",
+                f"{height} x {width} is not a multiple of {step} (patch_size and "
+                "scale x latent_stride); use "
+                f"{max(height // step, 1) * step} x {max(width // step, 1) * step}.",
+            )
+
     def to_patch_grid(self, patch_size: int) -> tuple[int, int]:
         """(upsampling, folding) factors from the latent grid to the patch grid; one of them is 1.
 

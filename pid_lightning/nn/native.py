@@ -102,20 +102,14 @@ class _Residual(nn.Module):
         return x + self.second(F.silu(self.first(F.silu(x))))
 
 
-def check_geometry(unpacked: Geometry, patch_size: int) -> None:
-    """Raise `Mistake` unless TAEF2 decodes these latents, to whole pixels of a patch."""
+def check_geometry(unpacked: Geometry) -> None:
+    """Raise `Mistake` unless TAEF2 decodes these latents."""
     if (unpacked.latent_channels, unpacked.latent_stride) != (LATENT_CHANNELS, STRIDE):
         raise Mistake(
             "adapter.native",
             f"taef2 decodes FLUX.2's {LATENT_CHANNELS} channels at stride {STRIDE}, not "
             f"{unpacked.latent_channels} at {unpacked.latent_stride} (after adapter.unpack); set "
             "it to none.",
-        )
-    if patch_size % unpacked.scale:
-        raise Mistake(
-            "adapter.native",
-            f"at scale {unpacked.scale}, taef2 does not decode whole pixels of a patch of "
-            f"{patch_size}; set patch_size to a multiple of the scale, or native to none.",
         )
 
 

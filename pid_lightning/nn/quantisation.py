@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from pid_lightning.nn import PiD
+from pid_lightning.checks import check_choice
+from pid_lightning.nn.changes import check_allowed
+from pid_lightning.nn.denoiser import PiD
 
 MIN_WIDTH = 64  # of inputs and outputs, for a layer to be worth it
 
@@ -26,8 +28,10 @@ def quantise(denoiser: PiD, activations: bool = False) -> None:
 
     Raises:
         ModuleNotFoundError: torchao is not installed.
-        ValueError: weights in fp64 or already in 8 bits.
+        Mistake: weights in fp64, or a change that rules it out (see `changes`).
     """
+    check_allowed(denoiser.changes, "quantise")
+    check_choice("quantise", denoiser.dtype, (torch.float32, torch.bfloat16, torch.float16))
     try:
         from torchao.quantization import (
             Int8DynamicActivationInt8WeightConfig,
@@ -38,10 +42,6 @@ def quantise(denoiser: PiD, activations: bool = False) -> None:
         raise ModuleNotFoundError(
             "8-bit weights need torchao: pip install 'pid_lightning[int8]'."
         ) from error
-    if any(map(is_quantised, denoiser.parameters())):
-        raise ValueError("quantise: the weights are already in 8 bits; call it only once.")
-    if denoiser.dtype == torch.float64:
-        raise ValueError("quantise: fp64 weights have no 8-bit form; load them in fp32 or bf16.")
     exact = {block.modulation for block in denoiser.pixel_blocks}
     exact.update(denoiser.time_embedding.modules())
     wide = {
@@ -62,6 +62,7 @@ def quantise(denoiser: PiD, activations: bool = False) -> None:
     products_config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
     quantize_(denoiser, weights_config, lambda module, _: module in weights_only)
     quantize_(denoiser, products_config, lambda module, _: module in in_products)
+    denoiser.changes += ("quantise",)
 
 
 def is_quantised(weight: Tensor) -> bool:

@@ -23,8 +23,8 @@ def _frequencies(num: int, theta: float) -> Tensor:
 def _axis_angles(length: int, head_dim: int, reference: float | None) -> Tensor:
     """Angles (length, d/4) along one axis; NTK scaling has no effect at length `reference`."""
     theta = THETA
-    if reference is not None:
-        axis_dim = head_dim // 2
+    axis_dim = head_dim // 2
+    if reference is not None and axis_dim > 2:  # of 2 channels, the only frequency is 1
         theta *= (length / reference) ** (axis_dim / (axis_dim - 2))
     positions = torch.linspace(0, EXTENT, length, dtype=torch.float64, device="cpu")
     return positions[:, None] * _frequencies(head_dim // 4, theta)
@@ -38,7 +38,7 @@ def patch_angles(
     Args:
         height: rows of patches.
         width: columns of patches.
-        head_dim: channels d of an attention head, a multiple of 4 (above 4 with a reference).
+        head_dim: channels d of an attention head, a multiple of 4.
         reference: (rows, columns) at which NTK scaling has no effect; None is plain RoPE.
 
     Returns:

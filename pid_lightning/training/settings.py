@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from pid_lightning.checks import Mistake, check_at_least, check_between, check_choice
+from pid_lightning.diffusion.noising import Frame
 from pid_lightning.diffusion.sampling import STUDENT_TIMES
 from pid_lightning.nn import PiDConfig
 
 TrainedPart = Literal["all", "adapter", "rgb_head"]
 OptimizerName = Literal["adamw", "muon"]
-NoiseFrame = Literal["flow", "variance_preserving"]
 StudentInput = Literal["rollout", "noised_data"]
 StudentSteps = Literal["all", "last"]
 TeacherDtype = Literal["bfloat16", "float32"]
@@ -60,7 +60,7 @@ class Training:
     time_std: float = 1.0
     latent_sigma_max: float = 0.8
     latent_sigma_probability: float = 0.75
-    noise_frame: NoiseFrame = "flow"
+    noise_frame: Frame = "flow"
     caption_dropout: float = 0.1
     latent_dropout: float = 0.0
     rgb_loss_weight: float = 0.8
@@ -71,7 +71,7 @@ class Training:
     def __post_init__(self) -> None:
         check_choice("training.train", self.train, get_args(TrainedPart))
         check_choice("training.optimizer", self.optimizer, get_args(OptimizerName))
-        check_choice("training.noise_frame", self.noise_frame, get_args(NoiseFrame))
+        check_choice("training.noise_frame", self.noise_frame, get_args(Frame))
         for name in ("learning_rate", "weight_decay", "warmup_steps", "rgb_loss_weight"):
             check_at_least(f"training.{name}", getattr(self, name), 0)
         for name in ("latent_sigma_max", "latent_sigma_probability"):

@@ -427,7 +427,7 @@ def test_an_estimate_needs_no_measurement(model: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--sizes 100", "output size 100 x 100 is not a multiple of"),
+        ("--sizes 100", "size: 100 x 100 is not a multiple of"),
         ("--sizes 0", "sizes: 0 must be at least 1"),
         ("--repeat 0", "--repeat: 0 must be at least 1"),
         ("--estimate --baseline", "leave out --baseline or --estimate"),

@@ -125,7 +125,7 @@ def test_steps_are_the_trained_ones_or_fewer() -> None:
         ({"latent_sigma": 1.2}, r"^latent_sigma: 1\.2 must be one number between 0"),
         ({"latent_sigma": [0.1, 0.2]}, r"^latent_sigma: .* or 1 of them"),
         ({"latent_sigma": float("nan")}, r"^latent_sigma: nan"),
-        ({"tile": 100}, r"^tile: 100 pixels must be a multiple of 32"),
+        ({"tile": 100}, r"^tile: 100 must be a multiple of 32"),
         ({"tile": "big"}, r"^tile: 'big' must be a number of pixels, 'auto' or None"),
         ({"prompt": "a cat"}, r"^prompt and guidance_scale: this model was trained without text"),
         ({"guidance_scale": 5.0}, r"^prompt and guidance_scale: this model was trained without"),

@@ -10,6 +10,7 @@ import tiny
 import torch
 from torch import Tensor
 
+from pid_lightning.checks import Mistake
 from pid_lightning.decoding.latents import adapt_tile, decode_latents
 from pid_lightning.decoding.tile_choice import trained_tile
 from pid_lightning.diffusion.randomness import sample_generators
@@ -64,18 +65,20 @@ def test_cost_grows_linearly_with_pixels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tile", "overlap", "sentence"),
+    ("tile", "overlap", "option"),
     [
-        (50, None, r"^tile: 50 pixels must be a multiple of 16 .* use 48\.$"),
-        (16, None, r"^tile: 16 .* at least 32; use 32\.$"),
-        (0, None, r"^tile: 0 "),
-        (64, 64, r"^overlap: 64 must be a multiple of 16, .* less than the tile's 64 pixels\.$"),
-        (64, 8, r"^overlap: 8 "),
+        (50, None, "tile"),
+        (16, None, "tile"),
+        (0, None, "tile"),
+        (64, 64, "overlap"),
+        (64, 8, "overlap"),
+        (64, -16, "overlap"),
     ],
 )
-def test_tiles_that_make_no_progress_are_refused(tile: int, overlap: int, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence):
+def test_tiles_that_make_no_progress_are_refused(tile: int, overlap: int, option: str) -> None:
+    with pytest.raises(Mistake) as told:
         Tiles(128, 128, tile, 16, overlap)
+    assert told.value.option == option
 
 
 def test_a_velocity_of_each_pixel_alone_is_exact_when_tiled() -> None:

@@ -18,7 +18,7 @@ from pid_lightning.pictures.resizing import reduce_picture
 from pid_lightning.training.data.samples import centre_crop
 from pid_lightning.training.data.sources import BUNDLED_PHOTOS
 
-VECTORS = Path(__file__).parents[1] / "vectors" / "taef2.safetensors"
+VECTORS = Path(__file__).parents[1] / "data" / "taef2.safetensors"
 
 
 @pytest.fixture(scope="module")

@@ -95,8 +95,8 @@ def _network(vectors: Vectors) -> dict[str, Tensor]:
     for name in vectors.outputs:
         if name.startswith("gate."):
             i = int(name.removeprefix("gate."))
-            feature, openness = condition.features[i], condition.openness[i]
-            computed[name] = denoiser.gates[i](inputs["gate_tokens"], feature, openness)
+            feature, shared = condition.features[i], condition.shared_logits[i]
+            computed[name] = denoiser.gates[i](inputs["gate_tokens"], feature, shared)
     blocks = json.loads(vectors.metadata.get("feature_blocks", "[]"))
     if blocks:
         tapped = denoiser.features(inputs["x"], inputs["t"], condition, blocks)

@@ -9,7 +9,6 @@ import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
 
 from pid_lightning.nn import Geometry, PiD
 from pid_lightning.nn.attention import attend
@@ -106,25 +105,3 @@ def test_the_second_block_sees_across_the_first_ones_borders() -> None:
     second = first.clone()  # the shifted windows that overlap the first: rows and columns 0 to 5
     second[:6, :6] = True
     assert torch.equal(moved[1], second)
-
-
-def test_windows_compile_to_one_graph() -> None:
-    torch._dynamo.reset()
-    denoiser, counter = network(5), CompileCounter()
-    denoiser.attend_in_windows(32)
-    condition = denoiser.condition(
-        draw(1, 4, 2, 3), torch.zeros(1), draw(1, 5, denoiser.config.text_width)
-    )
-    x, t = draw(1, 3, 64, 96), torch.tensor([0.5], dtype=torch.float64)
-    eager = denoiser(x, t, condition)
-    denoiser.compile(backend=counter, fullgraph=True, dynamic=False)
-    for time in (0.5, 0.2):
-        velocity = denoiser(x, t.fill_(time), condition)
-        assert torch.equal(velocity, eager) == (time == 0.5)
-    assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize(("size", "suggested"), [(100, 96), (16, 32), (0, 32), (-8, 32)])
-def test_windows_that_are_not_whole_patches_are_refused(size: int, suggested: int) -> None:
-    with pytest.raises(ValueError, match=rf"^window: {size} pixels must .*; use {suggested}\.$"):
-        network(0).attend_in_windows(size)

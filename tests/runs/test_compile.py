@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import tiny
 import torch
 from torch._dynamo.testing import CompileCounter
 
 from pid_lightning import AdapterConfig, PiDDecoder
-from pid_lightning.nn.compilation import compile_for_inference
+from pid_lightning.checks import Mistake
 
 TEXTLESS = AdapterConfig(width=16, num_res_blocks=1, inject_pixels=True, sigma_plane=True)
 
@@ -75,57 +78,61 @@ def test_only_frozen_graphs_do_not_see_weights_that_change() -> None:
 
 def test_what_frozen_graphs_would_not_see_is_refused() -> None:
     decoder = make_decoder().compile(freeze=True)
-    message = "comes too late: compiled graphs hold the weights"
-    with pytest.raises(ValueError, match=rf"^dtype: torch.bfloat16 {message}"):
-        decoder.to(dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=rf"^quantise {message}"):
-        decoder.quantise()
+    for option, change in (
+        ("dtype", lambda: decoder.to(dtype=torch.bfloat16)),
+        ("quantise", decoder.quantise),
+        ("fix_times", decoder.fix_times),
+    ):
+        with pytest.raises(Mistake) as told:
+            change()
+        assert told.value.option == option
     make_decoder().compile().to(dtype=torch.bfloat16)
 
 
-def test_more_sizes_than_graphs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pid_lightning.nn.compilation.MAX_GRAPHS", 1)
-    decoder = make_decoder()
+def test_windows_compile_to_one_graph() -> None:
     torch._dynamo.reset()
-    decoder.denoiser.compile = lambda **_: setattr(
-        decoder.denoiser, "_compiled_call_impl", decoder.denoiser.forward
+    decoder, counter = make_decoder(), CompileCounter()
+    decoder.attend_in_windows(32)
+    latents = draw_latents(2, 3)
+    eager = decoder.decode(latents, seed=0, progress=False)
+    decoder.denoiser.compile(backend=counter, fullgraph=True, dynamic=False)
+    assert torch.equal(decoder.decode(latents, seed=0, progress=False), eager)
+    assert counter.frame_count == 1
+
+
+def test_many_sizes_are_compiled_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's default limit raises at the ninth size, and a copy of the network uses its weights."""
+    torch._dynamo.reset()
+    compiled = []
+
+    def sizes_of(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        compiled.append(inputs)
+        return graph.forward
+
+    compile_function = torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda function, options, **how: compile_function(function, backend=sizes_of, **how),
     )
-    decoder.compile().decode(draw_latents(2, 2), seed=0, progress=False)
-    with pytest.raises(ValueError, match="compile: 2 sizes of input, but at most 1 are compiled"):
-        decoder.decode(draw_latents(2, 3), seed=0, progress=False)
-    decoder.decode(draw_latents(2, 2), seed=0, progress=False)  # its graph is still there
-
-
-def test_inference_mode_takes_a_graph_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pid_lightning.nn.compilation.MAX_GRAPHS", 1)
-    torch._dynamo.reset()
-    network = OneProduct()
-    compile_for_inference(network)
+    decoder = make_decoder()
+    decoder.attend_in_windows(None)
+    eager = copy.deepcopy(decoder.denoiser)
+    decoder.compile()
+    twin = copy.deepcopy(decoder.denoiser)
+    twin.out.bias.add_(0.1)
+    sigma, t = torch.zeros(1), torch.full((1,), 0.7)
     with torch.no_grad():
-        network(torch.ones(1, 2))
-    with torch.inference_mode(), pytest.raises(ValueError, match="at most 1 are compiled"):
-        network(torch.ones(1, 2))
-
-
-@pytest.mark.parametrize("named", [False, True])
-def test_a_size_is_that_of_all_inputs(monkeypatch: pytest.MonkeyPatch, named: bool) -> None:
-    """A caption's length counts too, and the way the inputs are given does not matter."""
-    monkeypatch.setattr("pid_lightning.nn.compilation.MAX_GRAPHS", 2)
-    torch._dynamo.reset()
-    network = Sum()
-    compile_for_inference(network)
-    with torch.no_grad():
-        for length in (1, 2, 1):
-            inputs = {"x": torch.ones(1, 2), "captions": [torch.ones(length, 2)]}
-            result = network(**inputs) if named else network(*inputs.values())
-            assert result.sum() == 2 + 2 * length
-        with pytest.raises(ValueError, match=r"^compile: 3 sizes of input, but at most 2"):
-            network(torch.ones(1, 2), [torch.ones(3, 2)])
-
-
-def test_cuda_graphs_need_a_gpu() -> None:
-    with pytest.raises(ValueError, match=r"^cuda_graphs: this network is on cpu, .* to a GPU"):
-        make_decoder().compile(cuda_graphs=True)
+        for columns in range(1, 11):
+            latents = draw_latents(1, columns)
+            x_t = torch.ones(1, 3, 32, 32 * columns)
+            expected = eager(x_t, t, eager.condition(latents, sigma))
+            for _ in range(2):
+                velocity = decoder.denoiser(x_t, t, decoder.denoiser.condition(latents, sigma))
+                assert torch.equal(velocity, expected)
+            assert len(compiled) == columns
+        moved = twin(x_t, t, twin.condition(latents, sigma))
+    assert not torch.allclose(moved, expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -147,41 +154,3 @@ def test_cuda_graphs_decode_as_eager() -> None:
         kept = first.clone()
         decoder.denoiser(-x, t, condition)
     assert torch.equal(first, kept)
-
-
-class OneProduct(torch.nn.Module):
-    """Not one of torch's own modules, which old torch versions do not compile on their own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = torch.nn.Linear(2, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x)
-
-
-class Sum(torch.nn.Module):
-    """Like a denoiser under a condition: a tensor, and others inside of something."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = torch.nn.Parameter(torch.ones(1))
-
-    def forward(self, x: torch.Tensor, captions: list[torch.Tensor]) -> torch.Tensor:
-        return self.one * x.sum() + captions[0].sum()
-
-
-def test_many_sizes_are_compiled_each_once() -> None:
-    """torch's default limit raises at the ninth size."""
-    torch._dynamo.reset()
-    network = OneProduct()
-    compile_for_inference(network)
-    batches = [torch.ones(size, 2) for size in range(1, 13)]
-    with torch.no_grad():
-        for batch in batches[:-1]:
-            network(batch)
-        with torch.compiler.set_stance("fail_on_recompile"):
-            for batch in batches[:-1]:
-                network(batch)
-            with pytest.raises(RuntimeError, match="fail_on_recompile"):
-                network(batches[-1])

@@ -21,7 +21,7 @@ from pid_lightning.training.sample import add_evaluation_noise, evaluation_gener
 
 class PictureGrids(Callback):
     """Logs a grid at each validation (encoder input, native decode, PiD at several noise levels,
-    original), and the mean opening of each gate at these noise levels.
+    original), and the mean value of each gate at these noise levels.
 
     Args:
         num_pictures: rows of the grid, from the first validation batch.
@@ -109,18 +109,18 @@ class PictureGrids(Callback):
     def scalars(
         self, module: PiDModule, x0: Tensor, clean: Tensor, text: Tensor | None, numbers: list[int]
     ) -> dict[str, float]:
-        """Mean opening of each gate at t = 0.5, by injection and noise level."""
+        """Mean value of each gate at t = 0.5, by injection and noise level."""
         denoiser, settings, found = module.averaged_denoiser, module.training_settings, {}
         t = torch.full((len(x0),), 0.5, device=x0.device)
         for sigma in self.latent_sigmas:
             latents, latent_sigma = add_evaluation_noise(clean, sigma, numbers, settings)
             condition = denoiser.condition(latents, latent_sigma, text)
-            openings: list[float] = []
-            hooks = [gate.register_forward_hook(_record(openings)) for gate in denoiser.gates]
+            values: list[float] = []
+            hooks = [gate.register_forward_hook(_record(values)) for gate in denoiser.gates]
             denoiser.forward(x0, t, condition)  # a compiled call would skip the hooks
             for hook in hooks:
                 hook.remove()
-            found |= {f"gates/injection_{i}/sigma_{sigma:g}": o for i, o in enumerate(openings)}
+            found |= {f"gates/injection_{i}/sigma_{sigma:g}": v for i, v in enumerate(values)}
         return found
 
 
@@ -183,11 +183,11 @@ class DistillationGrids(PictureGrids):
         return {}
 
 
-def _record(openings: list[float]) -> Callable[..., None]:
-    """A forward hook of `SigmaGate` that records the gate's mean opening."""
+def _record(values: list[float]) -> Callable[..., None]:
+    """A forward hook of `SigmaGate` that records the gate's mean value."""
 
     def hook(gate: SigmaGate, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        tokens, _, openness = inputs
-        openings.append(gate.opening(tokens, openness).float().mean().item())
+        tokens, _, shared_logit = inputs
+        values.append(gate.value(tokens, shared_logit).float().mean().item())
 
     return hook
