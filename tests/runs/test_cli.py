@@ -86,8 +86,8 @@ def forbid_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--model.scael=3"], "'scael' is not accepted"),
         (["--model.denoiser.widht=3"], "denoiser.widht"),
         (["--trainer.max_stpes=3"], "max_stpes"),
-        (["--model.denoiser.prediction=y0"], "'y0' is not one of velocity, x0"),
-        (["--model.denoiser.adapter.gate=y0"], "'y0' is not one of channel, token"),
+        (["--model.denoiser.prediction=y0"], "prediction: Expected one of 'velocity', 'x0', not y0"),
+        (["--model.denoiser.adapter.gate=y0"], "gate: Expected one of 'channel', 'token', 'none', not y0"),
         (
             ["--model.training.train=rgb_head", "--model.training.compile=true"],
             "with training.train rgb_head the backbone",
