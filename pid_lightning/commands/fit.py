@@ -87,7 +87,7 @@ class PiDCLI(LightningCLI):
         parser.add_argument(
             "--baseline",
             type=str | None,
-            help="Short for --model.evaluation.baseline: Real-ESRGAN weights for test to compare.",
+            help="Short for --model.evaluation.baseline: upscaler weights for test to compare.",
         )
 
     def parse_arguments(self, parser: Any, args: Any) -> None:

@@ -10,24 +10,27 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pid_lightning.checks import Mistake
-from pid_lightning.decoding import latents as decoding
-from pid_lightning.decoding import memory_estimate as memory
-from pid_lightning.decoding import tile_choice
+from pid_lightning.checks import Mistake, check_choice
 from pid_lightning.decoding.arguments import (
-    check_inputs,
+    check_features,
+    check_latents,
+    check_noise_source,
     check_options,
     check_pictures,
-    text_features,
+    check_takes_text,
+    noise_levels,
 )
-from pid_lightning.decoding.tile_choice import TileChoice
+from pid_lightning.decoding.latents import decode_latents
+from pid_lightning.decoding.memory_estimate import estimate_working_memory, weight_bytes
+from pid_lightning.decoding.plan import Plan
+from pid_lightning.decoding.tile_choice import TileChoice, check_tile_choice, choose_tile
 from pid_lightning.diffusion.randomness import Generators, sample_generators
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.families import build_encoder
 from pid_lightning.encoders.text import TextEncoder
 from pid_lightning.encoders.text_cache import encode_prompts
 from pid_lightning.files import hub
-from pid_lightning.files.models import ModelInfo, load_model
+from pid_lightning.files.models import DTYPES, ModelInfo, load_model
 from pid_lightning.nn import PiD
 from pid_lightning.nn.changes import check_allowed
 from pid_lightning.nn.compilation import compile_for_inference
@@ -51,7 +54,7 @@ class PiDDecoder:
         text_encoder: for prompts given as words; None until set, since model files do not name it.
 
     Raises:
-        ValueError: the network's geometry differs from that in `info`.
+        Mistake: the network's geometry differs from that in `info`.
     """
 
     def __init__(self, denoiser: PiD, info: ModelInfo, encoder: Encoder | None = None) -> None:
@@ -61,12 +64,10 @@ class PiDDecoder:
                 f"this network was built for {denoiser.geometry}, but was trained for "
                 f"{info.geometry}; build it with info.build().",
             )
-        self.denoiser = denoiser.eval().requires_grad_(False)
+        self.denoiser = denoiser.eval()
         self.info = info
         self.text_encoder: TextEncoder | None = None
         self._encoder = encoder
-        self._prompts: dict[str, Tensor] = {}
-        self._prompts_by: str | None = None  # description of the text encoder that made them
 
     # Files and the hub.
 
@@ -93,10 +94,9 @@ class PiDDecoder:
             FileNotFoundError: there is no such model on this machine.
             OSError: the hub does not provide it.
             ValueError: the file is damaged or does not match its own description, or `dtype` is no
-                dtype.
+                dtype of weights.
         """
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise ValueError(f"dtype: {dtype!r} is no torch.dtype; give one, as torch.bfloat16.")
+        check_choice("dtype", dtype, (None, *DTYPES.values(), torch.float64))
         path = hub.find_model(
             name,
             revision=revision,
@@ -105,7 +105,7 @@ class PiDDecoder:
             local_files_only=local_files_only,
         )
         denoiser, info = load_model(path)
-        return cls(denoiser.to(dtype=dtype) if dtype is not None else denoiser, info)
+        return cls(denoiser.requires_grad_(False).to(dtype=dtype), info)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model, its description and a model card, for `from_pretrained`."""
@@ -229,10 +229,9 @@ class PiDDecoder:
         return self
 
     def release(self) -> None:
-        """Free memory: drop the encoders (`encoder` is rebuilt when needed) and cached prompts, and
-        move the network to the CPU; `to` moves it back. Compiled graphs keep what they hold."""
+        """Free memory: drop the encoders (`encoder` is rebuilt when needed) and move the network to
+        the CPU; `to` moves it back. Compiled graphs keep what they hold."""
         self._encoder = self.text_encoder = None
-        self._prompts.clear()
         device = self.device
         self.denoiser.to("cpu")
         if device.type == "cuda":
@@ -264,37 +263,25 @@ class PiDDecoder:
         return self.encoder.encode(images.to(self.device))
 
     def encode_prompt(self, prompt: str | list[str], cache: str | Path | None = None) -> Tensor:
-        """Encode prompts to features (B, L, D_text).
-
-        Remembered, so that the language model may be dropped afterwards (``text_encoder = None``),
-        until another one is set.
+        """Encode prompts by `text_encoder` to features (B, L, D_text), which `decode` takes instead
+        of words, so that the language model may be dropped (``text_encoder = None``).
 
         Args:
             prompt: one or several.
-            cache: a folder of features (`text.cache_captions`); prompts found there need no
+            cache: a folder of features (`text_cache.cache_captions`); prompts found there need no
                 `text_encoder`, others are added.
 
         Raises:
-            ValueError: a network without text, or no `text_encoder` for an unknown prompt.
+            Mistake: a network without text, or no words.
+            ValueError: no `text_encoder` for an unknown prompt.
         """
-        if self.denoiser.text_embedding is None:
-            raise ValueError("prompt: this model was trained without text; leave it out.")
+        check_takes_text(self.denoiser)
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
-            raise ValueError(f"prompt: {prompt!r} must be words, a list of words, or features.")
-        if not prompts:
-            raise ValueError("prompt: an empty list; give one prompt or one per sample, or None.")
-        if self.text_encoder is not None and self.text_encoder.description != self._prompts_by:
-            self._prompts.clear()
-            self._prompts_by = self.text_encoder.description
-        # A cache folder gets what is remembered too, where there is an encoder to name it by.
-        again = cache is not None and self.text_encoder is not None
-        unknown = [p for p in dict.fromkeys(prompts) if again or p not in self._prompts]
-        if unknown:
-            width = self.info.config.text_width
-            features = encode_prompts(self.text_encoder, unknown, width, cache, self.device)
-            self._prompts.update(zip(unknown, features, strict=True))
-        return torch.stack([self._prompts[p].to(self.device) for p in prompts])
+        is_list = isinstance(prompts, (list, tuple)) and len(prompts) > 0
+        if not is_list or not all(isinstance(words, str) for words in prompts):
+            raise Mistake("prompt", f"{prompt!r} must be words or a list of words, one per sample.")
+        width = self.info.config.text_width
+        return encode_prompts(self.text_encoder, prompts, width, cache, self.device).to(self.device)
 
     # Decoding.
 
@@ -310,6 +297,7 @@ class PiDDecoder:
         tile: TileChoice = None,
         progress: bool = True,
         guidance_scale: float = 1.0,
+        negative_prompt: str | list[str] | Tensor | None = None,
     ) -> Tensor:
         """Decode normalised latents to pictures.
 
@@ -328,6 +316,8 @@ class PiDDecoder:
                 larger pictures, and smaller ones if memory is short; None decodes without tiles.
             progress: whether to show a progress bar.
             guidance_scale: strength of a teacher's text guidance; 1 turns it off.
+            negative_prompt: what guidance leads away from, like `prompt`; None is the learned null,
+                or "" for a model that has none.
 
         Returns:
             (B, 3, H, W) in [-1, 1], fp32, on the network's device.
@@ -335,50 +325,51 @@ class PiDDecoder:
         Raises:
             ValueError: an argument does not fit the model, or its weights overflow in their dtype.
         """
-        check_options(self, steps, tile, prompt, guidance_scale)
-        sigma = check_inputs(self, latents, latent_sigma, generator, seed)
-        height, width = self.output_size(latents)
-        side = self.choose_tile(height, width, tile, len(latents))
-        text = null_text = None
-        if prompt is not None:
-            text = prompt if isinstance(prompt, Tensor) else self.encode_prompt(prompt)
-            text = text_features(text, self.info.config.text_width, len(latents)).to(self.device)
-        if guidance_scale != 1.0 and not self.info.config.learned_null:
-            null_text = self.encode_prompt([""] * len(latents))
+        info = self.info
+        check_options(self.denoiser, info.student_times, steps, tile, prompt, guidance_scale)
+        check_noise_source(generator, seed)
+        check_latents(latents, info)
+        batch_size = len(latents)
+        sigma = noise_levels(latent_sigma, batch_size, info.latent_sigma_max).to(self.device)
+        size = self.output_size(latents)
+        plan = Plan.of(
+            self.denoiser,
+            latents,
+            student_times=info.student_times,
+            time_shift=info.time_shift,
+            steps=steps,
+            tile=choose_tile(self.denoiser, info, *size, tile, batch_size),
+            guidance_scale=guidance_scale,
+        )
+        if guidance_scale != 1 and not info.config.learned_null and negative_prompt is None:
+            negative_prompt = ""
+        text, null_text = (self._features(p, batch_size) for p in (prompt, negative_prompt))
         if seed is not None:
-            generator = sample_generators(int(seed), "decode", range(len(latents)))
-        tiles = decoding.tiles_for(self.denoiser, height, width, side)
-        num_steps = decoding.num_sampling_steps(self.info.student_times, steps)
-        label, num_tiles = f"{width} x {height}", 1
-        if tiles is not None:
-            num_tiles = len(tiles)
-            label += f" in {num_tiles} tiles of {side}"
-        total = num_steps * num_tiles * (1 if guidance_scale == 1.0 else 2)
-        with tqdm(total=total, desc=label, disable=not progress, leave=False) as bar:
-            pictures = decoding.decode_latents(
-                self.denoiser,
-                latents.to(self.device),
-                sigma,
-                student_times=self.info.student_times,
-                time_shift=self.info.time_shift,
-                steps=steps,
-                text=text,
-                null_text=null_text,
-                guidance_scale=guidance_scale,
-                generator=generator,
-                tile=side,
-                on_forward=bar.update,
+            generator = sample_generators(int(seed), "decode", range(batch_size))
+        latents = latents.to(self.device)
+        with tqdm(
+            total=plan.num_forwards, desc=str(plan), disable=not progress, leave=False
+        ) as bar:
+            pictures = decode_latents(
+                self.denoiser, plan, latents, sigma, text, null_text, generator, bar.update
             )
         if not pictures.isfinite().all():
             cure = "check the weights and the latents"
             if self.dtype == torch.float16:
                 cure = "it overflows with these weights, which need torch.bfloat16 or float32"
-            raise ValueError(f"The picture is not finite in {self.dtype}; {cure}.")
+            raise Mistake("dtype", f"the picture is not finite in {self.dtype}; {cure}.")
         return pictures
+
+    def _features(self, prompt: str | list[str] | Tensor | None, batch_size: int) -> Tensor | None:
+        """Features (B, L, D_text) of a prompt; None stays."""
+        if prompt is None:
+            return None
+        features = prompt if isinstance(prompt, Tensor) else self.encode_prompt(prompt)
+        return check_features(features, self.info.config.text_width, batch_size).to(self.device)
 
     def output_size(self, latents: Tensor) -> tuple[int, int]:
         """(height, width) in pixels of the pictures that latents (B, C, h, w) decode to."""
-        return decoding.output_size(self.denoiser, latents)
+        return self.denoiser.geometry.output_size(latents)
 
     def choose_tile(
         self, height: int, width: int, tile: TileChoice, batch_size: int = 1
@@ -387,14 +378,13 @@ class PiDDecoder:
 
         Warns if the model was not trained for the size it will see.
         """
-        return tile_choice.choose_tile(self.denoiser, self.info, height, width, tile, batch_size)
+        check_tile_choice(tile, self.denoiser.alignment)
+        return choose_tile(self.denoiser, self.info, height, width, tile, batch_size)
 
     def estimate_memory(
         self, height: int, width: int, tile: int | None = None, batch_size: int = 1
     ) -> int:
         """Estimate the peak bytes of decoding to height x width pixels, including the weights but
-        not copies in compiled graphs; see `memory`."""
-        working = memory.estimate_working_memory(
-            self.info, height, width, tile, self.dtype, batch_size
-        )
-        return memory.weight_bytes(self.denoiser) + working
+        not copies in compiled graphs; see `memory_estimate`."""
+        working = estimate_working_memory(self.info, height, width, tile, self.dtype, batch_size)
+        return weight_bytes(self.denoiser) + working

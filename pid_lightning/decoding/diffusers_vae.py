@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pid_lightning.decoding.arguments import check_options, text_features
+from pid_lightning.checks import Mistake
+from pid_lightning.decoding.arguments import check_features, check_options
 from pid_lightning.decoding.decoder import PiDDecoder
 from pid_lightning.encoders.latent_spaces import LatentSpace, space_of
 
@@ -33,11 +34,11 @@ class PiDAutoencoder:
         vae: `AutoencoderKL` (SD3, FLUX.1, SDXL, Z-Image), `AutoencoderKLFlux2` or
             `AutoencoderKLQwenImage`.
         decoder: a decoder for the same latent space.
-        prompt, steps, seed, tile, guidance_scale: arguments of `PiDDecoder.decode`, kept as
-            attributes that can be changed between calls. A pipeline passes neither a prompt nor a
-            generator to `decode`; with a fixed seed, equal latents give equal pictures. While
-            `tile` is None, `enable_tiling` means ``"auto"``; `enable_slicing` affects only the
-            wrapped autoencoder.
+        prompt, steps, seed, tile, guidance_scale, negative_prompt: arguments of
+            `PiDDecoder.decode`, kept as attributes that can be changed between calls; prompts given
+            as words are encoded now. A pipeline passes neither a prompt nor a generator to
+            `decode`; with a fixed seed, equal latents give equal pictures. While `tile` is None,
+            `enable_tiling` means ``"auto"``; `enable_slicing` affects only the wrapped autoencoder.
 
     Attributes:
         native: the wrapped autoencoder.
@@ -45,8 +46,8 @@ class PiDAutoencoder:
         space: the latent space of both.
 
     Raises:
-        ValueError: the autoencoder's class is not supported, or the decoder is for another latent
-            space, or cannot decode with these arguments.
+        Mistake: the decoder is for another latent space, or cannot decode with these arguments.
+        ValueError: the autoencoder's class is not supported.
     """
 
     def __init__(
@@ -59,14 +60,17 @@ class PiDAutoencoder:
         seed: int | None = 0,
         tile: int | Literal["auto"] | None = None,
         guidance_scale: float = 1.0,
+        negative_prompt: str | list[str] | Tensor | None = None,
     ) -> None:
         native = vae.native if isinstance(vae, PiDAutoencoder) else vae
         space = space_of(native)
         _check_same_space(type(native).__name__, space, decoder)
-        check_options(decoder, steps, tile, prompt, guidance_scale)
-        if prompt is not None:  # now, not after the pipeline's loop
-            text = prompt if isinstance(prompt, Tensor) else decoder.encode_prompt(prompt)
-            text_features(text, decoder.info.config.text_width, len(text) if text.ndim > 2 else 1)
+        info = decoder.info
+        check_options(decoder.denoiser, info.student_times, steps, tile, prompt, guidance_scale)
+        if guidance_scale != 1 and not info.config.learned_null and negative_prompt is None:
+            negative_prompt = ""
+        # Now, not after the pipeline's loop.
+        prompt, negative_prompt = (_encoded(decoder, p) for p in (prompt, negative_prompt))
         self.__class__ = _with_pid(type(native))
         # Bypass nn.Module's registration: neither the decoder nor the wrapped autoencoder may
         # become a submodule, which would be saved, cast and counted.
@@ -80,6 +84,7 @@ class PiDAutoencoder:
             seed=seed,
             tile=tile,
             guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
             _expected=None,
         )
 
@@ -124,6 +129,7 @@ class PiDAutoencoder:
             tile="auto" if self.tile is None and self.use_tiling else self.tile,
             progress=False,
             guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
         ).to(z.device)
         if z.ndim == 5:
             pictures = pictures[:, :, None]  # (B, 3, 1, H, W)
@@ -143,13 +149,23 @@ class PiDAutoencoder:
         return super()._apply(fn, recurse)
 
 
+def _encoded(decoder: PiDDecoder, prompt: str | list[str] | Tensor | None) -> Tensor | None:
+    """Features of a prompt that `decode` can take; None stays."""
+    if prompt is None:
+        return None
+    text = prompt if isinstance(prompt, Tensor) else decoder.encode_prompt(prompt)
+    check_features(text, decoder.info.config.text_width, len(text) if text.ndim == 3 else 1)
+    return text
+
+
 def _check_same_space(vae: str, space: LatentSpace, decoder: PiDDecoder) -> None:
     theirs = (decoder.latent_space, decoder.latent_channels, decoder.latent_stride)
     if theirs != (space.name, space.channels, space.stride):
-        raise ValueError(
-            f"decoder: this one decodes {theirs[0]!r} latents ({theirs[1]} channels, stride "
-            f"{theirs[2]}), but the pipeline's {vae} produces {space.name!r} latents "
-            f"({space.channels} channels, stride {space.stride}); use a decoder for {space.name!r}."
+        raise Mistake(
+            "decoder",
+            f"this one decodes {theirs[0]!r} latents ({theirs[1]} channels, stride {theirs[2]}), "
+            f"but the pipeline's {vae} produces {space.name!r} latents ({space.channels} channels, "
+            f"stride {space.stride}); use a decoder for {space.name!r}.",
         )
 
 

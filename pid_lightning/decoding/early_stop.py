@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pid_lightning.checks import check_at_least, check_whole
+from pid_lightning.checks import Mistake, check_at_least, check_whole
 from pid_lightning.decoding.diffusers_vae import PiDAutoencoder
 
 # Schedulers by the form of their latents between steps, at noise level `sigma` of their schedule.
@@ -60,14 +60,16 @@ class EarlyStop:
         _check_pipeline(pipe)
         _check_spacing(pipe.scheduler)
         if self.at_step > pipe.num_timesteps:
-            raise ValueError(
-                f"at_step: {self.at_step} exceeds the {pipe.num_timesteps} steps of this call; "
-                "lower it or raise num_inference_steps."
+            raise Mistake(
+                "at_step",
+                f"{self.at_step} exceeds the {pipe.num_timesteps} steps of this call; lower it or "
+                "raise num_inference_steps.",
             )
         if "latents" not in callback_kwargs:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs: {[*callback_kwargs]} must include 'latents' "
-                "for an early stop; add it or omit the argument."
+            raise Mistake(
+                "callback_on_step_end_tensor_inputs",
+                f"{[*callback_kwargs]} must include 'latents' for an early stop; add it or omit "
+                "the argument.",
             )
 
 
@@ -94,7 +96,7 @@ def stop_early(pipe: Any, at_step: int = 24) -> EarlyStop:
         The callback, which can be used for any number of calls.
 
     Raises:
-        ValueError: `vae` is not a `PiDAutoencoder`, the pipeline cannot be interrupted, the noise
+        Mistake: `vae` is not a `PiDAutoencoder`, the pipeline cannot be interrupted, the noise
             levels of its scheduler are not known, or `at_step` is less than 1. At the first step:
             `at_step` exceeds the call's steps, or DDIM's steps are uneven.
     """
@@ -112,7 +114,7 @@ def signal_and_noise(scheduler: Any, timestep: Tensor | int) -> tuple[float, flo
         timestep: the timestep that `step` was called with.
 
     Raises:
-        ValueError: the scheduler is not supported.
+        Mistake: the scheduler is not supported.
     """
     kind = _kind(scheduler)
     if kind in DISCRETE:
@@ -158,10 +160,11 @@ def _check_spacing(scheduler: Any) -> None:
         return
     num_steps, timesteps = scheduler.num_inference_steps, scheduler.timesteps
     if (timesteps[:-1] - timesteps[1:] != scheduler.config.num_train_timesteps // num_steps).any():
-        raise ValueError(
-            f"scheduler: with timestep_spacing {scheduler.config.timestep_spacing!r} and "
-            f"{num_steps} steps, DDIM leaves latents at other noise levels than it states; use "
-            "timestep_spacing 'leading', or another scheduler."
+        raise Mistake(
+            "scheduler",
+            f"with timestep_spacing {scheduler.config.timestep_spacing!r} and {num_steps} steps, "
+            "DDIM leaves latents at other noise levels than it states; use timestep_spacing "
+            "'leading', or another scheduler.",
         )
 
 
@@ -169,22 +172,20 @@ def _kind(scheduler: Any) -> str:
     for ancestor in type(scheduler).__mro__:
         if ancestor.__name__ in KNOWN_SCHEDULERS:
             return ancestor.__name__
-    raise ValueError(
-        f"scheduler: the noise level of a {type(scheduler).__name__} is not known; use one of "
-        f"{', '.join(KNOWN_SCHEDULERS)}."
+    raise Mistake(
+        "scheduler",
+        f"the noise level of a {type(scheduler).__name__} is not known; use one of "
+        f"{', '.join(KNOWN_SCHEDULERS)}.",
     )
 
 
 def _check_pipeline(pipe: Any) -> None:
-    name = type(pipe).__name__
     vae = getattr(pipe, "vae", None)
-    if not isinstance(vae, PiDAutoencoder):
-        raise ValueError(
-            f"pipe.vae: {type(vae).__name__} cannot decode noisy latents; set pipe.vae = "
-            "PiDAutoencoder(pipe.vae, decoder) first."
-        )
-    if not hasattr(type(pipe), "interrupt"):
-        raise ValueError(
-            f"pipe: a {name} cannot be stopped early; use a pipeline with an `interrupt` property."
+    if not isinstance(vae, PiDAutoencoder) or not hasattr(type(pipe), "interrupt"):
+        raise Mistake(
+            "pipe",
+            f"a {type(pipe).__name__} with a {type(vae).__name__} cannot be stopped early; use a "
+            "pipeline with an `interrupt` property, and set pipe.vae = PiDAutoencoder(pipe.vae, "
+            "decoder) first.",
         )
     _kind(pipe.scheduler)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Callable, Iterable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pid_lightning.decoding.latents import adapt_tile, tiles_for
-from pid_lightning.diffusion import sampling
+from pid_lightning.decoding.latents import adapt_tile
+from pid_lightning.decoding.plan import Plan
+from pid_lightning.diffusion.sampling import Velocity
 from pid_lightning.diffusion.tiling import Tile, Tiles
 from pid_lightning.files.models import ModelInfo
 from pid_lightning.nn.condition import Adapted
@@ -64,21 +65,24 @@ def _estimate(
     info = ModelInfo.from_plain(json.loads(plain))
     with torch.device("meta"):
         denoiser = info.build().eval()
-    tiles = tiles_for(denoiser, height, width, tile)
-    seen = (height, width) if tiles is None else tiles.shape
-    place = None if tiles is None else max(tiles, key=lambda tile: _seen_area(tile, tiles))
+    denoiser.check_size(height, width)
     cells = (side // info.geometry.cell for side in (height, width))
+    shape = (batch_size, info.geometry.latent_channels, *cells)
+    times = {"student_times": info.student_times, "time_shift": info.time_shift}
+    plan = Plan.of(denoiser, torch.empty(shape, device="meta"), tile=tile, **times)
+    tiles = plan.tiles
+    place = None if tiles is None else max(tiles, key=lambda tile: _seen_area(tile, tiles))
     shapes = {name: weight.shape for name, weight in denoiser.state_dict().items()}
     with FakeTensorMode():
         state = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
         denoiser.load_state_dict(state, assign=True)
-        latents = torch.empty(batch_size, info.geometry.latent_channels, *cells)
+        latents = torch.empty(shape)
         t = torch.empty(batch_size)
         text = None
         if denoiser.text_embedding is not None:
             config = info.config
             text = torch.empty(batch_size, config.text_length, config.text_width, dtype=dtype)
-        x = torch.empty(batch_size, 3, *seen)
+        x = torch.empty(batch_size, 3, *plan.seen)
 
         def adapt() -> Adapted:
             if tiles is None:
@@ -93,6 +97,9 @@ def _estimate(
         held = num_bytes(filter(_is_tensor, tree_leaves(condition)))
         running = peak_bytes(lambda: denoiser(x, t, condition))
 
+    def sampling(velocity: Velocity) -> int:
+        return peak_bytes(lambda: plan.sample(velocity, batch_size, None, "meta"))
+
     if tiles is None:
 
         def velocity(x_t: Tensor, t: Tensor) -> Tensor:
@@ -100,33 +107,19 @@ def _estimate(
             return torch.empty_like(x_t)
 
         making = max(adapting, kept + conditioning)
-        return max(making, held + _sampling_bytes(info, (batch_size, 3, height, width), velocity))
+        return max(making, held + sampling(velocity))
 
     making = max(adapting, conditioning, held + running)
 
     def sum_of_tiles(x_t: Tensor, t: Tensor) -> Tensor:
         total = torch.empty_like(x_t)
-        cut = x_t.new_empty(batch_size, 3, *seen)  # what the tile sees of x_t
+        cut = x_t.new_empty(batch_size, 3, *plan.seen)  # what the tile sees of x_t
         torch.empty(making, dtype=torch.uint8, device="meta")
         del cut
         return total
 
     held = len(tiles) * kept
-    return held + _sampling_bytes(info, (batch_size, 3, height, width), sum_of_tiles)
-
-
-def _sampling_bytes(
-    info: ModelInfo, shape: tuple[int, ...], velocity: Callable[[Tensor, Tensor], Tensor]
-) -> int:
-    """Peak bytes of the model's own sampler, including what `velocity` allocates and frees."""
-
-    def sample() -> Tensor:
-        noise, times = partial(torch.empty, shape, device="meta"), info.student_times
-        if times is None:
-            return sampling.sample_solver(velocity, noise(), shift=1.0)
-        return sampling.sample_few_steps(velocity, noise(), len(times), student_times=times)
-
-    return peak_bytes(sample)
+    return held + sampling(sum_of_tiles)
 
 
 def _seen_area(tile: Tile, tiles: Tiles) -> int:

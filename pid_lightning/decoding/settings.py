@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pid_lightning.checks import check_between
+from pid_lightning.checks import Mistake, check_between
 
 
 @dataclass(frozen=True)
@@ -57,4 +57,4 @@ class DecodeSettings:
         check_between("sigma", self.sigma, 0, 1)
         for name in ("text_model", "text_prefix", "text_cache"):
             if getattr(self, name) and self.prompt is None:
-                raise ValueError(f"{name}: only used with a prompt; give one, or leave it out.")
+                raise Mistake(name, "only used with a prompt; give one, or leave it out.")

@@ -36,9 +36,6 @@ def colour_shift(picture: Tensor, native: Tensor) -> ColourShift:
     Args:
         picture: (3, H, W) in [-1, 1].
         native: (3, H/scale, W/scale) of the same latents.
-
-    Raises:
-        ValueError: the shapes do not match.
     """
     levels = 127.5 * _difference(picture, native)
     red, green, blue = levels.mean(dim=(-2, -1)).tolist()
@@ -48,7 +45,7 @@ def colour_shift(picture: Tensor, native: Tensor) -> ColourShift:
 def match_colour(picture: Tensor, native: Tensor) -> Tensor:
     """Give the picture the native decode's low frequencies and keep its own detail.
 
-    Args and errors as for `colour_shift`.
+    Args as for `colour_shift`.
 
     Returns:
         (3, H, W) clamped to [-1, 1].
@@ -60,13 +57,6 @@ def match_colour(picture: Tensor, native: Tensor) -> Tensor:
 
 def _difference(picture: Tensor, native: Tensor) -> Tensor:
     """Low frequencies of picture minus native, (3, rows, columns) of cells of about CELL pixels."""
-    fits = picture.ndim == native.ndim == 3 and picture.shape[0] == native.shape[0] == 3
-    scale = picture.shape[-1] // native.shape[-1] if fits else 0
-    if not fits or tuple(picture.shape[1:]) != tuple(scale * side for side in native.shape[1:]):
-        raise ValueError(
-            f"colours of a picture {tuple(picture.shape)} cannot be matched to a native decode "
-            f"{tuple(native.shape)}; give the (3, H/scale, W/scale) decode of the same latents."
-        )
-    reduced = F.avg_pool2d(picture.float().clamp(-1, 1), scale)
+    reduced = F.avg_pool2d(picture.float().clamp(-1, 1), picture.shape[-1] // native.shape[-1])
     difference = reduced - native.to(picture.device).float().clamp(-1, 1)
     return F.adaptive_avg_pool2d(difference, [max(1, round(s / CELL)) for s in native.shape[1:]])

@@ -1,4 +1,4 @@
-"""Read, write, resize and arrange pictures."""
+"""Reads and writes pictures."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from pid_lightning import __version__
-from pid_lightning.checks import Mistake
+from pid_lightning.checks import Mistake, check_choice
 from pid_lightning.files.atomic import replaced_file
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+FORMATS = {".png": ("PNG", {}), ".webp": ("WEBP", {"lossless": True})}
 WEBP_LONGEST_SIDE = 16383  # of the file format
 
 
@@ -102,28 +103,20 @@ def write_picture(image: Tensor, path: str | Path, metadata: dict) -> None:
     Each file appears complete or not at all; missing folders are created.
 
     Args:
-        image: (3, H, W) in [-1, 1]; values outside are clamped.
+        image: (3, H, W) in [-1, 1], finite; values outside are clamped.
         path: ends in ``.png``, or in ``.webp`` (written lossless).
         metadata: plain values (numbers, strings, lists, dicts).
 
     Raises:
-        ValueError: another suffix or shape, non-finite values, or too large for WebP.
+        Mistake: another suffix, or too large for WebP.
         OSError: the files cannot be written; existing ones stay intact.
     """
     path = Path(path)
-    file_format = {".png": "PNG", ".webp": "WEBP"}.get(path.suffix.lower())
-    if file_format is None:
-        raise ValueError(f"cannot write {path}: the file name must end in .png or .webp.")
-    if image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"cannot write {path}: a picture is (3, H, W), not {tuple(image.shape)}.")
-    if not image.isfinite().all():
-        raise ValueError(
-            f"{path} was not written because its pixels are not all finite: check the weights, and "
-            "decode in bf16 or fp32 instead of fp16."
-        )
-    if file_format == "WEBP" and max(image.shape[1:]) > WEBP_LONGEST_SIDE:
-        raise ValueError(
-            f"cannot write {path}: WebP is limited to {WEBP_LONGEST_SIDE} pixels a side; use .png."
+    check_choice("path", path.suffix.lower(), FORMATS)
+    file_format, options = FORMATS[path.suffix.lower()]
+    if file_format == "WEBP" and max(image.shape) > WEBP_LONGEST_SIDE:
+        raise Mistake(
+            "format", f"webp is limited to {WEBP_LONGEST_SIDE} pixels a side; use png for {path}."
         )
     pixels = ((image.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
@@ -133,7 +126,6 @@ def write_picture(image: Tensor, path: str | Path, metadata: dict) -> None:
         "python": platform.python_version(),
     }
     description = json.dumps({**metadata, "versions": versions}, indent=2) + "\n"
-    options = {"lossless": True} if file_format == "WEBP" else {}
     with replaced_file(path) as temporary:
         picture.save(temporary, format=file_format, **options)
     with replaced_file(path.with_suffix(".json")) as temporary:

@@ -65,15 +65,9 @@ def lpips_network(source: str | Path | None = None) -> LPIPS:
             ``lin{0..4}.weight``; None is the bundled one.
 
     Raises:
-        FileNotFoundError: `source` does not exist.
-        ValueError: the file is damaged, or holds another network.
+        Mistake: the file does not exist, is damaged, or holds another network.
     """
     source = BUNDLED if source is None else Path(os.path.expanduser(source))
-    if not source.is_file():
-        raise FileNotFoundError(
-            f"LPIPS weights {source} do not exist: give a .safetensors file of its AlexNet and "
-            "heads, or none for the bundled one."
-        )
     with torch.device("meta"):  # initialising parameters would advance the global random state
         network = LPIPS()
     state = {

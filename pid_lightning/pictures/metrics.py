@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pid_lightning.checks import Mistake, check_at_least
 from pid_lightning.files.atomic import replaced_file
 from pid_lightning.pictures.lpips import LPIPS
 from pid_lightning.pictures.resizing import reduce_picture
@@ -69,15 +70,15 @@ class PictureMetrics:
             peak_bytes: peak memory of the batch; a row reports its maximum.
 
         Raises:
-            ValueError: shapes that do not match, sides that are too small, or a prediction that
-                is not finite.
+            Mistake: sides that are too small to measure, or a prediction that is not finite.
         """
         row = (row[0], float(row[1]))
-        self._check_shapes(prediction, target, low_resolution, scale)
+        check_at_least("data.image_size", min(prediction.shape[-2:]), LPIPS.smallest_side)
         if not prediction.isfinite().all():
-            raise ValueError(
-                f"{row[0]} at latent_sigma {row[1]:g}: predicted pixels are not finite; check the "
-                "weights, and test in bf16 or fp32 instead of fp16."
+            raise Mistake(
+                row[0],
+                f"predicted pixels are not finite at latent_sigma {row[1]:g}; check the weights, "
+                "and test in bf16 or fp32 instead of fp16.",
             )
         with torch.autocast(prediction.device.type, enabled=False):
             prediction = prediction.float().clamp(-1, 1)
@@ -104,23 +105,6 @@ class PictureMetrics:
             "lpips": self._lpips(prediction, target),
             "consistency": psnr(reduce_picture(prediction, scale), low_resolution),
         }
-
-    def _check_shapes(
-        self, prediction: Tensor, target: Tensor, low_resolution: Tensor, scale: int
-    ) -> None:
-        *_, height, width = prediction.shape
-        wanted = (*prediction.shape[:-2], height // scale, width // scale)
-        if prediction.shape != target.shape or low_resolution.shape != wanted:
-            raise ValueError(
-                f"predictions {tuple(prediction.shape)} at scale {scale} need targets of that "
-                f"shape and low-resolution images {wanted}, not {tuple(target.shape)} and "
-                f"{tuple(low_resolution.shape)}."
-            )
-        if min(height, width) < LPIPS.smallest_side:
-            raise ValueError(
-                f"pictures of {height} x {width} pixels are too small to measure; "
-                f"both sides must be at least {LPIPS.smallest_side}."
-            )
 
     def _row(self, row: tuple[str, float]) -> dict[str, Metric]:
         from torchmetrics import MaxMetric, MeanMetric, SumMetric

@@ -1,123 +1,100 @@
-"""Outputs of `pid predict`: a PNG and a JSON for each input."""
+"""`pid predict`: the road of `pid decode`, for the network of a run."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor
+from lightning.pytorch import Trainer
 
-from pid_lightning.pictures.files import write_picture
-from pid_lightning.pictures.inputs import check_channels
-from pid_lightning.pictures.resizing import pad_picture
-from pid_lightning.training.data.prediction_inputs import PredictionInputs
-from pid_lightning.training.sample import add_evaluation_noise, evaluation_generators
-
-if TYPE_CHECKING:
-    from pid_lightning.training.modules.base import PiDModule
+from pid_lightning.checks import Mistake
+from pid_lightning.decoding.decoder import PiDDecoder
+from pid_lightning.decoding.files import FileDecoder, describe, read_input
+from pid_lightning.decoding.settings import DecodeSettings
+from pid_lightning.encoders.text import TextEncoder
+from pid_lightning.training.settings import Evaluation
 
 
 class PredictionWriter:
-    """Decodes batches and writes PNGs named after their inputs, with a JSON beside each.
+    """Decodes files and writes PNGs named after them, with a JSON beside each.
 
-    Pictures are padded to whole latent cells and patches, and their outputs cropped back.
+    A picture is the one that `pid decode` makes of the file with the same model and settings.
 
     Args:
-        module: decodes; its outputs go to `predictions/` in the run's folder.
+        decoder: the model.
+        text_encoder: of captions; None for a model without them.
+        evaluation: steps, guidance and noise level.
+        seed: of all noise.
+        init_from: where the weights are from, unless the trainer restores a checkpoint.
+        trainer: its run's folder gets the results, in `predictions/`; its inputs are checked now
+            instead of hours into the run.
 
     Raises:
-        ValueError: some inputs are latents of another family.
+        Mistake: an input is damaged, or holds latents of another family.
     """
 
-    def __init__(self, module: PiDModule) -> None:
-        self.module = module
-        trainer = module.trainer
-        loaders, encoder = trainer.predict_dataloaders, module.encoder
+    def __init__(
+        self,
+        decoder: PiDDecoder,
+        text_encoder: TextEncoder | None,
+        evaluation: Evaluation,
+        seed: int,
+        init_from: str | None,
+        trainer: Trainer,
+    ) -> None:
+        decoder.text_encoder = text_encoder
+        self.decoder = decoder
+        self.settings = DecodeSettings(
+            sigma=evaluation.predict_sigma,
+            steps=evaluation.steps,
+            seed=seed,
+            guidance_scale=evaluation.guidance_scale,
+        )
+        weights = trainer.ckpt_path or init_from
+        self.description = describe(decoder, weights and str(weights))
+        loaders = trainer.predict_dataloaders
         for loader in loaders if isinstance(loaders, list) else [loaders]:
-            if isinstance(getattr(loader, "dataset", None), PredictionInputs):
-                for path, shape in loader.dataset.latent_shapes.items():
-                    check_channels(path, shape, encoder.latent_space, encoder.latent_channels)
+            for file in loader.dataset.files:
+                read_input(decoder, file)
         self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "predictions"
         if trainer.is_global_zero:
             print(f"writing pictures to {self.folder}")
 
     def write(self, batch: dict[str, Any]) -> list[Path]:
-        """Decode one batch of `PredictionInputs`: pictures of one size, or latents.
+        """Decode a batch of `PredictionInputs`, file by file, and return the pictures' paths.
 
         Raises:
-            FileExistsError: an output would overwrite that of another input, other weights or
-                other settings.
+            Mistake: an output would overwrite that of another file, other weights or other
+                settings.
         """
-        module, settings = self.module, self.module.evaluation
-        paths = [self.folder / f"{name}.png" for name in batch["name"]]
-        for i, path in enumerate(paths):
-            _check_replaceable(path, self._origin(batch, i), self._settings(batch, i))
-        numbers, sigma = batch["number"].tolist(), settings.predict_sigma
-        if "image" in batch:
-            size = batch["image"].shape[-2:]
-            # Whole cells for the encoder, whole patches for the output.
-            images = pad_picture(batch["image"], module.denoiser.alignment // module.scale)
-            latents, text = module.encode(images, batch["caption"])
-            training = module.training_settings
-            latents, latent_sigma = add_evaluation_noise(latents, sigma, numbers, training)
-        else:  # latents may be noisy already; the sigma only states the level
-            latents = batch["latents"]
-            text = module.text_encoder.encode(batch["caption"])
-            latent_sigma = torch.full((len(latents),), sigma, device=latents.device)
-            size = tuple(side * module.encoder.latent_stride for side in latents.shape[-2:])
-        seed = module.training_settings.seed
-        generators = evaluation_generators(seed, "pixels", numbers, module.device)
-        height, width = (side * module.scale for side in size)
-        pictures = module.decode(latents, latent_sigma, text, generators)[..., :height, :width]
-        for i, path in enumerate(paths):
-            write_picture(pictures[i], path, self._metadata(batch, i, pictures[i]))
+        paths = []
+        for file, caption in zip(map(Path, batch["path"]), batch["caption"], strict=True):
+            prompt = None if self.decoder.text_encoder is None else caption
+            settings = replace(self.settings, prompt=prompt)
+            path = self.folder / f"{file.stem}.png"
+            self._check_replaceable(path, file, settings)
+            of_files = FileDecoder(self.decoder, settings, self.description, progress=False)
+            of_files.decode(file, path)
+            paths.append(path)
         return paths
 
-    def _origin(self, batch: dict[str, Any], i: int) -> dict[str, str | None]:
-        weights = self.module.trainer.ckpt_path or self.module.init_from
-        return {"input": batch["path"][i], "weights": weights and str(weights)}
-
-    def _settings(self, batch: dict[str, Any], i: int) -> dict[str, Any]:
-        evaluation = self.module.evaluation
-        return {
-            "caption": batch["caption"][i],
-            "seed": self.module.training_settings.seed,
-            "latent_sigma": evaluation.predict_sigma,
-            "steps": evaluation.steps,
-            "guidance_scale": evaluation.guidance_scale,
-        }
-
-    def _metadata(self, batch: dict[str, Any], i: int, picture: Tensor) -> dict[str, Any]:
-        module = self.module
-        return {
-            **self._origin(batch, i),
-            **self._settings(batch, i),
-            "number": int(batch["number"][i]),
-            "student_times": module.student_times,
-            "size": list(picture.shape[-2:]),
-            "family": type(module).__name__,
-            "scale": module.scale,
-        }
-
-
-def _check_replaceable(path: Path, origin: dict[str, str | None], settings: dict[str, Any]) -> None:
-    """Refuse to overwrite what was not made of the same input and weights with these settings."""
-    description = path.with_suffix(".json")
-    if not path.exists() and not description.exists():
-        return
-
-    def places(told: dict[str, str | None]) -> list[Path]:
-        return [Path(str(told[name])).resolve() for name in origin]
-
-    try:
-        told = json.loads(description.read_text(encoding="utf-8"))
-        is_same = places(told) == places(origin) and settings.items() <= told.items()
-    except (OSError, ValueError, KeyError, TypeError):
-        is_same = False  # no prediction wrote it
-    if not is_same:
-        raise FileExistsError(
-            f"{path} (or its .json) exists already and was not made of {origin['input']} by "
-            f"{origin['weights']} with the same settings: move it away, or rename the input."
-        )
+    def _check_replaceable(self, path: Path, file: Path, settings: DecodeSettings) -> None:
+        """Refuse to overwrite what was not made of this file by these weights and settings."""
+        description = path.with_suffix(".json")
+        if not path.exists() and not description.exists():
+            return
+        try:
+            found = json.loads(description.read_text(encoding="utf-8"))
+            is_same = Path(found["input"]).resolve() == file.resolve()
+            is_same &= found["fingerprint"] == self.description["fingerprint"]
+            is_same &= found["settings"] == asdict(settings)
+        except (OSError, ValueError, KeyError, TypeError):
+            is_same = False  # no prediction wrote it
+        if not is_same:
+            raise Mistake(
+                "inputs",
+                f"{path} (or its .json) exists already and was not made of {file} by these weights "
+                "with the same settings; move it away, or rename the input.",
+            )

@@ -20,8 +20,8 @@ from pid_lightning.pictures.files import write_picture
 from pid_lightning.pictures.grids import picture_grid
 from pid_lightning.pictures.lpips import lpips_network
 from pid_lightning.pictures.metrics import PictureMetrics, format_table, write_csv
-from pid_lightning.pictures.real_esrgan import Upscaler, read_upscaler, upscaler_label
 from pid_lightning.pictures.resizing import enlarge_picture, reduce_picture
+from pid_lightning.pictures.upscalers import Upscaler, read_upscaler
 from pid_lightning.training.sample import add_evaluation_noise, evaluation_generators
 from pid_lightning.training.settings import Evaluation, Training
 
@@ -43,7 +43,7 @@ def read_baseline(evaluation: Evaluation, encoder: Encoder) -> Upscaler | None:
     if not encoder.has_decoder:
         raise Mistake(
             "evaluation.baseline",
-            f"{encoder.latent_space} latents have no native decoder whose pictures Real-ESRGAN "
+            f"{encoder.latent_space} latents have no native decoder whose pictures the upscaler "
             "could enlarge; leave the baseline out.",
         )
     return read_upscaler(evaluation.baseline)
@@ -146,13 +146,13 @@ class Report:
         if self.encoder.has_decoder:
             methods["native + bicubic"] = lambda z: enlarge_picture(native(z), scale)
         if upscaler is not None:
-            methods[f"native + {upscaler_label(scale)}"] = lambda z: upscaler(native(z), scale)
+            methods[f"native + {upscaler.label(scale)}"] = lambda z: upscaler(native(z), scale)
         return methods
 
     def labels(self) -> list[str]:
         """Column names of the grid."""
         methods = ["PiD"] + ["native"] * self.encoder.has_decoder
-        methods += ["Real-ESRGAN"] * (self.upscaler is not None)
+        methods += [] if self.upscaler is None else [self.upscaler.label(self.scale)]
         sigmas = self.evaluation.latent_sigmas
         return ["input", *(f"{m} {s:g}" for m in methods for s in sigmas), "original"]
 
@@ -171,7 +171,7 @@ class Report:
         print(f"\n{format_table(rows)}\n")
         print(f"sampling steps: {steps}; columns of the grid: {', '.join(labels)}")
         if self.upscaler is not None:
-            how = upscaler_label(self.scale)
+            how = self.upscaler.label(self.scale)
             print(f"baseline {self.evaluation.baseline}: native + {how}")
         if trainer.fast_dev_run:
             return

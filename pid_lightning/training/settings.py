@@ -105,8 +105,8 @@ class Evaluation:
         steps: sampling steps; null uses a student's own number, or 25 for a teacher.
         guidance_scale: scale of the teacher's text guidance; 1 disables it.
         lpips: local file of LPIPS weights (.safetensors); null is the bundled AlexNet's.
-        baseline: local file of a Real-ESRGAN 4x network; `test` then also reports the cascade of
-            native decoder and Real-ESRGAN.
+        baseline: local file of an upscaler, as Real-ESRGAN, that spandrel knows; `test` then also
+            reports the cascade of native decoder and upscaler.
         predict_sigma: noise level in `predict`, added to encoded pictures and assumed for given
             latents; 0 is clean.
 

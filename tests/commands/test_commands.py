@@ -114,8 +114,8 @@ def test_latents_decode_to_what_their_picture_does(tmp_path: Path, model: Path) 
         ("--tile 100", "tile: 100 must be a multiple of 32"),
         ("--tile -64", "tile: -64 must be a multiple of 32"),
         ("--format jpg", "format: Expected one of 'png', 'webp', not jpg"),
-        ("--guidance_scale 2", "this model was trained without text; leave them out"),
-        ("--prompt hi --text_model none", "this model was trained without text; leave them out"),
+        ("--guidance_scale 2", "guidance_scale: 2.0 must be a finite number, and 1 where"),
+        ("--prompt hi --text_model none", "prompt: this model was trained without text"),
         ("--text_model none", "text_model: only used with a prompt"),
         ("--device gpu", "device: 'gpu' is not available on this machine"),
         ("--device hpu", "device: 'hpu' is not available on this machine (No module named"),
@@ -168,7 +168,7 @@ def test_options_reach_the_decoder(tmp_path: Path, student_times: tuple[float, .
     save_file({"latents": clean}, tmp_path / "z.safetensors")
     cache = tmp_path / "cache"
     cache_captions(tiny.Text(), ["fox"], cache)
-    decoder.encode_prompt("fox", cache)
+    fox = decoder.encode_prompt("fox", cache)
     options = "--sigma .5 --seed 3 --steps 2 --window 32 --tile 64 --guidance_scale 2 --prompt fox"
     options = (*options.split(), "--text_cache", cache)
     for name in ("picture.png", "z.safetensors"):
@@ -177,7 +177,7 @@ def test_options_reach_the_decoder(tmp_path: Path, student_times: tuple[float, .
     noisy = add_latent_noise(clean, eps, torch.full((1,), 0.5))
     for name, latents in (("picture.png", noisy), ("z.png", clean)):
         same = {"seed": 3, "steps": 2, "tile": 64, "guidance_scale": 2.0, "progress": False}
-        (expected,) = decoder.decode(latents, 0.5, "fox", **same)
+        (expected,) = decoder.decode(latents, 0.5, fox, **same)
         assert (read_picture(out / name) - expected).abs().max() <= 1.01 / 255, name
 
 
@@ -225,14 +225,14 @@ def test_ctrl_c_leaves_complete_files(
 ) -> None:
     for name in "ab":
         draw(tmp_path / f"{name}.png", 16, 16)
-    decode_one = decode_files._decode_file
+    decode_one = decode_files.FileDecoder.decode
 
-    def interrupted(decoder: PiDDecoder, file: Path, *rest: object) -> None:
+    def interrupted(self: decode_files.FileDecoder, file: Path, path: Path) -> None:
         if file.stem == "b":
             raise KeyboardInterrupt
-        decode_one(decoder, file, *rest)
+        decode_one(self, file, path)
 
-    monkeypatch.setattr(decode_files, "_decode_file", interrupted)
+    monkeypatch.setattr(decode_files.FileDecoder, "decode", interrupted)
     inputs = [tmp_path / "a.png", tmp_path / "b.png"]
     with pytest.raises(SystemExit) as status:
         pid("decode", *inputs, "--model", model, "--output", tmp_path / "out")
@@ -250,17 +250,17 @@ def test_mistakes_are_told_before_the_work(
     out = tmp_path / "out"
     common = ("--model", model, "--output", out)
     assert "b.png cannot be read" in refused(capsys, "decode", good, bad, *common)
-    assert "does not exist" in refused(capsys, "decode", tmp_path / "none.png", *common)
+    assert "none.png" in refused(capsys, "decode", tmp_path / "none.png", *common)
     assert "was not found" in refused(capsys, "decode", good, "--model", "none.safetensors")
     assert "sigma: 2.0 must lie" in refused(capsys, "decode", good, *common, "--sigma", 2)
     save_file({"latents": torch.zeros(4, 2, 2)}, tmp_path / "z.safetensors")
-    assert "have 4 channels" in refused(capsys, "decode", tmp_path / "z.safetensors", *common)
+    assert "z.safetensors holds" in refused(capsys, "decode", tmp_path / "z.safetensors", *common)
     assert not out.exists()
     pid("decode", good, *common)
     assert "exists already" in refused(capsys, "decode", good, *common)
     pid("decode", good, *common, "--overwrite")
     beside = ("--model", model, "--output", tmp_path, "--overwrite")
-    assert "would overwrite the input" in refused(capsys, "decode", good, *beside)
+    assert "would overwrite an input" in refused(capsys, "decode", good, *beside)
 
 
 def test_a_comparison_overwrites_nothing(

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from decoders import decode_by
 from torch import Tensor
 
 from pid_lightning.checks import Mistake
-from pid_lightning.decoding.latents import decode_latents
 from pid_lightning.diffusion import flow, sampling
 from pid_lightning.diffusion.randomness import sample_generators
 from pid_lightning.nn import AdapterConfig, Geometry, PiD, PiDConfig
@@ -275,7 +275,7 @@ def tiny_network() -> PiD:
 def test_decoding_is_conditioning_then_sampling(student_times: tuple[float, ...] | None) -> None:
     network, latents, sigma = tiny_network(), noise(2, 4, 2, 3), torch.tensor([0.0, 0.3])
     state = torch.get_rng_state()
-    decoded = decode_latents(
+    decoded = decode_by(
         network,
         latents,
         sigma,
@@ -312,7 +312,7 @@ def test_guided_decoding_weighs_text_against_null_text() -> None:
     def decode(**options: object) -> Tensor:
         g = torch.Generator().manual_seed(0)
         times = sampling.STUDENT_TIMES
-        return decode_latents(network, latents, sigma, student_times=times, generator=g, **options)
+        return decode_by(network, latents, sigma, student_times=times, generator=g, **options)
 
     plain = decode(text=text)
     same = decode(text=text, null_text=text, guidance_scale=5.0)
@@ -326,7 +326,7 @@ def test_guided_decoding_weighs_text_against_null_text() -> None:
 def test_decoding_refuses_no_steps(steps: int, student_times: tuple[float, ...] | None) -> None:
     """0 does not silently mean the default."""
     with pytest.raises(ValueError, match=rf"steps: {steps}"):
-        decode_latents(
+        decode_by(
             tiny_network(),
             noise(1, 4, 1, 1),
             torch.zeros(1),

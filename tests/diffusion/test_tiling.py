@@ -8,10 +8,11 @@ import math
 import pytest
 import tiny
 import torch
+from decoders import decode_by
 from torch import Tensor
 
 from pid_lightning.checks import Mistake
-from pid_lightning.decoding.latents import adapt_tile, decode_latents
+from pid_lightning.decoding.latents import adapt_tile
 from pid_lightning.decoding.tile_choice import trained_tile
 from pid_lightning.diffusion.randomness import sample_generators
 from pid_lightning.diffusion.sampling import Velocity, sample_few_steps
@@ -121,7 +122,7 @@ def network(seed: int = 0) -> PiD:
 
 
 def decode(denoiser: PiD, latents: Tensor, tile: int | None) -> Tensor:
-    return decode_latents(
+    return decode_by(
         denoiser,
         latents,
         torch.zeros(len(latents)),
@@ -237,5 +238,5 @@ def test_modules_decode_larger_pictures_in_tiles_of_the_trained_size() -> None:
     generators = [sample_generators(0, "test", [0]) for _ in range(2)]
     ours = module.decode(latents, sigma, None, generators[0])
     options = {"student_times": TIMES, "steps": 2, "generator": generators[1]}
-    tiled = decode_latents(module.denoiser, latents, sigma, tile=64, **options)
+    tiled = decode_by(module.denoiser, latents, sigma, tile=64, **options)
     assert torch.equal(ours, tiled)

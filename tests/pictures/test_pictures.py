@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from pid_lightning.checks import Mistake
 from pid_lightning.pictures import files as pictures
 from pid_lightning.pictures.files import read_picture, write_picture
 from pid_lightning.pictures.grids import picture_grid
-from pid_lightning.pictures.inputs import find_inputs
+from pid_lightning.pictures.inputs import find_inputs, read_latents
 from pid_lightning.pictures.resizing import enlarge_picture, reduce_picture
 
 
@@ -87,27 +88,24 @@ def test_unreadable_pictures_give_one_sentence(tmp_path):
     }
     for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match="cannot be read as a picture") as caught:
-            read_picture(tmp_path / name)
-        assert name in str(caught.value)
-        assert "\n" not in str(caught.value)
-    for path in (tmp_path / "missing.png", tmp_path):
+    for path in (*(tmp_path / name for name in broken), tmp_path / "missing.png", tmp_path):
         with pytest.raises(Mistake) as told:
             read_picture(path)
         assert told.value.option == "inputs"
+        assert str(path) in str(told.value)
+        assert "\n" not in str(told.value)
 
 
 def test_wrong_pictures_are_refused_before_anything_is_written(tmp_path):
     image = torch.zeros(3, 4, 4)
     wrong = [
-        (image, "a.jpg", "must end in .png or .webp"),
-        (image[None], "a.png", r"not \(1, 3, 4, 4\)"),
-        (image / 0, "a.png", "not all finite"),
-        (torch.zeros(3, 1, 16384), "a.webp", "16383"),
+        (image, "a.jpg", "path"),
+        (torch.zeros(3, 1, 16384), "a.webp", "format"),
     ]
-    for picture, name, message in wrong:
-        with pytest.raises(ValueError, match=message):
+    for picture, name, option in wrong:
+        with pytest.raises(Mistake) as told:
             write_picture(picture, tmp_path / name, {})
+        assert told.value.option == option
     with pytest.raises(TypeError):
         write_picture(image, tmp_path / "a.png", {"device": torch.device("cpu")})
     assert not list(tmp_path.iterdir())
@@ -155,18 +153,6 @@ def test_reduction_and_enlargement_are_clamped_and_computed_in_fp32():
     torch.testing.assert_close(reduce_picture(enlarge_picture(flat, 4), 4), flat)
 
 
-@pytest.mark.parametrize("factor", [0, -2, 2.0, True])
-def test_a_factor_that_is_no_scale_is_refused(factor):
-    for resize in (reduce_picture, enlarge_picture):
-        with pytest.raises(ValueError, match="integer of at least 1"):
-            resize(torch.zeros(1, 3, 8, 8), factor)
-
-
-def test_sides_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="30 x 32 pixels cannot be reduced by 4"):
-        reduce_picture(torch.zeros(1, 3, 30, 32), 4)
-
-
 def test_the_grid_holds_every_picture_where_it_belongs():
     generator = torch.Generator().manual_seed(0)
     rows = [[torch.rand(3, 8, 12, generator=generator) * 2 - 1 for _ in range(3)] for _ in range(2)]
@@ -195,15 +181,6 @@ def test_labels_stand_above_their_columns():
     assert (band[..., -1, :] == 1).all()
 
 
-def test_a_grid_of_unequal_pictures_is_refused():
-    small, large = torch.zeros(3, 4, 4), torch.zeros(3, 8, 8)
-    for rows in ([[small, large]], [[small], [small, small]], [], [[]]):
-        with pytest.raises(ValueError, match="one size"):
-            picture_grid(rows)
-    with pytest.raises(ValueError, match="2 columns cannot take 1 labels"):
-        picture_grid([[small, small]], ["a"])
-
-
 def test_inputs_are_expanded_sorted_and_named_once(tmp_path):
     for name in ("b.png", "a.JPG", "c.safetensors", ".hidden.png", "notes.txt", "sub.png/d.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -219,13 +196,33 @@ def test_wrong_inputs_give_one_sentence(tmp_path):
     (tmp_path / "notes.txt").touch()
     (tmp_path / "a.png").touch()
     (tmp_path / "a.jpg").touch()
-    with pytest.raises(FileNotFoundError, match=r"missing\.png does not exist"):
-        find_inputs([tmp_path / "missing.png"])
-    with pytest.raises(ValueError, match="empty holds no picture"):
-        find_inputs([tmp_path / "empty"])
-    with pytest.raises(ValueError, match="neither a picture"):
-        find_inputs([tmp_path / "notes.txt"])
-    with pytest.raises(ValueError, match="would both be written as a:"):
-        find_inputs([tmp_path])
-    with pytest.raises(ValueError, match="no input was named"):
-        find_inputs([])
+    for name in ("missing.png", "empty", "notes.txt", ""):
+        with pytest.raises(Mistake) as told:
+            find_inputs([tmp_path / name])
+        assert told.value.option == "inputs"
+    with pytest.raises(Mistake):
+        find_inputs([""])
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {},
+        {"latent": torch.zeros(4, 2, 2)},
+        {"latents": torch.zeros(4, 2, 2), "more": torch.zeros(1)},
+        {"latents": torch.zeros(2, 4, 2, 2)},
+        {"latents": torch.zeros(3, 2, 2)},
+        {"latents": torch.zeros(4, 0, 2)},
+        {"latents": torch.full((4, 2, 2), torch.nan)},
+    ],
+    ids=["nothing", "name", "more", "batch", "channels", "empty", "nan"],
+)
+def test_files_of_other_latents_are_refused(tmp_path, tensors):
+    save_file(tensors, tmp_path / "z.safetensors")
+    with pytest.raises(Mistake) as told:
+        read_latents(tmp_path / "z.safetensors", "sd3", 4)
+    assert told.value.option == "inputs"
+    assert "z.safetensors" in told.value.sentence
+    for latents in (torch.ones(4, 2, 3), torch.ones(1, 4, 2, 3).half()):
+        save_file({"latents": latents}, tmp_path / "z.safetensors")
+        assert torch.equal(read_latents(tmp_path / "z.safetensors", "sd3", 4), torch.ones(4, 2, 3))

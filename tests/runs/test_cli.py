@@ -169,7 +169,10 @@ def test_a_wrong_setting_is_one_sentence_before_data_is_opened(
 
 @pytest.mark.parametrize(
     ("setting", "told"),
-    [("test_path=nowhere", "data.test_path: 'nowhere' is no"), ("num_val=0", "data.num_val: 0 pictures")],
+    [
+        ("test_path=nowhere", "data.test_path: 'nowhere' is no"),
+        ("num_val=0", "data.num_val: 0 pictures"),
+    ],
 )
 def test_a_test_that_cannot_follow_is_told_before_the_fit(
     setting: str, told: str, runs: Path, capsys: pytest.CaptureFixture[str]
@@ -474,7 +477,9 @@ def test_a_parser_message_keeps_what_tells() -> None:
 def test_a_fault_of_the_package_is_shown_in_full(
     runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pid_lightning.training.data.image_data.ImageData.setup", lambda *_: int("no number"))
+    monkeypatch.setattr(
+        "pid_lightning.training.data.image_data.ImageData.setup", lambda *_: int("no number")
+    )
     with pytest.raises(ValueError, match="invalid literal"):
         main(["fit", f"--config={runs / 'tiny.yaml'}"])
 

@@ -106,7 +106,10 @@ def test_distillation_steps_when_shrunk(config: Path, tmp_path: Path, monkeypatc
     weights.save_model(model.denoiser, model.info, teacher, torch.float32)
 
     settings = yaml.safe_load(config.read_text())
-    settings["trainer"]["callbacks"][0]["init_args"] |= {"teacher": str(teacher), "student_every": 2}
+    settings["trainer"]["callbacks"][0]["init_args"] |= {
+        "teacher": str(teacher),
+        "student_every": 2,
+    }
     copy = tmp_path / "distil.yaml"
     copy.write_text(yaml.safe_dump(settings))
     monkeypatch.chdir(tmp_path)

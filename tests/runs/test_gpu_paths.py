@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from decoders import decode_by
 from torch import Tensor
 from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,7 +18,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pid_lightning import EMA, AdapterConfig, Training, VAEPiD
 from pid_lightning.diffusion import losses
 from pid_lightning.nn.compilation import compile_for_inference
-from pid_lightning.decoding.latents import decode_latents
 from pid_lightning.training.callbacks.turns import Turns
 from pid_lightning.training.distillation import Distillation
 from pid_lightning.training.sample import draw_sample
@@ -79,7 +79,7 @@ def test_decoding_stays_on_the_gpu(
     generator = torch.Generator().manual_seed(0)
     with on_gpu(meta_network.requires_grad_(False)) as network:
         network.attend_in_windows(window)
-        picture = decode_latents(
+        picture = decode_by(
             network,
             normal(2, 16, 3, 4),
             normal(2),

@@ -8,8 +8,11 @@ import tiny
 from torch import Tensor
 
 from pid_lightning.decoding.decoder import PiDDecoder
+from pid_lightning.decoding.latents import decode_latents
+from pid_lightning.decoding.plan import Plan
+from pid_lightning.diffusion.randomness import Generators
 from pid_lightning.files.models import ModelInfo
-from pid_lightning.nn import Geometry
+from pid_lightning.nn import Geometry, PiD
 
 TIMES = (0.999, 0.866, 0.634, 0.342)
 
@@ -35,6 +38,20 @@ def make(**changes) -> PiDDecoder:
     """A decoder with random weights, so that the output depends on every input."""
     info = make_info(**changes)
     return PiDDecoder(tiny.randomise(info.build()), info)
+
+
+def decode_by(
+    denoiser: PiD,
+    latents: Tensor,
+    latent_sigma: Tensor,
+    text: Tensor | None = None,
+    null_text: Tensor | None = None,
+    generator: Generators = None,
+    **options,
+) -> Tensor:
+    """Decode as planned with these options."""
+    plan = Plan.of(denoiser, latents, **options)
+    return decode_latents(denoiser, plan, latents, latent_sigma, text, null_text, generator)
 
 
 def decode(decoder: PiDDecoder, latents: Tensor, *args, **options) -> Tensor:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from decoders import decode_by
 from torch import Tensor
 
 from pid_lightning import DMD2, EMA, AdapterConfig, DistillationGrids, Training
 from pid_lightning.checks import Mistake
-from pid_lightning.decoding.latents import decode_latents
 from pid_lightning.diffusion import flow, losses, sampling
 from pid_lightning.diffusion.randomness import sample_generators
 from pid_lightning.diffusion.sampling import STUDENT_TIMES
@@ -427,7 +427,7 @@ def test_grids_show_what_their_columns_say() -> None:
     def decoded(network: torch.nn.Module, times: tuple[float, ...] | None, steps: int) -> Tensor:
         generators = sample_generators(module.training_settings.seed, "test pixels", [0])
         options = {"student_times": times, "steps": steps, "generator": generators}
-        return decode_latents(network, clean, torch.zeros(1), **options)
+        return decode_by(network, clean, torch.zeros(1), **options)
 
     assert torch.equal(columns["teacher 4"], decoded(made.teacher, None, 4))
     assert torch.equal(columns["student 1"], decoded(module.denoiser, (0.9, 0.5), 1))

@@ -12,6 +12,7 @@ from pid_lightning.commands.bench.networks import Inputs
 from pid_lightning.commands.bench.work import Networks, Work
 from pid_lightning.decoding.latents import decode_latents
 from pid_lightning.decoding.memory_estimate import num_bytes
+from pid_lightning.decoding.plan import Plan
 from pid_lightning.diffusion.sampling import STUDENT_TIMES
 from pid_lightning.files.models import ModelInfo
 
@@ -59,11 +60,12 @@ def forward(denoiser: nn.Module, inputs: Inputs) -> Tensor:
 
 def decode(denoiser: nn.Module, inputs: Inputs, info: ModelInfo) -> Tensor:
     """Decode with the student's own steps, or the published 4."""
+    times = info.student_times or STUDENT_TIMES
     return decode_latents(
         denoiser,
+        Plan.of(denoiser, inputs.latents, student_times=times),
         inputs.latents,
         inputs.latent_sigma,
-        student_times=info.student_times or STUDENT_TIMES,
-        text=inputs.text,
+        inputs.text,
         generator=torch.Generator(inputs.latents.device).manual_seed(0),
     )

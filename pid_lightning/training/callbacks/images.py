@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pid_lightning.checks import Mistake, check_at_least, check_between
 from pid_lightning.decoding.arguments import check_steps
-from pid_lightning.decoding.latents import TEACHER_STEPS, decode_latents
+from pid_lightning.decoding.latents import decode_latents
+from pid_lightning.decoding.plan import TEACHER_STEPS, Plan
 from pid_lightning.nn import SigmaGate
 from pid_lightning.pictures.grids import picture_grid
 from pid_lightning.pictures.resizing import enlarge_picture, reduce_picture
@@ -159,15 +160,11 @@ class DistillationGrids(PictureGrids):
         latent_sigma = torch.zeros(len(clean), device=clean.device)
         found, seed = {}, module.training_settings.seed
         for steps in (TEACHER_STEPS, 4):
+            teacher, shift = module.distillation.teacher, module.training_settings.time_shift
+            plan = Plan.of(teacher, clean, student_times=None, time_shift=shift, steps=steps)
+            generators = evaluation_generators(seed, "pixels", numbers, clean.device)
             found[f"teacher {steps}"] = decode_latents(
-                module.distillation.teacher,
-                clean,
-                latent_sigma,
-                student_times=None,
-                time_shift=module.training_settings.time_shift,
-                steps=steps,
-                text=text,
-                generator=evaluation_generators(seed, "pixels", numbers, clean.device),
+                teacher, plan, clean, latent_sigma, text, generator=generators
             )
         for steps in self.student_steps:
             if steps > len(module.student_times):

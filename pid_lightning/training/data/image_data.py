@@ -38,8 +38,7 @@ class ImageData(LightningDataModule):
     float pixels) are skipped with a warning: for a folder, one that lists them before training; for
     other sources, as they are encountered.
 
-    Prediction reads only `inputs`, one file per batch: {"image": (1, 3, H, W)} or {"latents":
-    (1, C, h, w)} with "caption", "name", "path" and "number", see `PredictionInputs`.
+    Prediction lists only `inputs`, one file per batch, see `PredictionInputs`.
 
     Args:
         path: a folder (searched recursively; captions are read from NAME.txt next to NAME.jpg, or

@@ -11,10 +11,13 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from pid_lightning.decoding.arguments import check_steps
-from pid_lightning.decoding.latents import decode_latents, num_sampling_steps, output_size
+from pid_lightning.decoding.decoder import PiDDecoder
+from pid_lightning.decoding.latents import decode_latents
+from pid_lightning.decoding.plan import Plan, num_sampling_steps
 from pid_lightning.decoding.tile_choice import trained_tile
 from pid_lightning.encoders.base import Encoder
-from pid_lightning.encoders.text import TextEncoder
+from pid_lightning.encoders.text import NoText, TextEncoder
+from pid_lightning.files.models import ModelInfo
 from pid_lightning.nn import PiD
 from pid_lightning.training.objective import FlowMatching
 from pid_lightning.training.predictions import PredictionWriter
@@ -33,6 +36,7 @@ class EvaluatedModule(LightningModule):
         training_settings, evaluation: settings of the run.
         student_times: sampling times of a distilled student, None for a teacher.
         image_size: side in pixels of the training pictures, None if unknown.
+        info: the description of its weights.
         init_from: name of the model that it started from, if any.
         num_trained_steps: steps that made the weights.
     """
@@ -45,6 +49,7 @@ class EvaluatedModule(LightningModule):
     evaluation: Evaluation
     student_times: tuple[float, ...] | None
     image_size: int | None
+    info: ModelInfo
     init_from: str | None
     num_trained_steps: int
 
@@ -94,20 +99,19 @@ class EvaluatedModule(LightningModule):
 
         Pictures larger than the trained size are decoded in tiles of that size.
         """
-        height, width = output_size(self.denoiser, latents)
-        guided = self.evaluation.guidance_scale != 1.0
-        return decode_latents(
-            self.averaged_denoiser,
+        height, width = self.denoiser.geometry.output_size(latents)
+        plan = Plan.of(
+            self.denoiser,
             latents,
-            latent_sigma,
             student_times=self.student_times,
             time_shift=self.training_settings.time_shift,
             steps=self.evaluation.steps if steps is None else steps,
-            text=text,
-            null_text=self.null_text(len(latents)) if guided else None,
-            guidance_scale=self.evaluation.guidance_scale,
-            generator=generators,
             tile=trained_tile(self.denoiser, height, width, self.image_size),
+            guidance_scale=self.evaluation.guidance_scale,
+        )
+        null_text = self.null_text(len(latents)) if plan.guidance_scale != 1.0 else None
+        return decode_latents(
+            self.averaged_denoiser, plan, latents, latent_sigma, text, null_text, generators
         )
 
     def on_test_start(self) -> None:
@@ -140,7 +144,14 @@ class EvaluatedModule(LightningModule):
 
     def on_predict_start(self) -> None:
         """Create the writer of the outputs."""
-        self.writer = PredictionWriter(self)
+        self.writer = PredictionWriter(
+            PiDDecoder(self.averaged_denoiser, self.info, self.encoder),
+            None if isinstance(self.text_encoder, NoText) else self.text_encoder,
+            self.evaluation,
+            self.training_settings.seed,
+            self.init_from,
+            self.trainer,
+        )
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Path]:
         """Decode pictures or latents; returns the files written.
