@@ -37,7 +37,7 @@ from pid_lightning.training.modules.base import PiDModule
 from pid_lightning.training.strategies import check_strategy
 
 # jsonargparse resolves short class names in configs only for classes that were imported.
-for _module in ("callbacks", "data.image_data", "modules", "modules.autoencoder"):
+for _module in ("callbacks", "data.latent_crops", "modules", "modules.autoencoder"):
     import_module(f"pid_lightning.training.{_module}")
 
 CALLBACKS = Path(lightning.pytorch.callbacks.__file__).parent

@@ -57,6 +57,16 @@ def approximate_r1_loss(real_logits: Tensor, perturbed_logits: Tensor) -> Tensor
     return F.mse_loss(perturbed_logits.float(), real_logits.float())
 
 
+def latent_loss(estimate: Tensor, clean: Tensor, latent_sigma: Tensor) -> Tensor:
+    """Squared error of estimated latents (B, C, h, w) over that of the best linear guess for ones
+    of variance 1, `s^2 / ((1-s)^2 + s^2)`, so that all noise levels (B,) count alike, but those
+    below 0.05 less."""
+    sigma = latent_sigma.float()
+    guess = sigma.square() / ((1 - sigma).square() + sigma.square())
+    error = (estimate.float() - clean.float()).square().flatten(1).mean(1)
+    return (error / guess.clamp_min(0.05**2)).mean()
+
+
 # ITU-R BT.601: the weights of R, G, B in luma and in the two chroma differences.
 _YCBCR = (
     (0.299, 0.587, 0.114),

@@ -208,14 +208,12 @@ class LatentAdapter(nn.Module):
             One token per patch (B, H/P, W/P, width), for `features`; the predicted low-resolution
             image (B, 3, H/scale, W/scale) in [-1, 1], or None; and the native decode, or None.
         """
-        unpacked = rearrange(
-            latents, "b (c p q) h w -> b c (h p) (w q)", p=self.unpack, q=self.unpack
-        )
-        native = None
+        x, native = self._unpacked(latents), None
         if self.native is not None:
-            native = self.native(unpacked, latent_sigma)
-            unpacked = torch.cat((unpacked, native.latents.detach()), dim=1)
-        x = self._to_patch_grid(unpacked)
+            native = self.native(x, latent_sigma)
+            x = torch.cat((x, native.latents.detach()), dim=1)
+            native = native._replace(latents=self._packed(native.latents))
+        x = self._to_patch_grid(x)
         if self.sigma_plane:
             plane = latent_sigma.to(x.dtype).view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])
             x = torch.cat((x, plane), dim=1)
@@ -235,11 +233,23 @@ class LatentAdapter(nn.Module):
             return tokens, None, native
         return tokens, self._predict_rgb(x if tapped is None else tapped), native
 
+    def estimate(self, latents: Tensor, latent_sigma: Tensor) -> Tensor:
+        """The native decoder's estimate (B, C, h, w) of the clean latents, alone."""
+        return self._packed(self.native.estimate(self._unpacked(latents), latent_sigma))
+
     def features(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """All heads in one matmul: tokens (B, h, w, width) to one (B, h*w, D) per injection."""
         heads = self.heads(self.head_norm(tokens.flatten(1, 2)))
         # Copied apart: CUDA graphs would copy each view of the rows with the whole rows' extent.
         return tuple(head.contiguous() for head in heads.chunk(self.num_injections, dim=-1))
+
+    def _unpacked(self, latents: Tensor) -> Tensor:
+        side = self.unpack
+        return rearrange(latents, "b (c p q) h w -> b c (h p) (w q)", p=side, q=side)
+
+    def _packed(self, unpacked: Tensor) -> Tensor:
+        side = self.unpack
+        return rearrange(unpacked, "b c (h p) (w q) -> b (c p q) h w", p=side, q=side)
 
     def _to_patch_grid(self, unpacked: Tensor) -> Tensor:
         if self.upsample > 1:

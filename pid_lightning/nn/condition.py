@@ -59,7 +59,7 @@ class Adapted(NamedTuple):
         tokens: one per patch (B, H/P, W/P, adapter width).
         base: the enlarged native decode (B, 3, H, W), if the network adds to it.
         rgb: the predicted low-resolution image (B, 3, H/scale, W/scale), if requested.
-        latents: the estimated clean latents before packing, if there is a native decoder.
+        latents: the estimated clean latents (B, C, h, w), if there is a native decoder.
     """
 
     tokens: Tensor

@@ -11,14 +11,16 @@ def freeze_untrained(denoiser: PiD, train: str, reads_null: bool) -> None:
 
     Args:
         denoiser: the network.
-        train: ``"all"``, ``"adapter"`` or ``"rgb_head"``.
+        train: ``"all"``, ``"adapter"``, ``"rgb_head"`` or ``"latents"``.
         reads_null: whether some samples have no caption, so that a learned null learns.
 
     Raises:
         Mistake: the network has no such part.
     """
     adapter = denoiser.adapter
-    parts = ("all", "adapter") if adapter.rgb_head is None else ("all", "adapter", "rgb_head")
+    denoise = None if adapter.native is None else adapter.native.denoise
+    parts = ["all", "adapter"]
+    parts += ["rgb_head"] * (adapter.rgb_head is not None) + ["latents"] * (denoise is not None)
     check_choice("training.train", train, parts)
     if train == "all":
         denoiser.requires_grad_(True)
@@ -30,6 +32,9 @@ def freeze_untrained(denoiser: PiD, train: str, reads_null: bool) -> None:
         freeze_native(denoiser)
         return
     denoiser.requires_grad_(False)
+    if train == "latents":
+        denoise.requires_grad_(True)
+        return
     adapter.requires_grad_(True)
     freeze_native(denoiser)
     if train == "adapter":

@@ -1,4 +1,4 @@
-"""What a run minimises: a teacher's flow matching, or in its place a distillation."""
+"""What a run minimises: a teacher's flow matching, or what takes its place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from pid_lightning.training.settings import Training
 
 
 class Objective(Protocol):
-    """How a module trains: `FlowMatching`, or the `Turns` of a distillation."""
+    """How a module trains: `FlowMatching`, a `RegressionObjective`, or the `Turns` of a
+    distillation."""
 
     automatic_optimization: bool
 
@@ -60,6 +61,10 @@ class FlowMatching:
             rgb = denoiser.adapt(sample.latents, sample.latent_sigma, with_rgb=True).rgb
             loss = losses.rgb_alignment_loss(rgb, sample.low_resolution, sample.latent_sigma)
             return loss, {"rgb_loss": loss.detach(), "loss": loss.detach()}
+        if settings.train == "latents":
+            estimate = denoiser.adapter.estimate(sample.latents, sample.latent_sigma)
+            loss = losses.latent_loss(estimate, sample.clean, sample.latent_sigma)
+            return loss, {"latent_loss": loss.detach(), "loss": loss.detach()}
         t, eps = self._times(sample, purpose), self._noise(sample, purpose)
         with_rgb = denoiser.config.adapter.rgb_head
         condition = sample.condition(denoiser, with_rgb)

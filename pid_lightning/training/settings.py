@@ -10,7 +10,7 @@ from pid_lightning.diffusion.noising import Frame
 from pid_lightning.diffusion.sampling import STUDENT_TIMES
 from pid_lightning.nn import PiDConfig
 
-TrainedPart = Literal["all", "adapter", "rgb_head"]
+TrainedPart = Literal["all", "adapter", "rgb_head", "latents"]
 OptimizerName = Literal["adamw", "muon"]
 StudentInput = Literal["rollout", "noised_data"]
 StudentSteps = Literal["all", "last"]
@@ -24,7 +24,8 @@ class Training:
     Attributes:
         train: ``"all"``; ``"adapter"`` freezes the backbone and trains adapter and gates;
             ``"rgb_head"`` trains the adapter through its RGB head alone, without running the
-            backbone: a first stage from scratch that sees many more latents in the same time.
+            backbone: a first stage from scratch that sees many more latents in the same time;
+            ``"latents"`` does the same for the adapter's estimate of the clean latents.
         optimizer: ``"adamw"``, or ``"muon"`` (Muon for matrices, AdamW for the rest), which
             needs several times fewer steps from scratch.
         learning_rate: peak learning rate.
@@ -82,11 +83,11 @@ class Training:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise Mistake(f"training.{name}", f"{value} must be above 0.")
-        if self.compile and self.train == "rgb_head":
+        if self.compile and self.train in ("rgb_head", "latents"):
             raise Mistake(
                 "training.compile",
-                "with training.train rgb_head the backbone, the only compiled part, is not run; "
-                "set compile to false.",
+                f"with training.train {self.train} the backbone, the only compiled part, is not "
+                "run; set compile to false.",
             )
         if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
             raise Mistake(

@@ -139,8 +139,9 @@ class DMD2(Callback):
                 tapped block, the discriminator is too deep, the student has fewer than
                 `evaluation.steps`, or the module makes no pictures or has an `init_from`.
         """
-        if module.training_settings.train == "rgb_head":
-            raise Mistake("training.train", "rgb_head makes no pictures to distil; set it to all.")
+        train = module.training_settings.train
+        if train in ("rgb_head", "latents"):
+            raise Mistake("training.train", f"{train} makes no pictures to distil; set it to all.")
         if module.init_from is not None and not module.has_own_weights:
             raise Mistake(
                 "init_from",
