@@ -1,175 +1,169 @@
-"""`pid bench`: parses and checks its arguments, then prints the rows."""
+"""`pid bench`: rows of figures, as a table and as JSON."""
 
 from __future__ import annotations
 
-import argparse
-import itertools
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NoReturn
+import json
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any
 
-from pid_lightning.checks import check_at_least
-from pid_lightning.commands.bench import ATTENTION, INFERRING, INT8, LEARNING, WORK
-from pid_lightning.files.atomic import make_folder
+import torch
 
-NETWORKS = ("full", "full_v15", "small")
+from pid_lightning import __version__
+from pid_lightning.commands.bench import estimate, measure, networks
+from pid_lightning.commands.bench.settings import LEARNING, BenchSettings, read_settings
+from pid_lightning.commands.bench.work import Mode, Work, weights_dtype
+from pid_lightning.commands.devices import find_device
+from pid_lightning.diffusion.sampling import STUDENT_TIMES
+from pid_lightning.files.atomic import replaced_file
+from pid_lightning.files.hub import find_model
+from pid_lightning.files.models import ModelInfo, load_model
+from pid_lightning.nn.fixed_times import fix_times
+from pid_lightning.pictures.metrics import align
+from pid_lightning.training.sample import Sample
 
-
-class Parser(argparse.ArgumentParser):
-    """Tells mistakes in one sentence, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise ValueError, which `pid` prints."""
-        raise ValueError(f"bench: {message}.")
+Row = dict[str, Any]
 
 
 def bench(arguments: Sequence[str]) -> None:
-    """Print the table, and write the JSON file if requested.
-
-    Raises:
-        ValueError, OSError: an invalid argument, described in one sentence.
-    """
-    # argparse, because a GPU machine may have little more than torch installed.
-    given = parser().parse_args(arguments)
-    _check(given)
-    import torch  # after the arguments are checked, so that --help and errors are fast
-
-    from pid_lightning.commands.bench import report, rows
-    from pid_lightning.commands.bench.networks import build_meta, check_sizes, find
-    from pid_lightning.commands.bench.rates import measure_rates
-    from pid_lightning.commands.devices import find_device
-
-    device = find_device(None if given.device == "auto" else given.device)
-    if given.cuda_graphs and device.type != "cuda":
-        raise ValueError("--cuda_graphs: needs a GPU; leave it out on a CPU.")
-    denoiser, info = find(given.network, given.model)
-    check_sizes(info, given.sizes)
-    build_meta(info).attend_in_windows(given.window)  # raises before weights are drawn
+    """Print the table, and write the JSON file if requested."""
+    settings = read_settings(arguments)
+    device = find_device(settings.device)
+    info = networks.NETWORKS[settings.network]
+    if settings.model is not None:
+        _, info = load_model(find_model(settings.model))
+    empty = networks.build_meta(info)
+    for size in settings.sizes:
+        empty.check_size(size, size)
     details = {
-        "network": given.model or given.network,
-        "parameters": sum(p.numel() for p in build_meta(info).parameters()),
+        "network": settings.model or settings.network,
+        "parameters": sum(p.numel() for p in empty.parameters()),
     }
-    if given.estimate:
-        figures = rows.estimate_rows(given, info)
+    if settings.estimate:
+        rows = estimate_rows(settings, info)
     else:
-        rates = {dtype: measure_rates(device, getattr(torch, dtype)) for dtype in given.dtype}
-        details["machine"] = report.describe_machine(
-            device, {name: vars(rate) for name, rate in rates.items()}
-        )
-        for name, rate in rates.items():
-            print(
-                f"{name}: {rate.flops_per_second / 1e12:.3g} TFLOP/s for a matmul, "
-                f"{rate.bytes_per_second / 1e9:.3g} GB/s for a copy, torch {torch.__version__}"
-            )
-        figures = itertools.chain(
-            rows.measure_attention(given, info, device, rates),
-            rows.measure_rows(given, denoiser, info, device, rates),
-        )
+        rates = {}
+        for dtype in settings.dtype:
+            rates[dtype] = measure.measure_rate(device, getattr(torch, dtype))
+            print(f"{dtype}: {rates[dtype] / 1e12:.3g} TFLOP/s for a matmul")
+        details |= describe_machine(device) | {"flops_per_second": rates}
+        rows = measure_rows(settings, info, device, rates)
     gathered = []
-    for row in figures:
+    for row in rows:
         gathered.append(row)
-        if given.json is not None:  # each row: the next may run out of memory
-            report.write_json(given.json, gathered, **details)
-    print(report.format_table(gathered))
+        if settings.json is not None:  # each row: the next may run out of memory
+            with replaced_file(settings.json) as part:
+                part.write_text(json.dumps(details | {"rows": gathered}, indent=1) + "\n", "utf-8")
+    print(format_table(gathered))
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options of `pid bench`."""
-    made = Parser(
-        prog="pid bench",
-        allow_abbrev=False,
-        description="Measure time and peak memory of a forward pass, a 4-step decode, a training "
-        "step and both DMD2 steps, next to the roofline floor: operations and bytes divided by "
-        "this machine's measured rates.",
-    )
-    add = made.add_argument
-    add("--network", choices=NETWORKS, default="small", help="Network, with random weights.")
-    add(
-        "--model",
-        help="Model to measure instead, as in pid decode; --baseline uses its sizes.",
-    )
-    add(
-        "--work",
-        nargs="+",
-        choices=(*WORK, ATTENTION),
-        default=list(WORK),
-        help="What to measure; attention: one block of each kind, by each torch kernel.",
-    )
-    add("--sizes", nargs="+", type=int, default=[512], help="Output sides in pixels.")
-    add("--batch_size", nargs="+", type=int, default=[1], help="Batch sizes.")
-    add(
-        "--dtype",
-        nargs="+",
-        choices=("float32", "bfloat16"),
-        default=["bfloat16"],
-        help="Compute dtype; what is trained stays in float32, under autocast.",
-    )
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="Device to use.")
-    add(
-        "--activation_checkpointing",
-        nargs="+",
-        choices=("off", "on"),
-        default=["off"],
-        help="For train and dmd2: recompute blocks in the backward pass.",
-    )
-    add("--compile", action="store_true", help="Add rows for the compiled network.")
-    add(
-        "--freeze",
-        action="store_true",
-        help="For forward and decode: add rows compiled with the weights as constants.",
-    )
-    add(
-        "--cuda_graphs",
-        action="store_true",
-        help="For forward and decode on a GPU: add rows compiled and replayed as a CUDA graph.",
-    )
-    add("--baseline", action="store_true", help="Add rows for tests/plain.py, run in turn.")
-    add(
-        "--int8",
-        nargs="+",
-        choices=INT8,
-        default=[],
-        help="For forward and decode: add rows with 8-bit linear layers (torchao): weights stored "
-        "in 8 bits, or products computed in 8 bits too.",
-    )
-    add(
-        "--window",
-        type=int,
-        help="For forward and decode: add rows with attention in windows of at most this many "
-        "pixels a side.",
-    )
-    add("--repeat", type=int, default=5, help="Timed calls per row; the median is reported.")
-    add(
-        "--check",
-        action="store_true",
-        help="Compare forward passes with fp64, and decoded pictures with eager mode.",
-    )
-    add("--estimate", action="store_true", help="Estimate memory and operations, not time.")
-    add("--json", type=Path, help="JSON file for the rows.")
-    return made
+def estimate_rows(settings: BenchSettings, info: ModelInfo) -> Iterator[Row]:
+    """Rows of estimated memory and operations."""
+    for name, size, batch_size in product(settings.work, settings.sizes, settings.batch_size):
+        flops = estimate.count_flops(name, info, size, batch_size)
+        mode = modes_of(settings, name)[0]
+        for dtype in settings.dtype:
+            row = announce(name, size, batch_size, dtype)
+            peaks = estimate.estimate_peaks(
+                name, info, size, batch_size, getattr(torch, dtype), mode
+            )
+            for call, (held, peak) in peaks.items():
+                yield row | {
+                    "work": call,
+                    "mode": str(mode),
+                    "gflop": flops[call] / 1e9,
+                    "held_mib": held / 2**20,
+                    "peak_mib": peak / 2**20,
+                }
 
 
-def _check(given: argparse.Namespace) -> None:
-    """Check everything that does not need torch."""
-    for name in ("repeat", "batch_size"):
-        value = getattr(given, name)
-        check_at_least(f"--{name}", min(value) if isinstance(value, list) else value, 1)
-    if given.json is not None and given.json.is_dir():
-        raise ValueError(f"--json: {given.json} is a folder; name a file.")
-    if given.json is not None:
-        make_folder("--json", given.json.parent)
-    for name in ("compile", "freeze", "cuda_graphs", "baseline", "check", "int8", "window"):
-        if given.estimate and getattr(given, name):
-            raise ValueError(f"--estimate: nothing is run; leave out --{name} or --estimate.")
-    if given.estimate and ATTENTION in given.work:
-        raise ValueError("--estimate: attention can only be measured; leave out one of the two.")
-    for name in ("check", "int8", "freeze", "cuda_graphs", "window"):
-        if getattr(given, name) and not set(INFERRING) & set(given.work):
-            raise ValueError(f"--{name}: only for forward and decode; add one of them to --work.")
-    for name in ("compile", "baseline"):
-        if getattr(given, name) and set(given.work) == {ATTENTION}:
-            raise ValueError(f"--{name}: adds no rows for attention; add other work to --work.")
-    if "on" in given.activation_checkpointing and not set(LEARNING) & set(given.work):
-        raise ValueError(
-            "--activation_checkpointing: only for train and dmd2; add one of them to --work."
-        )
+def measure_rows(
+    settings: BenchSettings, info: ModelInfo, device: torch.device, rates: dict[str, float]
+) -> Iterator[Row]:
+    """Rows of measured time and memory; `rates` are operations per second by dtype."""
+    for name, dtype in product(settings.work, settings.dtype):
+        works: dict[str, Work] = {}
+        for size, batch_size in product(settings.sizes, settings.batch_size):
+            row = announce(name, size, batch_size, dtype)
+            try:
+                works = works or _open(settings, name, info, getattr(torch, dtype), device)
+                sample = networks.random_sample(info, size, batch_size, device)
+                flops = estimate.count_flops(name, info, size, batch_size)
+                for figures in _measure_batch(settings, works, sample, device):
+                    num, seconds = flops[figures["work"]], figures["seconds"]
+                    share = num / rates[dtype] / seconds
+                    yield row | figures | {"gflop": num / 1e9, "floor_share": share}
+            except torch.OutOfMemoryError:
+                print("  out of memory: no rows of this size", file=sys.stderr, flush=True)
+        del works  # free memory before the next networks are built
+
+
+def _open(
+    settings: BenchSettings, name: str, info: ModelInfo, dtype: torch.dtype, device: torch.device
+) -> dict[str, Work]:
+    """The work on the network as it is, and perhaps on its plain transcription."""
+    sources = networks.build(info, settings.model, settings.baseline)
+    kept = weights_dtype(name, dtype)
+    works = {way: Work.of(name, x.to(device, kept), info, dtype) for way, x in sources.items()}
+    if name == "decode":  # as `pid decode` does
+        fix_times(works["eager"].denoiser, info.student_times or STUDENT_TIMES)
+    return works
+
+
+def _measure_batch(
+    settings: BenchSettings, works: dict[str, Work], sample: Sample, device: torch.device
+) -> Iterator[Row]:
+    name = works["eager"].name
+    torch.compiler.reset()  # every size recompiles, and torch limits their number
+    modes = {
+        mode: works["plain" if mode.way == "plain" else "eager"].in_mode(mode)
+        for mode in modes_of(settings, name)
+    }
+    exact = None
+    if settings.check and name == "forward":
+        exact = measure.exact_velocity(works["eager"].denoiser, sample)
+    figures = measure.measure(modes, sample, device, settings.repeat)
+    for (call, mode), row in figures.items():
+        plain = figures.get((call, Mode("plain")))
+        row["of_plain"] = None if plain is None else row["seconds"] / plain["seconds"]
+        if exact is not None:
+            row["error"] = measure.relative_error(modes[mode].calls(sample)[call](), exact)
+        yield {"work": call, "mode": str(mode), **row}
+
+
+def modes_of(settings: BenchSettings, name: str) -> list[Mode]:
+    """The modes of one kind of work, in the order of their turns."""
+    recomputes = settings.activation_checkpointing and name in LEARNING
+    modes = [Mode("eager", recomputes)]
+    modes += [Mode("compiled", recomputes)] if settings.compile else []
+    return modes + ([Mode("plain")] if settings.baseline else [])
+
+
+def announce(name: str, size: int, batch_size: int, dtype: str) -> Row:
+    """Say what comes next; returns the first columns of its rows."""
+    print(f"{name}, {size} x {size}, batch {batch_size}, {dtype} ...", file=sys.stderr, flush=True)
+    return {"work": name, "size": size, "batch": batch_size, "dtype": dtype}
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """Aligned plain text; columns that no row fills are left out."""
+    shown = dict.fromkeys(key for row in rows for key, value in row.items() if value is not None)
+    lines = [[key.replace("_", " ") for key in shown]]
+    for row in rows:
+        values = ["-" if row.get(key) is None else row[key] for key in shown]
+        lines.append([f"{v:.4g}" if isinstance(v, float) else str(v) for v in values])
+    return align(lines)
+
+
+def describe_machine(device: torch.device) -> Row:
+    """The machine and the versions behind the figures."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "pid_lightning": __version__,
+    }

@@ -3,95 +3,96 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pid_lightning.commands.bench import COMPILED, GRAPH
-from pid_lightning.commands.bench.networks import Inputs
-from pid_lightning.commands.bench.pieces import forward
-from pid_lightning.commands.bench.rates import time_call
-from pid_lightning.commands.bench.work import Work
+from pid_lightning.commands.bench.work import Mode, Work, forward
+from pid_lightning.decoding.memory import PeakMemory
 from pid_lightning.decoding.memory_estimate import peak_bytes
 from pid_lightning.nn import PiD
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Results of one piece in one mode.
-
-    Attributes:
-        seconds: median of the calls after the first.
-        first_seconds: of the first call, including compilation and warm-up.
-        held_bytes: kept between calls: weights, optimiser states, inputs; not what a compiled
-            graph keeps.
-        peak_bytes: peak memory, including `held_bytes`; None where it cannot be counted.
-    """
-
-    seconds: float
-    first_seconds: float
-    held_bytes: int
-    peak_bytes: int | None
+from pid_lightning.training.sample import Sample
 
 
 def measure(
-    modes: Mapping[str, Mapping[str, Work]], device: torch.device, repeat: int
-) -> dict[tuple[str, str], Measured]:
-    """Measure every piece in every mode, as {(piece, mode): results}.
+    modes: Mapping[Mode, Work], sample: Sample, device: torch.device, repeat: int
+) -> dict[tuple[str, Mode], dict[str, Any]]:
+    """Measure every call in every mode.
 
-    The modes of a piece take turns (A B A B ...), so that a machine slowing down favours none.
+    The modes of a call take turns (A B A B ...), so that a machine slowing down favours none.
 
     Args:
-        modes: {mode: {piece: work}}, the same pieces in each.
-        device: where the work runs.
-        repeat: timed calls per piece and mode.
+        modes: the same work in each.
+        sample: the batch to work on.
+        device: where it is.
+        repeat: timed calls in each mode.
+
+    Returns:
+        For every (call, mode): the median seconds, those of the first call, with compilation and
+        warm-up, and the MiB that are held between calls (weights, optimiser states and inputs, not
+        what a compiled graph keeps) and at the peak, None where that cannot be counted.
     """
-    pieces = list(next(iter(modes.values())))
-    figures = {}
+    calls = {(name, m): call for m, w in modes.items() for name, call in w.calls(sample).items()}
     # All first calls precede any measurement: optimiser states are part of each peak.
-    first = {(p, m): time_call(modes[m][p].run, device) for p in pieces for m in modes}
-    for piece in pieces:
-        seconds = {mode: [] for mode in modes}
-        for _ in range(repeat):
-            for mode in modes:
-                seconds[mode].append(time_call(modes[mode][piece].run, device))
-        for mode in modes:
-            work = modes[mode][piece]
-            figures[piece, mode] = Measured(
-                statistics.median(seconds[mode]),
-                first[piece, mode],
-                work.held_bytes(),
-                peak_of(work, mode, device),
-            )
+    first = {key: time_call(call, device) for key, call in calls.items()}
+    seconds: dict[tuple[str, Mode], list[float]] = {key: [] for key in calls}
+    for name in dict.fromkeys(name for name, _ in calls):
+        for _, mode in itertools.product(range(repeat), modes):
+            seconds[name, mode].append(time_call(calls[name, mode], device))
+    figures = {}
+    for (name, mode), call in calls.items():
+        held = modes[mode].held_bytes(sample)
+        peak = None  # on a CPU a compiled graph hides its operations
+        if device.type == "cuda" or mode.way != "compiled":
+            peak = (held + _allocated_bytes(call, device)) / 2**20
+        figures[name, mode] = {
+            "seconds": statistics.median(seconds[name, mode]),
+            "first_seconds": first[name, mode],
+            "held_mib": held / 2**20,
+            "peak_mib": peak,
+        }
     return figures
 
 
-def peak_of(work: Work, mode: str, device: torch.device) -> int | None:
-    """Peak bytes of one more call, including what this work keeps but not what other work keeps.
-
-    On a GPU the allocator reports them, except those of a CUDA graph, which owns its memory; on a
-    CPU the outputs of operations are counted, which a compiled graph hides.
-    """
-    if mode.startswith(GRAPH if device.type == "cuda" else COMPILED):
-        return None
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        work.run()
-        torch.cuda.synchronize(device)
-        return work.held_bytes() + torch.cuda.max_memory_allocated(device) - before
-    return work.held_bytes() + peak_bytes(work.run)
+def _allocated_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """What a call has at its peak beside what is there before, by a GPU's allocator, or on a CPU as
+    outputs of operations."""
+    if device.type == "cpu":
+        return peak_bytes(call)
+    before = torch.cuda.memory_allocated(device)
+    with PeakMemory(device) as measured:
+        call()
+    return measured.peak_bytes - before
 
 
-def exact_velocity(denoiser: PiD, inputs: Inputs) -> Tensor:
-    """The velocity from the same weights in fp64."""
-    wide = copy.deepcopy(denoiser).double()
-    doubled = {k: None if v is None else v.double() for k, v in vars(inputs).items()}
-    return forward(wide, Inputs(**doubled))
+def time_call(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, from an idle GPU to an idle GPU."""
+    finish = torch.cuda.synchronize if device.type == "cuda" else int
+    finish()
+    start = time.perf_counter()
+    call()
+    finish()
+    return time.perf_counter() - start
+
+
+def measure_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large matmul, the best of 30."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    best = min(time_call(lambda: torch.mm(a, b, out=product), device) for _ in range(30))
+    return 2 * side**3 / best
+
+
+def exact_velocity(denoiser: PiD, sample: Sample) -> Tensor:
+    """What `forward` returns with the same weights in fp64."""
+    wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in sample]
+    return forward(copy.deepcopy(denoiser).double(), Sample(*wide))
 
 
 def relative_error(velocity: Tensor, exact: Tensor) -> float:

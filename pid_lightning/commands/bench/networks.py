@@ -1,19 +1,23 @@
-"""Networks to measure: sizes by name, random weights, and random inputs."""
+"""Networks to measure: sizes by name, random weights, the plain transcription, random samples."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pid_lightning.checks import check_at_least
+from pid_lightning.checks import Mistake
 from pid_lightning.files.hub import find_model
 from pid_lightning.files.models import ModelInfo, load_model
 from pid_lightning.files.published import FLUX, VERSIONS
+from pid_lightning.files.published_layout import from_released
 from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
+from pid_lightning.training.sample import Sample
 
+PLAIN = Path(__file__).parents[3] / "tests" / "support" / "plain.py"
 V15 = VERSIONS["v1.5"]
 CONFIGS = {
     "full": PiDConfig(),
@@ -32,31 +36,11 @@ CONFIGS = {
 }
 
 
-def named(name: str) -> ModelInfo:
-    """One of `CONFIGS` on FLUX.1's latents, as a teacher."""
-    return replace(FLUX, image_size=None, student_times=None, config=CONFIGS[name])
-
-
-def find(name: str, model: str | None) -> tuple[PiD | None, ModelInfo]:
-    """A model's network and description; for one of `CONFIGS` only the description.
-
-    Raises:
-        FileNotFoundError: the model does not exist.
-        ValueError: the file is not a model.
-    """
-    return (None, named(name)) if model is None else load_model(find_model(model))
-
-
-def check_sizes(info: ModelInfo, sizes: list[int]) -> None:
-    """Check that output sides are whole patches and latent cells.
-
-    Raises:
-        ValueError: a side does not fit; names the required multiple.
-    """
-    denoiser = build_meta(info)
-    for size in sizes:
-        check_at_least("--sizes", size, 1)
-        denoiser.check_size(size, size)
+# On FLUX.1's latents, as teachers.
+NETWORKS = {
+    name: replace(FLUX, image_size=None, student_times=None, config=config)
+    for name, config in CONFIGS.items()
+}
 
 
 def build_meta(info: ModelInfo) -> PiD:
@@ -70,62 +54,60 @@ def build_random(info: ModelInfo, generator: torch.Generator) -> PiD:
     denoiser = build_meta(info).to_empty(device="cpu")
     with torch.no_grad():
         for name, weight in denoiser.named_parameters():
-            weight.normal_(generator=generator)
-            if name.endswith("log_alpha"):
-                weight.mul_(0.3).add_(math.log(5))
-            elif weight.ndim == 1 and name.endswith("weight"):  # of a norm
-                weight.mul_(0.2).add_(1)
-            elif weight.ndim == 1:
-                weight.mul_(0.2)
-            else:
-                weight.div_(math.sqrt(weight[0].numel()))
+            is_factor = weight.ndim < 2 and name.endswith(
+                ("weight", "log_alpha")
+            )  # of a norm, gate
+            deviation = 0.2 if weight.ndim < 2 else weight[0].numel() ** -0.5
+            weight.normal_(float(is_factor), deviation, generator=generator)
     return denoiser
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Random inputs of one output size.
+def build(info: ModelInfo, model: str | None, with_plain: bool) -> dict[str, nn.Module]:
+    """The network of a model, or with random weights, as ``"eager"``, and perhaps its plain
+    transcription with the same weights in fp32 as ``"plain"``.
 
-    Attributes:
-        x0, eps: (B, 3, H, W).
-        low_resolution: (B, 3, H/scale, W/scale).
-        t: pixel times (B,).
-        latents: (B, C, h, w).
-        latent_sigma: (B,).
-        text: (B, L, D_text), None for a network without text.
+    Raises:
+        Mistake: the package was installed without the repository's tests.
     """
+    generator = torch.Generator().manual_seed(0)
+    denoiser = build_random(info, generator) if model is None else load_model(find_model(model))[0]
+    if not with_plain:
+        return {"eager": denoiser}
+    if not PLAIN.is_file():
+        raise Mistake("baseline", f"needs {PLAIN}; run from a clone of the repository.")
+    spec = importlib.util.spec_from_file_location("pid_lightning_plain", PLAIN)
+    plain = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plain)
+    arguments = plain.published_arguments(info)
+    released = plain.random_released(arguments, generator)
+    denoiser.load_state_dict(denoiser.state_dict() | from_released(released, denoiser))
+    return {"eager": denoiser, "plain": plain.PlainPiD(released, arguments, info.config)}
 
-    x0: Tensor
-    eps: Tensor
-    low_resolution: Tensor
-    t: Tensor
-    latents: Tensor
-    latent_sigma: Tensor
-    text: Tensor | None
 
-    def tensors(self) -> list[Tensor]:
-        """All inputs that are not None."""
-        return [value for value in vars(self).values() if value is not None]
+def random_sample(info: ModelInfo, size: int, batch_size: int, device: torch.device) -> Sample:
+    """A batch of noise, drawn in fp32 on the CPU from a fixed seed; nothing is dropped.
 
-
-def draw_inputs(info: ModelInfo, size: int, batch_size: int, device: torch.device) -> Inputs:
-    """Deterministic fp32 inputs, drawn on the CPU."""
+    Args:
+        info: the network.
+        size: side of x0 in pixels.
+        batch_size: B.
+        device: where to move the tensors.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(batch_size, *shape, generator=generator).to(device)
 
-    def uniform() -> Tensor:
-        return torch.rand(batch_size, generator=generator).to(device)
-
     config, geometry = info.config, info.geometry
     seen, cells = size // geometry.scale, size // geometry.cell
-    return Inputs(
-        x0=normal(3, size, size).clamp(-1, 1),
-        eps=normal(3, size, size),
-        low_resolution=normal(3, seen, seen).clamp(-1, 1),
-        t=uniform(),
+    kept = torch.ones(batch_size, dtype=torch.bool, device=device)
+    return Sample(
+        x0=normal(3, size, size),
+        low_resolution=normal(3, seen, seen),
         latents=normal(geometry.latent_channels, cells, cells),
-        latent_sigma=0.8 * uniform(),
+        latent_sigma=0.8 * torch.rand(batch_size, generator=generator).to(device),
         text=normal(config.text_length, config.text_width) if config.text_length else None,
+        keep_latents=kept,
+        keep_text=kept if config.text_length else None,
+        numbers=list(range(batch_size)),
     )
