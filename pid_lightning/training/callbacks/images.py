@@ -30,7 +30,7 @@ class PictureGrids(Callback):
         steps: sampling steps; null uses the module's own number.
 
     Raises:
-        ValueError: a value is out of range.
+        Mistake: a value is out of range, or, when a fit begins, not a step count of the network.
     """
 
     title = "pictures"
@@ -50,11 +50,7 @@ class PictureGrids(Callback):
         self._batch: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: PiDModule) -> None:
-        """Check that the network can sample in `steps`.
-
-        Raises:
-            ValueError: it cannot.
-        """
+        """Check that the network can sample in `steps`."""
         check_steps(pl_module.student_times, self.steps)
 
     def on_validation_batch_start(

@@ -11,6 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from pid_lightning.checks import Mistake
+
 NAME = "last.ckpt"
 
 
@@ -28,18 +30,15 @@ class LastCheckpoint(Callback):
         self._num_steps = 0
         self._is_between_steps = True
         self._is_stop_postponed = False
+        self._is_saving = False
         self._saved_step: int | None = None
-        self._saved_loops: dict[str, Any] = {}  # how far they were then
+        self._saved_loops: dict[str, Any] | None = None  # how far they were then
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a fit whose checkpoints have a place of their own.
-
-        Raises:
-            ValueError: see `check_place`.
-        """
+        """Begin a fit whose checkpoints have a place of their own, see `check_place`."""
         check_place(trainer, trainer.ckpt_path)
         self._asked_by = self._saved_step = None
-        self._is_stop_postponed = False
+        self._is_saving = self._is_stop_postponed = False
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self._asked_by = signal.Signals(number)
@@ -107,7 +106,11 @@ class LastCheckpoint(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Warn of a checkpoint that does not resume exactly, which validation may bring about."""
+        """Let a step that is saved again resume from the same place; warn of a checkpoint that does
+        not resume exactly, which validation may bring about."""
+        if self._is_saving:
+            self._saved_loops = copy.deepcopy(self._saved_loops or checkpoint["loops"])
+            checkpoint["loops"] = self._saved_loops
         if not self._is_between_steps and trainer.global_step == self._num_steps:
             rank_zero_warn(
                 "This checkpoint was saved before accumulated gradients were used; a run that "
@@ -147,28 +150,25 @@ class LastCheckpoint(Callback):
         if trainer.is_global_zero and path is not None:
             print(f"\nsaved {path}; continue with --ckpt_path last", flush=True)
         is_terminated = self._asked_by == signal.SIGTERM
-        if trainer.strategy.reduce_boolean_decision(is_terminated, all=False):
-            raise SystemExit(128 + signal.SIGTERM)
-        raise KeyboardInterrupt
+        is_terminated = trainer.strategy.reduce_boolean_decision(is_terminated, all=False)
+        raise SystemExit(128 + signal.SIGTERM) if is_terminated else KeyboardInterrupt
 
     def _save(self, trainer: Trainer, again: bool = False) -> Path | None:
-        """Save this step, once; returns where, or None for a run without checkpoints. Saved again,
-        it resumes from the same place."""
-        saver = trainer.checkpoint_callback
-        if not isinstance(saver, ModelCheckpoint) or not saver.dirpath or trainer.fast_dev_run:
+        """Save this step, once; returns where, or None for a run without checkpoints."""
+        folder = _find_folder(trainer)
+        if folder is None:
             return None
-        path = Path(saver.dirpath) / NAME
+        path = folder / NAME
         if self._saved_step == trainer.global_step and not again:
             return path
         # Tell it about this file, or it would save last-v1.ckpt beside it, or again at the end.
+        saver = trainer.checkpoint_callback
         saver.last_model_path = saver._last_checkpoint_saved = str(path)
         self._saved_step = trainer.global_step
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        if again:
-            checkpoint["loops"] = self._saved_loops
-        self._saved_loops = copy.deepcopy(checkpoint["loops"])
-        trainer.strategy.save_checkpoint(checkpoint, path)
-        trainer.strategy.barrier("LastCheckpoint")
+        self._saved_loops = self._saved_loops if again else None
+        self._is_saving = True
+        trainer.save_checkpoint(path, weights_only=False)
+        self._is_saving = False
         return path
 
 
@@ -180,19 +180,26 @@ def check_place(trainer: Trainer, resumed: str | Path | None) -> None:
         resumed: the checkpoint that the fit resumes, if any.
 
     Raises:
-        ValueError: there is one, and neither this trainer nor the run that is resumed wrote it.
+        Mistake: there is one, and neither this trainer nor the run that is resumed wrote it.
     """
-    saver = trainer.checkpoint_callback
-    if not isinstance(saver, ModelCheckpoint) or trainer.fast_dev_run:
-        return
-    path = Path(saver._ModelCheckpoint__resolve_ckpt_dir(trainer)) / NAME
-    if not path.exists() or str(path) == saver.last_model_path:
+    folder = _find_folder(trainer)
+    path = folder and folder / NAME
+    if not path or not path.exists() or str(path) == trainer.checkpoint_callback.last_model_path:
         return
     is_requeued = resumed is not None and Path(resumed).name.startswith("hpc_ckpt_")
     if is_requeued or (resumed and Path(resumed).resolve().parent == path.resolve().parent):
         return
-    raise ValueError(
+    raise Mistake(
+        "ckpt_path",
         f"{path} is of an earlier run: resume that with --ckpt_path, or give this run a place of "
         "its own by trainer.logger.name or version, trainer.default_root_dir, or the dirpath of "
-        "ModelCheckpoint."
+        "ModelCheckpoint.",
     )
+
+
+def _find_folder(trainer: Trainer) -> Path | None:
+    """Where checkpoints go, None for a run without; before setup only a private method knows."""
+    saver = trainer.checkpoint_callback
+    if not isinstance(saver, ModelCheckpoint) or trainer.fast_dev_run:
+        return None
+    return Path(saver._ModelCheckpoint__resolve_ckpt_dir(trainer))
