@@ -13,7 +13,7 @@ from torch import Tensor
 from pid_lightning.checks import Mistake, check_whole
 from pid_lightning.decoding.plan import num_sampling_steps
 from pid_lightning.decoding.tile_choice import CALLER_LEVEL, TileChoice, check_tile_choice
-from pid_lightning.diffusion.randomness import Generators
+from pid_lightning.diffusion.randomness import Generators, sample_generators
 from pid_lightning.encoders.latent_spaces import warn_if_not_normalised
 from pid_lightning.files.models import ModelInfo
 from pid_lightning.nn import PiD
@@ -25,13 +25,13 @@ def check_latents(latents: Tensor, info: ModelInfo) -> None:
     """Raise `Mistake` unless latents may be decoded; warn if they are not normalised."""
     channels = info.geometry.latent_channels
     shape = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-    if not isinstance(shape, tuple) or len(shape) != 4 or shape[1] != channels or 0 in shape:
+    fits = isinstance(shape, tuple) and len(shape) == 4 and shape[1] == channels and 0 not in shape
+    if not fits or not latents.isfinite().all():
         raise Mistake(
             "latents",
-            f"{shape} is not (B, {channels}, h, w); give normalised {info.latent_space} latents.",
+            f"{shape} must be (B, {channels}, h, w) and finite; give normalised "
+            f"{info.latent_space} latents.",
         )
-    if not latents.isfinite().all():
-        raise Mistake("latents", "some values are not finite; check what produced them.")
     warn_if_not_normalised(latents, info.latent_space, CALLER_LEVEL + 1)
 
 
@@ -63,10 +63,12 @@ def noise_levels(
     return sigma.expand(batch_size)
 
 
-def check_noise_source(generator: Generators, seed: int | None) -> None:
-    """Raise `Mistake` unless there is a seed, a generator, one per sample, or nothing."""
-    if seed is not None:
-        check_whole("seed", seed)
+def noise_source(generator: Generators, seed: int | None, batch_size: int) -> Generators:
+    """The generator or those of a seed, one per sample; None if neither is given.
+
+    Raises:
+        Mistake: both, or something else.
+    """
     generators = generator if isinstance(generator, (list, tuple)) else [generator]
     is_right = seed is None and all(isinstance(g, torch.Generator) for g in generators)
     if generator is not None and not is_right:
@@ -74,6 +76,10 @@ def check_noise_source(generator: Generators, seed: int | None) -> None:
             "generator",
             f"{generator!r} with seed {seed}; give a torch.Generator, one per sample, or a seed.",
         )
+    if seed is None:
+        return generator
+    check_whole("seed", seed)
+    return sample_generators(int(seed), "decode", range(batch_size))
 
 
 def check_pictures(images: Tensor) -> None:

@@ -14,17 +14,17 @@ from pid_lightning.checks import Mistake, check_choice
 from pid_lightning.decoding.arguments import (
     check_features,
     check_latents,
-    check_noise_source,
     check_options,
     check_pictures,
     check_takes_text,
     noise_levels,
+    noise_source,
 )
 from pid_lightning.decoding.latents import decode_latents
 from pid_lightning.decoding.memory_estimate import estimate_working_memory, weight_bytes
 from pid_lightning.decoding.plan import Plan
 from pid_lightning.decoding.tile_choice import TileChoice, check_tile_choice, choose_tile
-from pid_lightning.diffusion.randomness import Generators, sample_generators
+from pid_lightning.diffusion.randomness import Generators
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.families import build_encoder
 from pid_lightning.encoders.text import TextEncoder
@@ -121,33 +121,14 @@ class PiDDecoder:
     ) -> str:
         """Upload what `save_pretrained` writes to ``owner/name``, created if missing, and return
         the URL of the commit."""
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token, library_name="pid_lightning")
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            commit = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=commit_message
-            )
-        return str(commit)
-
-    # Properties and placement.
+            return hub.upload_folder(folder, repo_id, private, token, commit_message)
 
     @property
     def scale(self) -> int:
         """Side of the output divided by the side of the native decoder's picture."""
         return self.info.geometry.scale
-
-    @property
-    def latent_stride(self) -> int:
-        """Pixels of the native picture per latent cell."""
-        return self.info.geometry.latent_stride
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of the normalised latents."""
-        return self.info.geometry.latent_channels
 
     @property
     def latent_space(self) -> str:
@@ -186,45 +167,27 @@ class PiDDecoder:
 
     def compile(self, freeze: bool = False, cuda_graphs: bool = False) -> PiDDecoder:
         """Compile the network, once per size of output or tile. `freeze` is for CPUs, `cuda_graphs`
-        for small pictures on a GPU: see `compilation.compile_for_inference`.
-
-        Raises:
-            ValueError: CUDA graphs for a network that is not on a GPU.
-        """
+        for small pictures on a GPU: see `compilation.compile_for_inference`, also for errors."""
         compile_for_inference(self.denoiser, freeze, cuda_graphs)
         return self
 
     def fix_times(self) -> PiDDecoder:
         """Precompute a student's modulations and drop the weights that make them: same pictures,
-        29 % less weight memory at the published size; see `fixed_times.fix_times`.
-
-        Raises:
-            ValueError: a teacher, times already fixed, or frozen weights.
-        """
+        29 % less weight memory at the published size; see `fixed_times.fix_times`, also for
+        errors."""
         fix_times(self.denoiser, self.info.student_times)
         return self
 
     def attend_in_windows(self, size: int | None) -> PiDDecoder:
         """Restrict the patch blocks' attention to windows of at most `size` pixels a side, for
-        nearly the exact picture; None undoes it. See `nn.PiD.attend_in_windows`.
-
-        Raises:
-            ValueError: `size` is not a multiple of the patch size, or below two patches.
-        """
+        nearly the exact picture; None undoes it. See `PiD.attend_in_windows`, also for errors."""
         self.denoiser.attend_in_windows(size)
         return self
 
     def quantise(self, activations: bool = False) -> PiDDecoder:
-        """Store weights in 8 bits, half the memory of bf16, close to the exact picture; see
-        `quantisation.quantise`. Only `from_pretrained` undoes it.
-
-        Args:
-            activations: also multiply in 8 bits.
-
-        Raises:
-            ModuleNotFoundError: torchao is not installed.
-            ValueError: weights already in 8 bits, or frozen.
-        """
+        """Store weights in 8 bits, half the memory of bf16, close to the exact picture, and with
+        `activations` also multiply in 8 bits; see `quantisation.quantise`, also for errors. Only
+        `from_pretrained` undoes it."""
         quantise(self.denoiser, activations)
         return self
 
@@ -327,9 +290,9 @@ class PiDDecoder:
         """
         info = self.info
         check_options(self.denoiser, info.student_times, steps, tile, prompt, guidance_scale)
-        check_noise_source(generator, seed)
         check_latents(latents, info)
         batch_size = len(latents)
+        noise = noise_source(generator, seed, batch_size)
         sigma = noise_levels(latent_sigma, batch_size, info.latent_sigma_max).to(self.device)
         size = self.output_size(latents)
         plan = Plan.of(
@@ -344,20 +307,19 @@ class PiDDecoder:
         if guidance_scale != 1 and not info.config.learned_null and negative_prompt is None:
             negative_prompt = ""
         text, null_text = (self._features(p, batch_size) for p in (prompt, negative_prompt))
-        if seed is not None:
-            generator = sample_generators(int(seed), "decode", range(batch_size))
         latents = latents.to(self.device)
         with tqdm(
             total=plan.num_forwards, desc=str(plan), disable=not progress, leave=False
         ) as bar:
             pictures = decode_latents(
-                self.denoiser, plan, latents, sigma, text, null_text, generator, bar.update
+                self.denoiser, plan, latents, sigma, text, null_text, noise, bar.update
             )
         if not pictures.isfinite().all():
-            cure = "check the weights and the latents"
-            if self.dtype == torch.float16:
-                cure = "it overflows with these weights, which need torch.bfloat16 or float32"
-            raise Mistake("dtype", f"the picture is not finite in {self.dtype}; {cure}.")
+            raise Mistake(
+                "dtype",
+                f"the picture is not finite in {self.dtype}; use torch.bfloat16 or float32 instead "
+                "of float16, or check the weights.",
+            )
         return pictures
 
     def _features(self, prompt: str | list[str] | Tensor | None, batch_size: int) -> Tensor | None:
@@ -374,10 +336,7 @@ class PiDDecoder:
     def choose_tile(
         self, height: int, width: int, tile: TileChoice, batch_size: int = 1
     ) -> int | None:
-        """The side of the tiles that `decode` uses; None is the whole picture.
-
-        Warns if the model was not trained for the size it will see.
-        """
+        """The side of the tiles that `decode` uses, see `tile_choice.choose_tile`."""
         check_tile_choice(tile, self.denoiser.alignment)
         return choose_tile(self.denoiser, self.info, height, width, tile, batch_size)
 

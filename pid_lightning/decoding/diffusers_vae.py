@@ -159,7 +159,8 @@ def _encoded(decoder: PiDDecoder, prompt: str | list[str] | Tensor | None) -> Te
 
 
 def _check_same_space(vae: str, space: LatentSpace, decoder: PiDDecoder) -> None:
-    theirs = (decoder.latent_space, decoder.latent_channels, decoder.latent_stride)
+    geometry = decoder.info.geometry
+    theirs = (decoder.latent_space, geometry.latent_channels, geometry.latent_stride)
     if theirs != (space.name, space.channels, space.stride):
         raise Mistake(
             "decoder",

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pid_lightning.checks import Mistake, check_at_least, check_whole
+from pid_lightning.checks import Mistake, check_at_least, check_between, check_whole
 from pid_lightning.decoding.diffusers_vae import PiDAutoencoder
 
 # Schedulers by the form of their latents between steps, at noise level `sigma` of their schedule.
@@ -59,12 +59,7 @@ class EarlyStop:
         self.latent_sigma = None
         _check_pipeline(pipe)
         _check_spacing(pipe.scheduler)
-        if self.at_step > pipe.num_timesteps:
-            raise Mistake(
-                "at_step",
-                f"{self.at_step} exceeds the {pipe.num_timesteps} steps of this call; lower it or "
-                "raise num_inference_steps.",
-            )
+        check_between("at_step", self.at_step, 1, pipe.num_timesteps)
         if "latents" not in callback_kwargs:
             raise Mistake(
                 "callback_on_step_end_tensor_inputs",

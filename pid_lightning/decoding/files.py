@@ -127,7 +127,8 @@ def read_input(decoder: PiDDecoder, file: Path) -> tuple[Tensor, tuple[int, int]
         Mistake: the file is damaged, or its latents do not fit the model.
     """
     if _holds_latents(file):
-        latents = read_latents(file, decoder.latent_space, decoder.latent_channels)[None]
+        channels = decoder.info.geometry.latent_channels
+        latents = read_latents(file, decoder.latent_space, channels)[None]
         height, width = decoder.output_size(latents)
         decoder.denoiser.check_size(height, width)
         return latents, (height // decoder.scale, width // decoder.scale)

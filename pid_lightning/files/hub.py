@@ -115,6 +115,17 @@ def save_folder(denoiser: PiD, info: ModelInfo, folder: str | Path, dtype: torch
         temporary.write_text(model_card(denoiser, info), encoding="utf-8")
 
 
+def upload_folder(
+    folder: str | Path, repo_id: str, private: bool | None, token: str | bool | None, message: str
+) -> str:
+    """Upload a folder to ``owner/name``, created if missing; returns the URL of the commit."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token, library_name="pid_lightning")
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
+
+
 def model_card(denoiser: PiD, info: ModelInfo) -> str:
     """Model card in the hub's format, filled from the model's metadata."""
     millions = sum(weight.numel() for weight in denoiser.parameters()) / 1e6

@@ -6,7 +6,7 @@ import math
 import os
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +15,15 @@ from pid_lightning.checks import Mistake
 from pid_lightning.files.tensors import read_tensors
 from pid_lightning.pictures.resizing import enlarge_picture, reduce_picture
 
-if TYPE_CHECKING:
-    from spandrel import ImageModelDescriptor
-
 
 class Upscaler(nn.Module):
     """A frozen network that enlarges pictures by any scale.
 
     Args:
-        network: a network for colour pictures, as spandrel loads it.
+        network: spandrel's `ImageModelDescriptor` of a network for colour pictures.
     """
 
-    def __init__(self, network: ImageModelDescriptor) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         self._enlarge = network
         self.network = network.model.requires_grad_(False).eval()

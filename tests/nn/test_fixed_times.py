@@ -72,7 +72,8 @@ def test_the_modulations_weights_are_gone() -> None:
 
 def test_a_bundled_student_decodes_the_same_and_is_not_saved(tmp_path: Path) -> None:
     decoder = PiDDecoder.from_pretrained(next(iter(BUNDLED_MODELS)))
-    latents = torch.randn(2, decoder.latent_channels, 2, 3, generator=torch.Generator())
+    channels = decoder.info.geometry.latent_channels
+    latents = torch.randn(2, channels, 2, 3, generator=torch.Generator())
     exact = decoder.decode(latents, seed=0, progress=False)
     assert torch.allclose(decoder.fix_times().decode(latents, seed=0, progress=False), exact)
     with pytest.raises(Mistake) as told:
