@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from pid_lightning.commands.parsing import exit_on_mistake
+from pid_lightning.checks import Mistake
+from pid_lightning.commands.parsing import sentence
 
 TRAINING = ("fit", "validate", "test", "predict")  # by `commands.fit`
 COMMANDS = {
@@ -35,22 +36,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not given or given[0] in ("-h", "--help"):
         print(HELP, end="")
         sys.exit(0 if given else 2)
+    command = given[0]
     try:
-        if given[0] in COMMANDS:
-            module, function = COMMANDS[given[0]]
-            with exit_on_mistake():
-                getattr(import_module(f"pid_lightning.commands.{module}"), function)(given[1:])
-        elif given[0] not in TRAINING and not given[0].startswith("-"):
-            known = ", ".join((*TRAINING, *COMMANDS))
-            print(f"pid: {given[0]!r} is no command; use one of {known}.", file=sys.stderr)
-            sys.exit(2)
-        else:
+        if command in COMMANDS:
+            module, function = COMMANDS[command]
+            getattr(import_module(f"pid_lightning.commands.{module}"), function)(given[1:])
+        elif command in TRAINING or command.startswith("-"):
             from pid_lightning.commands import fit
 
             fit.main(arguments)  # None: LightningCLI reads sys.argv; given arguments make it warn
+        else:
+            known = ", ".join((*TRAINING, *COMMANDS))
+            raise Mistake("command", f"{command!r} is not known; use one of {known}.")
     except KeyboardInterrupt:
         print("\npid: stopped.", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        told = sentence(error)
+        if told is None:
+            raise
+        print(f"pid: {told}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

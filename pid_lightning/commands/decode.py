@@ -9,7 +9,6 @@ from dataclasses import fields
 from pathlib import Path
 
 from pid_lightning.commands.parsing import make_parser
-from pid_lightning.decoding.memory import keep_freed_memory
 from pid_lightning.decoding.settings import DecodeSettings
 
 
@@ -32,7 +31,8 @@ def decode(arguments: Sequence[str]) -> None:
     parser.add_class_arguments(DecodeSettings, skip=switches)
     given = parser.parse_args(arguments)
     settings = DecodeSettings(**{field.name: given[field.name] for field in fields(DecodeSettings)})
-    from pid_lightning.commands.decode_files import decode_files
+    from pid_lightning.commands.decode_files import decode_files  # torch only where it is needed
+    from pid_lightning.decoding.memory import keep_freed_memory
 
     keep_freed_memory()
     try:

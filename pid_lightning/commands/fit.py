@@ -7,22 +7,20 @@ import os
 import signal
 import sys
 import warnings
+from argparse import ArgumentError
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
-import lightning
-from jsonargparse import ArgumentError
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from pid_lightning.checks import check_at_least
-from pid_lightning.commands.parsing import PACKAGE, parser_sentence, raised_here, raised_in
+from pid_lightning.checks import Mistake, check_at_least, check_between
+from pid_lightning.commands.parsing import find_cause
 from pid_lightning.decoding.memory import keep_freed_memory
 from pid_lightning.files.atomic import make_folder
 from pid_lightning.files.hub import find_last_checkpoint
@@ -40,7 +38,8 @@ from pid_lightning.training.strategies import check_strategy
 for _module in ("callbacks", "data.latent_crops", "modules", "modules.autoencoder"):
     import_module(f"pid_lightning.training.{_module}")
 
-CALLBACKS = Path(lightning.pytorch.callbacks.__file__).parent
+# Of Lightning's own options, whose wrong values it takes silently or stumbles over late.
+LEAST = {"accumulate_grad_batches": 1, "gradient_clip_val": 0, "check_val_every_n_epoch": 1}
 
 # Warnings that Lightning gives in every run, of what is intended.
 EXPECTED = (
@@ -51,10 +50,10 @@ EXPECTED = (
 
 
 class Parser(LightningArgumentParser):
-    """A parser, also of each class's arguments, that takes no abbreviated option."""
+    """A parser, also of each class's arguments, that takes no abbreviated option and raises."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, allow_abbrev=False, **(kwargs | {"exit_on_error": False}))
 
 
 class SaveConfig(SaveConfigCallback):
@@ -95,90 +94,55 @@ class PiDCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except UnicodeDecodeError as error:
-            raise ValueError(f"config: not a text file ({error}); give a YAML file.") from error
-        subcommand = self.config.get("subcommand")
-        if subcommand is None:
+            raise Mistake("config", f"not a text file ({error}); give a YAML file.") from error
+        except ArgumentError as error:
+            if not str(error).startswith("the following arguments are required"):
+                raise
+            raise Mistake("config", f"{error}; --config FILE gives them.") from error
+        if self.config.get("subcommand") is None:  # from Python
             return
-        config = self.config[subcommand]
-        config.ckpt_path = config.ckpt_path and os.path.expanduser(config.ckpt_path)
-        if config.ckpt_path is not None and Path(config.ckpt_path).is_file():
-            if Path(config.ckpt_path).suffix == ".safetensors":
-                raise ValueError(
-                    f"ckpt_path: {config.ckpt_path} is a model file, not a run's checkpoint; a "
-                    "PiD takes it as --model.init_from."
-                )
-            read_torch_file(config.ckpt_path)
-        if not isinstance(config.seed_everything, bool):
-            check_at_least("seed_everything", config.seed_everything, 0)
-            if config.seed_everything >= 2**32:
-                raise ValueError(f"seed_everything: {config.seed_everything} must be below 2^32.")
-        for name, least in (
-            ("accumulate_grad_batches", 1),
-            ("gradient_clip_val", 0),
-            ("check_val_every_n_epoch", 1),
-        ):
+        config = self.config[self.config.subcommand]
+        check_between("seed_everything", config.seed_everything, 0, 2**32 - 1)
+        for name, least in LEAST.items():
             if config.trainer[name] is not None:
                 check_at_least(f"trainer.{name}", config.trainer[name], least)
-        interval = config.trainer.val_check_interval
-        if interval == 0:
-            raise ValueError(
-                "trainer.val_check_interval: 0 must be above 0; to validate never, set "
-                "trainer.limit_val_batches to 0."
-            )
-        if isinstance(interval, float) and config.trainer.check_val_every_n_epoch is None:
-            raise ValueError(
-                f"trainer.val_check_interval: {interval} is a fraction of an epoch, which needs "
-                "trainer.check_val_every_n_epoch 1; set it, or give a number of batches."
+        if config.trainer.val_check_interval == 0:
+            raise Mistake(
+                "trainer.val_check_interval",
+                "0 must be above 0; to validate never, set trainer.limit_val_batches to 0.",
             )
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would replace what was given by a checkpoint's class and arguments."""
 
     def before_instantiate_classes(self) -> None:
-        """Resolve `--ckpt_path last`, and continue in the folder of the checkpoint's run."""
-        if self.subcommand is None:  # instantiated from Python without a subcommand
+        """Find the checkpoint, and continue in the folder of its run."""
+        if self.subcommand is None:
             return
         config = self.config[self.subcommand]
         _move_baseline(config)
+        if not isinstance(config.trainer.callbacks, list | None):
+            # Of what fails to be built, jsonargparse keeps the cause for the first type: lists.
+            config.trainer.callbacks = [config.trainer.callbacks]
         logger = config.trainer.logger
         folder = None
         if hasattr(logger, "init_args") and "save_dir" in logger.init_args:
             logger.init_args.save_dir = os.path.expanduser(logger.init_args.save_dir)
-            folder = Path(logger.init_args.save_dir)
-            folder /= logger.init_args.get("name") or ""
-        if config.ckpt_path == "last":
-            found = find_last_checkpoint(folder) if folder is not None else None
-            if found is None:
-                where = f"no checkpoint under {folder}" if folder else "no trainer.logger.save_dir"
-                raise FileNotFoundError(
-                    f"ckpt_path: last: {where}; fit first, or name a checkpoint."
-                )
-            config.ckpt_path = str(found)
-        if (
-            config.ckpt_path is None
-            and self.subcommand != "fit"
-            and not config.model.init_args.get("init_from")
-        ):
-            raise ValueError(
-                f"pid {self.subcommand} needs a trained network: give --ckpt_path FILE, "
-                "--ckpt_path last for this config's newest run, or --model.init_from FILE."
+            folder = Path(logger.init_args.save_dir, logger.init_args.get("name") or "")
+        if config.ckpt_path is not None:
+            path = find_checkpoint(config.ckpt_path, folder)
+            config.ckpt_path = str(path)
+            version = path.parent.parent
+            if folder is not None and version.parent.resolve() == folder.resolve():
+                logger.init_args.version = version.name
+        elif self.subcommand != "fit" and not config.model.init_args.get("init_from"):
+            raise Mistake(
+                "ckpt_path",
+                f"pid {self.subcommand} needs a trained network; give --ckpt_path FILE, "
+                "--ckpt_path last for this config's newest run, or --model.init_from FILE.",
             )
         if folder is not None:
             make_folder("trainer.logger.save_dir", Path(logger.init_args.save_dir))
-        if config.ckpt_path is None:
-            return
-        given = Path(config.ckpt_path)
-        is_run = given.is_dir() and given.suffix != ".ckpt"  # a sharded checkpoint is a folder too
-        path = find_last_checkpoint(given) if is_run else given
-        if not config.ckpt_path or path is None or not path.exists():
-            raise FileNotFoundError(
-                f"ckpt_path: {config.ckpt_path!r} is no checkpoint and no folder of a run; check "
-                "the path."
-            )
-        config.ckpt_path = str(path)
-        version = path.parent.parent
-        if folder is not None and version.parent.resolve() == folder.resolve():
-            logger.init_args.version = version.name
 
     def instantiate_classes(self) -> None:
         """Build everything, then make every check that needs no data."""
@@ -204,10 +168,8 @@ class PiDCLI(LightningCLI):
         """Add `CheckMonitors`, `LastCheckpoint` (Ctrl-C too) and atomic checkpoint writing."""
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
-            if not raised_in(error, Path(lightning.__file__).parent):
-                raise
-            raise ValueError(f"trainer: {error}") from error
+        except (RuntimeError, TypeError, ValueError) as error:  # of options that do not go together
+            raise Mistake("trainer", str(error)) from error
         trainer.callbacks.insert(0, CheckMonitors())  # first, before others read their metrics
         trainer.callbacks.append(LastCheckpoint())  # last, so that EMA has followed the step
         if type(trainer.strategy.checkpoint_io).__name__ == "TorchCheckpointIO":
@@ -230,50 +192,58 @@ class PiDCLI(LightningCLI):
             print(f"curves   tensorboard --logdir {Path(self.trainer.log_dir).parent}")
 
 
+def find_checkpoint(name: str, folder: Path | None) -> Path:
+    """Find the checkpoint that `--ckpt_path` names.
+
+    Args:
+        name: a checkpoint, the folder of a run (its newest), or ``last``, the newest in `folder`.
+        folder: where this config's runs are, if they are saved.
+
+    Raises:
+        Mistake: there is none.
+    """
+    path = Path(os.path.expanduser(name))
+    if path.suffix == ".safetensors":
+        raise Mistake(
+            "ckpt_path",
+            f"{name} is a model file, not a run's checkpoint; a PiD takes it as --model.init_from.",
+        )
+    if name == "last":
+        path = folder or path
+    # A sharded checkpoint is a folder too.
+    is_run = bool(name) and path.is_dir() and path.suffix != ".ckpt"
+    found = find_last_checkpoint(path) if is_run else path
+    if not name or found is None or not found.exists():
+        where = f"under {path}" if is_run else f"at {name!r}"
+        raise Mistake("ckpt_path", f"there is no checkpoint {where}; fit first, or name another.")
+    return found
+
+
 def check_not_pid(subcommand: str, model: LightningModule, callbacks: Sequence[Callback]) -> None:
-    """Raise ValueError for what a model lacks that is no PiD."""
+    """Raise Mistake for what a model lacks that is no PiD."""
     name = type(model).__name__
     if subcommand in ("test", "predict") and not is_overridden(f"{subcommand}_step", model):
-        raise ValueError(f"pid {subcommand}: {name} has no {subcommand}_step; use pid validate.")
+        raise Mistake("model", f"{name} has no {subcommand}_step; use pid validate.")
     for callback in callbacks:
         if isinstance(callback, (DMD2, EMA, PictureGrids)):
-            raise ValueError(
-                f"trainer.callbacks: {type(callback).__name__} needs a PiD, not {name}; leave it "
-                "out."
+            raise Mistake(
+                "trainer.callbacks",
+                f"{type(callback).__name__} needs a PiD, not {name}; leave it out.",
             )
 
 
 def _move_baseline(config: Any) -> None:
-    """Move ``--baseline`` to the model's settings, so that a saved config holds it once.
-
-    Raises:
-        ValueError: the model has no evaluation settings.
-    """
+    """Move ``--baseline`` to the model's settings, so that a saved config holds it once."""
     if config.baseline is None:
         return
     if "evaluation" not in config.model.init_args:
-        raise ValueError(
-            f"baseline: {config.model.class_path} decodes no latents that could be compared; leave "
-            "it out."
-        )
+        raise Mistake("baseline", f"{config.model.class_path} decodes no latents; leave it out.")
     config.model.init_args.evaluation.baseline = config.baseline
     config.baseline = None
 
 
-def _building_error(error: BaseException | None) -> BaseException | None:
-    """What a class said of its arguments when jsonargparse failed to build it; None if it said
-    nothing or it is a bug."""
-    if not str(error).startswith("Does not validate against any of the Union subtypes"):
-        return None
-    while error is not None and raised_in(error, Path(jsonargparse.__file__).parent):
-        error = error.__cause__ or error.__context__
-    told = (ValueError, OSError, ModuleNotFoundError, MisconfigurationException)
-    is_bug = error is None or raised_in(error, PACKAGE)  # else `raised_here` had found it
-    return error if isinstance(error, told) and not is_bug else None
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a user's mistake is one sentence and exit status 2."""
+    """Run the command line."""
     keep_freed_memory()
     for message in EXPECTED:
         warnings.filterwarnings("ignore", message)
@@ -290,21 +260,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             seed_everything_default=0,
             args=arguments,
             parser_class=Parser,
-            parser_kwargs={"exit_on_error": False}
-            | {name: {"exit_on_error": False} for name in PiDCLI.subcommands()},
         )
     except SIGTERMException:  # outside training, where `LastCheckpoint` handles it
         sys.exit(128 + signal.SIGTERM)
-    except RuntimeError as error:
-        if not raised_in(error, CALLBACKS):  # of a metric that is not logged
+    except Exception as error:
+        told = find_cause(error, MisconfigurationException)
+        if told is None and "conditioned on metric" not in str(error):  # so begins EarlyStopping's
             raise
-        print(f"pid: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (ArgumentError, MisconfigurationException, ValueError, OSError) as error:
-        mistake = raised_here(error) or _building_error(error)
-        if mistake is None and not isinstance(error, (ArgumentError, MisconfigurationException)):
-            raise  # a bug
-        told = str(mistake or parser_sentence(str(error)))
-        hint = "; --config FILE gives them" if "arguments are required" in told else ""
-        print(f"pid: {told}{hint}", file=sys.stderr)
-        sys.exit(2)
+        raise Mistake("trainer", str(told or error)) from error

@@ -1,96 +1,105 @@
-"""User errors end in one sentence and exit status 2; bugs keep their traceback."""
+"""Parsers of the commands, and the one sentence in which a user's mistake is told."""
 
 from __future__ import annotations
 
 import re
-import sys
+import textwrap
 import traceback
 from argparse import ArgumentError
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, auto_cli
 
-PACKAGE = Path(__file__).parents[1]
+from pid_lightning.checks import Mistake
 
-
-@contextmanager
-def exit_on_mistake() -> Iterator[None]:
-    """Turn errors of the parser and those that this package raised on purpose into one sentence and
-    exit status 2."""
-    try:
-        yield
-    except (ArgumentError, ValueError, OSError, ModuleNotFoundError) as error:
-        if isinstance(error, ArgumentError):
-            error = parser_sentence(str(error))
-        elif raised_here(error) is not error:
-            raise
-        print(f"pid: {error}", file=sys.stderr)
-        sys.exit(2)
+KEY = re.compile(r'Parser key "([^"]*)":')
+TYPE = re.compile(r"<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[(.*?)\]")
+HEADINGS = ("Does not validate against", "Subtypes:", "Errors:", "Given value type:")
 
 
-def raised_here(error: BaseException | None) -> BaseException | None:
-    """The first of an error and its causes that this package's code raised on purpose."""
-    while error is not None:
-        if raised_in(error, PACKAGE) and (isinstance(error, OSError) or _by_statement(error)):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
+class CommandParser(ArgumentParser):
+    """A parser that takes no abbreviated option, and turns what is False by default into a
+    switch."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, exit_on_error=False, allow_abbrev=False, **kwargs)
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """As its base class, but for switches."""
+        if kwargs.get("type") is bool and kwargs.get("default") is False:
+            kwargs = {"action": "store_true", "help": kwargs.get("help")}
+        return super().add_argument(*args, **kwargs)
 
 
-def raised_in(error: BaseException, package: Path) -> bool:
-    """Whether an error was raised directly in the code under a package's folder."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and package in Path(frames[-1].filename).parents
-
-
-def _by_statement(error: BaseException) -> bool:
-    """Whether a `raise` raised it: a builtin, which has no frame of its own, fails by a bug."""
-    return (traceback.extract_tb(error.__traceback__)[-1].line or "").startswith("raise ")
-
-
-def parser_sentence(message: str) -> str:
-    """Condense jsonargparse's multi-line message to one sentence.
-
-    Args:
-        message: lists an error for each type that a value could have had.
-    """
-    option = re.match(r'Parser key "([^"]*)"', message)
-    if "Problem with given class_path" in message:  # of an argument inside of it
-        option = None
-    unknown = re.search(r"Expected a dot import path string: (\S+)", message)
-    if option and unknown:
-        return (
-            f"{option[1]}: there is no class {unknown[1]!r}; check its spelling, or give its "
-            "import path, as in package.module.Class."
-        )
-    nested = re.search(r"(?s)is abstract.*NestedArg\(key='(\w+)'", message)
-    if option and nested:
-        return (
-            f"{option[1]}.{nested[1]}: no class is set that takes it; name one first, as in "
-            f"--{option[1]} CLASS."
-        )
-    noise = (
-        r"(- )?(Does not validate|Subtypes:|Errors:|Subclass types|a class path|a dict|"
-        r"Given value type)"
-    )
-    message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).replace("NoneType", "null")
-    message = re.sub(r"(a )?typing\.Literal\[(.*?)\]", r"one of \2", message)
-    message = re.sub(r'Parser key "([^"]*)":', r"\1:", message)
-    lines = [line.strip() for line in message.splitlines()]
-    lines = [line for line in lines if line and not re.match(noise, line)]
-    kept = [line for line in lines if not line.startswith(("- Expected ", "Given value"))]
-    if len(kept) < 2:  # the expectation is all there is
-        kept = lines
-    told = " ".join(kept).replace(": - ", ": ").replace(" - ", "; ")
-    told = re.sub("; Expected (a )?", " or ", told)
-    return re.sub(r"(\.)? (Given|Got) value: ", ", not ", told)
+def run(function: Callable[..., None], command: str, arguments: Sequence[str]) -> None:
+    """Call a function with options that its signature and docstring describe."""
+    auto_cli(function, list(arguments), prog=f"pid {command}", parser_class=CommandParser)
 
 
 def make_parser(command: str, description: str) -> ArgumentParser:
-    from jsonargparse import ArgumentParser
+    """A parser for the options of a command."""
+    return CommandParser(prog=f"pid {command}", description=description)
 
-    return ArgumentParser(
-        prog=f"pid {command}", description=description, exit_on_error=False, allow_abbrev=False
-    )
+
+def sentence(error: BaseException) -> str | None:
+    """What a user is told of an error: of a `Mistake`, of an OSError of this machine, of what the
+    parser refuses, also where another error was raised from it. None is a bug."""
+    cause = _raised_on_purpose(error) or find_cause(error, Mistake, OSError)
+    if cause is None and isinstance(error, ArgumentError):
+        return parser_sentence(str(error))
+    return None if cause is None else str(cause)
+
+
+def find_cause(error: BaseException | None, *kinds: type[BaseException]) -> BaseException | None:
+    """The first of an error and its causes that is of one of some kinds."""
+    while error is not None and not isinstance(error, kinds):
+        error = error.__cause__
+    return error
+
+
+def _raised_on_purpose(error: BaseException | None) -> BaseException | None:
+    """An error that is no Mistake yet, but was raised by a statement of this package."""
+    while error is not None and not isinstance(error, Mistake):
+        frames = traceback.extract_tb(error.__traceback__)
+        is_ours = bool(frames) and Path(__file__).parents[1] in Path(frames[-1].filename).parents
+        told = isinstance(error, (ValueError, ModuleNotFoundError))
+        if is_ours and told and (frames[-1].line or "").startswith("raise "):
+            return error
+        error = error.__cause__
+    return None
+
+
+def parser_sentence(message: str) -> str:
+    """One sentence of jsonargparse's message, often a paragraph about every type that a value could
+    have had: the option, what it accepts, and the value that was given."""
+    option = ".".join(dict.fromkeys(KEY.findall(message)))
+    if not option:
+        return textwrap.shorten(message, 300)
+    name = message.partition("dot import path string: ")[2].partition("\n")[0]
+    if name:
+        return (
+            f"{option}: {name!r} is no class for it; check its spelling, or give its import path, "
+            "as in package.module.Class."
+        )
+    if "is abstract" in message:
+        name = message.partition("NestedArg(key='")[2].partition("'")[0]
+        return (
+            f"{option}: no class is set that takes {name}; set one first, as in --{option} CLASS."
+        )
+    text = TYPE.sub(r"\1\2", KEY.sub("", message)).replace("NoneType", "null")
+    lines = [line.lstrip(" -") for line in text.replace(". Got value", "\nGiven value").split("\n")]
+    lines = [line for line in lines if line and not line.startswith(HEADINGS)]
+    # Of an argument of a class, the errors and the value come before those of the class.
+    end = next((i for i, line in enumerate(lines) if line.startswith("Given value: ")), len(lines))
+    accepted = [line for line in lines[:end] if line.startswith("Expected ")]
+    told = [f"{option}:"]
+    for line in lines[:end]:
+        if line not in accepted:
+            told.append(line.replace("Problem with given class_path", "in"))
+            if not line.endswith(":"):
+                return " ".join(told)
+    types = " or ".join(line.removeprefix("Expected ").removeprefix("a ") for line in accepted)
+    value = "".join(lines[end : end + 1]).removeprefix("Given value: ")
+    return f"{' '.join(told)} expected {types}, not {value!r}."

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from torch._dynamo.utils import counters
 
 from pid_lightning.__main__ import main
 from pid_lightning.commands import decode_files
+from pid_lightning.commands.models import import_weights
 from pid_lightning.decoding.decoder import PiDDecoder
 from pid_lightning.diffusion.noising import add_latent_noise
 from pid_lightning.diffusion.randomness import draw_noise, sample_generators
@@ -110,10 +112,8 @@ def test_latents_decode_to_what_their_picture_does(tmp_path: Path, model: Path) 
     [
         ("--steps 9", "steps: 9 must lie between 1 and 4"),
         ("--steps 0", "steps: 0 must be at least 1"),
-        ("--steps many", "steps: Expected a int or null, not many"),
         ("--tile 100", "tile: 100 must be a multiple of 32"),
         ("--tile -64", "tile: -64 must be a multiple of 32"),
-        ("--format jpg", "format: Expected one of 'png', 'webp', not jpg"),
         ("--guidance_scale 2", "guidance_scale: 2.0 must be a finite number, and 1 where"),
         ("--prompt hi --text_model none", "prompt: this model was trained without text"),
         ("--text_model none", "text_model: only used with a prompt"),
@@ -123,7 +123,6 @@ def test_latents_decode_to_what_their_picture_does(tmp_path: Path, model: Path) 
         ("--device meta", "device: 'meta' is not available on this machine (Cannot copy"),
         ("--output /proc", "output: cannot write to folder /proc ("),
         ("--output a_file", "output: cannot write to folder a_file (File exists)"),
-        ("--ove", "unrecognized arguments: --ove"),
     ],
 )
 def test_a_wrong_option_is_told_before_anything_is_encoded(
@@ -289,12 +288,6 @@ def test_help_is_quick_and_brings_no_library(command: str, told: str) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_a_misspelt_command_is_told_all(capsys: pytest.CaptureFixture) -> None:
-    told = refused(capsys, "decod", "a.png")
-    assert told.startswith("pid: 'decod' is no command; use one of fit, ")
-    assert "decode" in told.split("use one of")[1]
-
-
 # ------------------------------------------------------------------- pid export
 
 
@@ -315,13 +308,9 @@ def test_a_run_is_exported_averaged(tmp_path: Path, capsys: pytest.CaptureFixtur
     for folder in (tmp_path / "run", newest.parent.parent, newest.parent):
         assert find_model(folder) == newest
     (tmp_path / "empty").mkdir()
-    assert "nor a run's checkpoints" in refused(
-        capsys, "export", tmp_path / "empty", tmp_path / "new.safetensors"
-    )
-    assert "exists already: give another name" in refused(capsys, "export", tmp_path / "run", out)
-    assert "must end in .safetensors" in refused(
-        capsys, "export", tmp_path / "run", tmp_path / "out.pth"
-    )
+    new = tmp_path / "new.safetensors"
+    assert "nor a run's checkpoints" in refused(capsys, "export", tmp_path / "empty", new)
+    assert not new.exists()
 
 
 # ------------------------------------------------------------------- pid import
@@ -474,15 +463,15 @@ def test_what_is_not_exactly_the_released_network_is_refused(small: None, tmp_pa
     assert "truncated" in told("flux", "v1.5")
 
 
-def test_import_says_what_it_wants(
+def test_import_offers_what_was_published(
     small: None, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    options = ("--family", "flux", "--version", "v1")
-    none, out = tmp_path / "none.pth", tmp_path / "out.safetensors"
-    assert "no such file" in refused(capsys, "import", none, out, *options)
-    assert "must end in .safetensors" in refused(capsys, "import", none, tmp_path / "o", *options)
+    parameters = get_type_hints(import_weights)
+    assert get_args(parameters["family"]) == tuple(FAMILIES)
+    assert get_args(parameters["version"]) == tuple(VERSIONS)
+    path, out = tmp_path / "released.pth", tmp_path / "out.safetensors"
     network = released_info("sdxl", "v1.5", with_rgb_head=True).build()
-    torch.save({f"net.{k}": v for k, v in network.state_dict().items()}, none)
-    assert "tensors missing" in refused(
-        capsys, "import", none, out, "--family", "sdxl", "--version", "v1.5"
-    )
+    torch.save({f"net.{k}": v for k, v in network.state_dict().items()}, path)
+    options = ("--family", "sdxl", "--version", "v1.5")
+    assert "tensors missing" in refused(capsys, "import", path, out, *options)
+    assert not out.exists()

@@ -12,7 +12,7 @@ import torch
 import upscaler_files
 
 from pid_lightning import Evaluation, PiDDecoder
-from pid_lightning.commands.fit import main
+from pid_lightning.__main__ import main
 from pid_lightning.diffusion.noising import add_latent_noise
 from pid_lightning.diffusion.randomness import draw_noise, sample_generators
 from pid_lightning.pictures.resizing import reduce_picture

@@ -101,7 +101,7 @@ def test_windows_compile_to_one_graph() -> None:
 
 
 def test_many_sizes_are_compiled_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's default limit raises at the ninth size, and a copy of the network uses its weights."""
+    """torch's default limit raises at the ninth size; a copy of the network uses its weights."""
     torch._dynamo.reset()
     compiled = []
 

@@ -17,15 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pid_lightning import EMA, AdapterConfig, Training, VAEPiD
 from pid_lightning.diffusion import losses
+from pid_lightning.diffusion.sampling import STUDENT_TIMES
+from pid_lightning.nn import Geometry, PiD, PiDConfig
 from pid_lightning.nn.compilation import compile_for_inference
+from pid_lightning.nn.layers import RMSNorm
+from pid_lightning.nn.quantisation import quantise
 from pid_lightning.training.callbacks.turns import Turns
 from pid_lightning.training.distillation import Distillation
 from pid_lightning.training.sample import draw_sample
 from pid_lightning.training.settings import DistillationSettings
-from pid_lightning.nn import Discriminator, Geometry, PiD, PiDConfig
-from pid_lightning.nn.layers import RMSNorm
-from pid_lightning.nn.quantisation import quantise
-from pid_lightning.diffusion.sampling import STUDENT_TIMES
 
 GPU = torch.device("cuda")
 

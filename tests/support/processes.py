@@ -112,7 +112,7 @@ def _run(
 
 def run_pid(folder: Path, *arguments: str) -> None:
     """Run `pid` in a folder."""
-    from pid_lightning.commands.fit import main
+    from pid_lightning.__main__ import main
 
     os.chdir(folder)
     main([*arguments])
