@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import networks
 import pytest
-import tiny
 import torch
 
 from pid_lightning.nn import AdapterConfig, Geometry, LatentAdapter, PiD, PiDConfig, SigmaGate
@@ -181,7 +181,7 @@ def test_a_noisier_latent_never_opens_the_gate() -> None:
 
 def test_without_a_gate_the_whole_feature_comes_in_at_every_noise_level() -> None:
     adapter = dataclasses.replace(V15, gate="none", rgb_head=False)
-    config = dataclasses.replace(tiny.config(), adapter=adapter)
+    config = dataclasses.replace(networks.config(), adapter=adapter)
     torch.manual_seed(0)
     pid = PiD(config, Geometry(4, 8, 4))
     gated = PiD(dataclasses.replace(config, adapter=V15), Geometry(4, 8, 4))

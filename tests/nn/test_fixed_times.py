@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+import networks
 import pytest
-import tiny
 import torch
 
-from pid_lightning import PiD, PiDDecoder
-from pid_lightning.checks import Mistake
+from pid_lightning import PiD
 from pid_lightning.decoding.memory_estimate import weight_bytes
-from pid_lightning.files.hub import BUNDLED_MODELS
 from pid_lightning.nn.fixed_times import fix_times
 
 TIMES = (0.999, 0.866, 0.634, 0.342)
@@ -19,7 +15,7 @@ TIMES = (0.999, 0.866, 0.634, 0.342)
 
 def make_denoiser(dtype: torch.dtype, text_length: int) -> PiD:
     """A denoiser with no zero weights."""
-    return tiny.randomise(tiny.module(text_length=text_length).denoiser).to(dtype)
+    return networks.random_network(text_length=text_length).to(dtype)
 
 
 def velocity(denoiser: PiD, times: list[float]) -> torch.Tensor:
@@ -68,14 +64,3 @@ def test_the_modulations_weights_are_gone() -> None:
     streams = 2 * config.num_blocks
     layer, table = config.width + 1, len(TIMES)  # numbers per output: weights and bias, or times
     assert before - weight_bytes(denoiser) == 4 * streams * 6 * config.width * (layer - table)
-
-
-def test_a_bundled_student_decodes_the_same_and_is_not_saved(tmp_path: Path) -> None:
-    decoder = PiDDecoder.from_pretrained(next(iter(BUNDLED_MODELS)))
-    channels = decoder.info.geometry.latent_channels
-    latents = torch.randn(2, channels, 2, 3, generator=torch.Generator())
-    exact = decoder.decode(latents, seed=0, progress=False)
-    assert torch.allclose(decoder.fix_times().decode(latents, seed=0, progress=False), exact)
-    with pytest.raises(Mistake) as told:
-        decoder.save_pretrained(tmp_path)
-    assert told.value.option == "save"

@@ -123,7 +123,9 @@ def test_the_decoder_stays_as_it_is_and_everything_else_learns(generator):
 
 
 def test_the_published_network_has_none_of_it():
-    plain = dataclasses.replace(CONFIG, residual=False, refiner_width=0, adapter=AdapterConfig())
+    plain = dataclasses.replace(
+        CONFIG, residual=False, refiner_width=0, adapter=AdapterConfig(width=16)
+    )
     pid = network(plain)
     assert not [n for n in pid.state_dict() if "native" in n or "refiner" in n]
     assert pid.adapt(torch.zeros(1, 128, 1, 1), torch.zeros(1)).base is None

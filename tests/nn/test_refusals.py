@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import networks
 import pytest
-import tiny
 import torch
 
 from pid_lightning.checks import Mistake
@@ -22,7 +22,7 @@ SIGMA = torch.zeros(1)
 
 def network(geometry: tuple[int, int, int] = (4, 8, 4), unpack: int = 1, **changes: object) -> PiD:
     adapter = AdapterConfig(width=16, num_res_blocks=1, unpack=unpack)
-    config = tiny.config(**({"adapter": adapter, "learned_null": False} | changes))
+    config = networks.config(**({"adapter": adapter, "learned_null": False} | changes))
     with torch.device("meta"):
         return PiD(config, Geometry(*geometry))
 
@@ -36,7 +36,7 @@ def text(length: int) -> torch.Tensor:
 
 
 def call_at_another_size() -> None:
-    denoiser = tiny.module().denoiser
+    denoiser = networks.random_network()
     denoiser(torch.zeros(1, 3, 64, 32), SIGMA, denoiser.condition(torch.zeros(1, 16, 2, 2), SIGMA))
 
 
@@ -112,7 +112,7 @@ def test_what_a_change_rules_out(change: str, asked: str) -> None:
 def test_changes_are_written_on_the_network_and_its_copies_apart() -> None:
     import copy
 
-    denoiser = tiny.module().denoiser
+    denoiser = networks.random_network()
     twin = copy.copy(denoiser)
     fix_times(twin, (0.9, 0.5))
     compile_for_inference(twin)
@@ -124,5 +124,5 @@ def test_changes_are_written_on_the_network_and_its_copies_apart() -> None:
 
 def test_replacing_a_config_checks_it_again() -> None:
     with pytest.raises(Mistake) as told:
-        dataclasses.replace(tiny.config(), pixel_width=5)
+        dataclasses.replace(networks.config(), pixel_width=5)
     assert told.value.option == "pixel_width"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 
+import networks
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +21,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def network(text_length: int, num_blocks: int = 2) -> PiD:
-    config = tiny.config(text_length=text_length, num_blocks=num_blocks)
+    config = networks.config(text_length=text_length, num_blocks=num_blocks)
     denoiser = PiD(config, Geometry(4, 8, 4)).double().eval().requires_grad_(False)
     for i, weight in enumerate(denoiser.parameters()):
         weight.copy_(0.2 * draw(*weight.shape, seed=i))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import tiny
+import networks
 from torch import Tensor
 
 from pid_lightning.decoding.decoder import PiDDecoder
@@ -29,7 +29,7 @@ def make_info(latent_channels: int = 4, **changes) -> ModelInfo:
         latent_sigma_max=0.8,
         noise_frame="flow",
         student_times=TIMES,
-        config=tiny.config(**sizes),
+        config=networks.config(**sizes),
     )
     return replace(info, **changes)
 
@@ -37,7 +37,7 @@ def make_info(latent_channels: int = 4, **changes) -> ModelInfo:
 def make(**changes) -> PiDDecoder:
     """A decoder with random weights, so that the output depends on every input."""
     info = make_info(**changes)
-    return PiDDecoder(tiny.randomise(info.build()), info)
+    return PiDDecoder(networks.randomise(info.build()), info)
 
 
 def decode_by(

@@ -8,30 +8,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from networks import config as config
+from networks import randomise as randomise
 
-from pid_lightning import EMA, AdapterConfig, Evaluation, ImageData, PiDConfig, Training, VAEPiD
+from pid_lightning import EMA, Evaluation, ImageData, Training, VAEPiD
 from pid_lightning.encoders.text import TextEncoder
 
 IMAGE_SIZE = 64
 PHOTOS: dict[str, Any] = {}  # splits as they are read
-
-
-def config(**changes: Any) -> PiDConfig:
-    """The config of a network of 60,000 parameters without text."""
-    settings = {
-        "width": 32,
-        "num_heads": 2,
-        "num_blocks": 2,
-        "patch_size": 16,
-        "pixel_width": 4,
-        "pixel_attention_width": 16,
-        "pixel_num_heads": 2,
-        "num_pixel_blocks": 1,
-        "text_length": 0,
-        "rope_reference": None,
-        "adapter": AdapterConfig(width=16, num_res_blocks=1),
-    }
-    return PiDConfig(**(settings | changes))
 
 
 class Text(TextEncoder):
@@ -65,14 +49,6 @@ def module(
             training=training,
             evaluation=Evaluation(latent_sigmas=[0.0, 0.8], steps=2),
         )
-
-
-def randomise(network: torch.nn.Module, seed: int = 0, std: float = 0.1) -> torch.nn.Module:
-    """Redraw all weights, so that outputs depend on every input; returns the network."""
-    generator = torch.Generator().manual_seed(seed)
-    for weight in network.parameters():
-        weight.data = std * torch.randn(weight.shape, generator=generator)
-    return network
 
 
 def data(batch_size: int = 4, **changes: Any) -> ImageData:
