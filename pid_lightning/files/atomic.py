@@ -11,19 +11,19 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 
-def make_folder(option: str, folder: Path) -> None:
+def make_folder(option: str, folder: str | Path) -> None:
     """Make the folder that an option names and write to it, before any work.
 
     Raises:
-        OSError: it cannot be made, or not be written to.
+        OSError: it has no name, cannot be made, or not be written to.
     """
-    folder = Path(os.path.expanduser(folder))
+    path = os.path.expanduser(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        os.makedirs(path, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise OSError(
-            f"{option}: cannot write to folder {folder} ({error.strerror}); name another one."
+            f"{option}: cannot write to folder {path} ({error.strerror}); name another one."
         ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -40,27 +41,22 @@ def find_model(
         FileNotFoundError: no local model has that name.
         OSError: the hub cannot provide it.
     """
-    if not str(name):
-        raise FileNotFoundError("model: no name was given; give one, or leave the option out.")
-    path = Path(os.path.expanduser(name))
     if str(name) in BUNDLED_MODELS:
         return BUNDLED_MODELS[str(name)]
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         return path
-    if path.is_dir():
-        found = path / MODEL_FILE if (path / MODEL_FILE).is_file() else find_last_checkpoint(path)
-        if found is None:
-            raise FileNotFoundError(
-                f"folder {path} holds neither {MODEL_FILE} nor a run's checkpoints: name a model "
-                "file, a folder written by save_pretrained, or the folder of a run."
-            )
-        return found
-    is_id = str(name).count("/") == 1 and not str(name).startswith(("/", "."))
-    if path.suffix in MODEL_SUFFIXES or not is_id:
-        bundled = ", ".join(BUNDLED_MODELS)
+    if path.is_dir() and str(name):
+        file = path / MODEL_FILE
+        file = file if file.is_file() else find_last_checkpoint(path)
+        if file is not None:
+            return file
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) and not path.is_dir()
+    if not is_hub_id or path.suffix in MODEL_SUFFIXES:
         raise FileNotFoundError(
-            f"model {name} was not found: give a {' or '.join(MODEL_SUFFIXES)} file, a folder, a "
-            f"hub id owner/name, or a bundled name ({bundled})."
+            f"model {str(name)!r} was not found: give a {' or '.join(MODEL_SUFFIXES)} file, a "
+            f"folder with {MODEL_FILE} or of a run with checkpoints, a hub id owner/name, or a "
+            f"bundled name ({', '.join(BUNDLED_MODELS)})."
         )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -101,13 +97,11 @@ def save_folder(denoiser: PiD, info: ModelInfo, folder: str | Path, dtype: torch
     """Write the model file, its metadata as ``config.json``, and a model card.
 
     Raises:
-        ValueError: no folder is named.
-        OSError: it cannot be made or written to.
+        OSError: the folder cannot be made or written to.
+        Mistake: see `save_model`.
     """
-    if not str(folder):
-        raise ValueError("folder: an empty name; name the folder to write.")
-    folder = Path(os.path.expanduser(folder))
     make_folder("folder", folder)
+    folder = Path(os.path.expanduser(folder))
     save_model(denoiser, info, folder / MODEL_FILE, dtype)
     with replaced_file(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(info.to_plain(), indent=2) + "\n", encoding="utf-8")

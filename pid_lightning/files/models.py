@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pid_lightning.checks import Mistake
 from pid_lightning.files.atomic import replaced_file
 from pid_lightning.files.tensors import opened_safetensors, read_tensors, read_torch_file
 from pid_lightning.nn import AdapterConfig, Geometry, PiD, PiDConfig
@@ -64,7 +65,7 @@ class ModelInfo:
         """Invert `to_plain`.
 
         Raises:
-            ValueError: a newer version's description, or a damaged one.
+            Mistake: a newer version's description, or a damaged one.
         """
         try:
             config = dict(plain["config"])
@@ -81,8 +82,8 @@ class ModelInfo:
             rest = {name: value for name, value in plain.items() if name not in names}
             return cls(**rest | known)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"model metadata that this version cannot read ({error}); update pid_lightning."
+            raise Mistake(
+                "metadata", f"this version of pid_lightning cannot read it ({error}); update it."
             ) from error
 
     def build(self) -> PiD:
@@ -115,7 +116,7 @@ def save_model(
         description: free text for the file's metadata: training, data, licence.
 
     Raises:
-        ValueError: another suffix, 8-bit weights, or weights reduced by `fix_times`.
+        Mistake: another suffix, or a network changed for inference (see `nn.changes`).
     """
     from safetensors.torch import save_file
 
@@ -130,9 +131,9 @@ def save_model(
 
 
 def check_model_path(path: str | Path) -> None:
-    """Raise ValueError unless a model file can have this name."""
+    """Raise `Mistake` unless a model file can have this name."""
     if Path(path).suffix != ".safetensors":
-        raise ValueError(f"{path}: the file name must end in .safetensors.")
+        raise Mistake("path", f"{path} must end in .safetensors.")
 
 
 def load_model(path: str | Path) -> tuple[PiD, ModelInfo]:
@@ -141,59 +142,51 @@ def load_model(path: str | Path) -> tuple[PiD, ModelInfo]:
     Averaged weights are preferred where a checkpoint has them. Weights keep their stored type.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is neither, is truncated, or does not match its own description.
+        OSError: no such file.
+        Mistake: the file is neither, is truncated, or does not match its own description.
     """
     path = Path(path)
     if path.suffix.lower() == ".safetensors":
-        state, plain = _read_safetensors(path)
+        with opened_safetensors(path) as file:
+            plain = (file.metadata() or {}).get(METADATA_KEY)
+        _check_described(path, plain is not None)
+        state = read_tensors(path)
     else:
         checkpoint = read_checkpoint(path)
         state, plain = denoiser_state(checkpoint), checkpoint[METADATA_KEY]
     try:
-        info = ModelInfo.from_plain(plain)
-    except ValueError as error:
-        raise ValueError(f"{path} has {error}") from error
-    with torch.device("meta"):
-        denoiser = info.build()
-    try:
+        info = ModelInfo.from_plain(json.loads(plain) if isinstance(plain, str) else plain)
+        with torch.device("meta"):
+            denoiser = info.build()
         denoiser.load_state_dict(state, assign=True)
-    except RuntimeError as error:
+    except (ValueError, RuntimeError) as error:
         first = str(error).split("\n\t", 1)[-1].split("\n")[0]
-        raise ValueError(
-            f"{path} does not match its own metadata ({first}); take another copy."
+        raise Mistake(
+            "path", f"{path} does not match its own metadata ({first}): take another copy."
         ) from error
     return denoiser, info
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with opened_safetensors(path) as file:
-        metadata = file.metadata() or {}
-    if METADATA_KEY not in metadata:
-        raise ValueError(
-            f"{path} has no {METADATA_KEY!r} metadata, so pid_lightning did not write it; convert "
-            "published weights with `pid import`."
-        )
-    try:
-        return read_tensors(path), json.loads(metadata[METADATA_KEY])
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} has damaged metadata ({error}); take another copy.") from error
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a training checkpoint to the CPU, its tensors memory-mapped.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is truncated, or no run of this package wrote it.
+        OSError: no such file.
+        Mistake: the file is truncated, or no run of this package wrote it.
     """
     checkpoint = read_torch_file(path)
-    if not isinstance(checkpoint, dict) or not {METADATA_KEY, "state_dict"} <= checkpoint.keys():
-        raise ValueError(
-            f"{path} is not a checkpoint of a PiD run (it has no {METADATA_KEY!r} metadata); "
-            "convert published weights with `pid import`."
-        )
+    keys = checkpoint.keys() if isinstance(checkpoint, dict) else ()
+    _check_described(path, {METADATA_KEY, "state_dict"} <= set(keys))
     return checkpoint
+
+
+def _check_described(path: str | Path, is_described: bool) -> None:
+    if not is_described:
+        raise Mistake(
+            "path",
+            f"{path} has no {METADATA_KEY!r} metadata, so no run of this package wrote it; convert "
+            "published weights with `pid import`.",
+        )
 
 
 def denoiser_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

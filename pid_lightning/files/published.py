@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pid_lightning.checks import check_choice
+from pid_lightning.checks import Mistake, check_choice
 from pid_lightning.diffusion.sampling import STUDENT_TIMES
 from pid_lightning.files.atomic import make_folder
 from pid_lightning.files.models import ModelInfo, check_model_path, save_model
@@ -94,15 +94,15 @@ def import_released(
         student_times: sampling times of a distilled student; None for a teacher.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is no dict of tensors or asks for code to be run (none is), or its
+        OSError: no such file, or `out` cannot be written.
+        Mistake: the file is no dict of tensors or asks for code to be run (none is), or its
             tensors are not exactly those of this family and version.
     """
     check_choice("family", family, FAMILIES)
     check_choice("version", version, VERSIONS)
     check_model_path(out)
-    released = _without_prefix(read_released(path), AVERAGED if ema else NETWORK, path)
-    _check_kind(released, family, version, path)
+    released = read_released(path, AVERAGED if ema else NETWORK)
+    _check_kind(released, family, version)
     make_folder("out", Path(out).parent)
     # Only some files hold the RGB head, which is used in training alone.
     with_rgb_head = any("lq_aux_rgb_head" in name for name in released)
@@ -113,11 +113,7 @@ def import_released(
     )
     with torch.device("meta"):
         denoiser = info.build()
-    try:
-        state = from_released(released, denoiser)
-    except ValueError as error:
-        raise ValueError(f"{path} as {family} {version}: {error}") from error
-    denoiser.load_state_dict(state, assign=True)
+    denoiser.load_state_dict(from_released(released, denoiser), assign=True)
     save_model(denoiser, info, out, denoiser.dtype)
     return info
 
@@ -129,65 +125,43 @@ def released_info(family: str, version: str, with_rgb_head: bool) -> ModelInfo:
     return replace(FAMILIES[family], config=replace(config, adapter=adapter))
 
 
-def read_released(path: str | Path) -> dict[str, Tensor]:
-    """Read a flat dict of tensors, memory-mapped.
+def read_released(path: str | Path, prefix: str) -> dict[str, Tensor]:
+    """Read the tensors under a prefix, without it, of a published file, memory-mapped.
+
+    Tensors under no known prefix keep their names.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file holds anything else.
+        OSError: no such file.
+        Mistake: the file holds no tensors under the prefix.
     """
-    released = read_torch_file(path)
-    flat = isinstance(released, dict) and all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in released.items()
-    )
-    if not flat:
-        raise ValueError(
-            f"{path} is not the flat dict of tensors that was published; take the published .pth."
+    held = read_torch_file(path)
+    held = held if isinstance(held, dict) else {}
+    held = {str(name): value for name, value in held.items() if isinstance(value, Tensor)}
+    if not any(name.startswith(prefix) for name in held):
+        groups = sorted({name.split(".")[0] + "." for name in held})
+        raise Mistake(
+            "released",
+            f"{path} holds no tensors under {prefix}, only under {first_names(groups)}; take the "
+            "published .pth, and add or drop --ema.",
         )
-    return released
+    others = {NETWORK, AVERAGED, *IGNORED} - {prefix}
+    kept = {k: v for k, v in held.items() if not k.startswith(tuple(others))}
+    return {name.removeprefix(prefix): tensor for name, tensor in kept.items()}
 
 
-def _without_prefix(
-    released: dict[str, Tensor], prefix: str, path: str | Path
-) -> dict[str, Tensor]:
-    taken = {k.removeprefix(prefix): v for k, v in released.items() if k.startswith(prefix)}
-    if not taken:
-        held = first_names(sorted({name.split(".")[0] + "." for name in released}))
-        raise ValueError(
-            f"{path} holds no tensors under {prefix}, only {held}; add "
-            "or drop --ema, or take the published file."
-        )
-    strange = [k for k in released if not k.startswith((NETWORK, AVERAGED, *IGNORED))]
-    if strange:
-        raise ValueError(
-            f"{path} holds {len(strange)} tensors besides the released ones, the first is "
-            f"{strange[0]}; take the published file."
-        )
-    return taken
-
-
-def _check_kind(
-    released: Mapping[str, Tensor],
-    family: str,
-    version: str,
-    path: str | Path,
-) -> None:
+def _check_kind(released: Mapping[str, Tensor], family: str, version: str) -> None:
     """Refuse a version or family that the tensors' shapes contradict, naming the right ones."""
     gate = released.get("lq_proj.gate_modules.0.content_proj.weight")
-    if gate is not None:
-        found = "v1.5" if gate.shape[0] == 1 else "v1"
-        if found != version:
-            raise ValueError(
-                f"{path} holds {found} weights (their gates are one value a "
-                f"{'token' if found == 'v1.5' else 'channel'}), not {version}: give {found}."
-            )
     stem = released.get("lq_proj.latent_proj.0.weight")
-    wanted = _stem_channels(family, version)
-    if stem is not None and stem.shape[1] != wanted:
-        fitting = [name for name in FAMILIES if _stem_channels(name, version) == stem.shape[1]]
-        raise ValueError(
-            f"{path} reads latents of {stem.shape[1]} channels, but {family} {version} has "
-            f"{wanted}: it fits {' or '.join(fitting) or 'no known family'}."
+    if gate is None or stem is None:
+        return  # a network of another kind, told by its names
+    found = "v1.5" if gate.shape[0] == 1 else "v1"
+    fitting = [name for name in FAMILIES if _stem_channels(name, found) == stem.shape[1]]
+    if version != found or family not in fitting:
+        raise Mistake(
+            "family" if version == found else "version",
+            f"these are {found} weights for latents of {stem.shape[1]} channels, which is "
+            f"{' or '.join(fitting) or 'no known family'} {found}, not {family} {version}.",
         )
 
 

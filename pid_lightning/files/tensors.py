@@ -23,19 +23,18 @@ def read_torch_file(path: str | Path, mapped: bool = True) -> Any:
         mapped: memory-map the tensors instead of reading them at once.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is truncated, is not a torch file, or asks for code to be run.
+        OSError: no such file.
+        Mistake: the file is truncated, is not a torch file, or asks for code to be run.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; check the path.")
-    mapped = mapped and zipfile.is_zipfile(path)  # torch's older format cannot be mapped
+    with open(path, "rb") as file:
+        mapped = mapped and zipfile.is_zipfile(file)  # torch's older format cannot be mapped
     try:
         return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # the unpickler raises whatever a foreign file leads it to
-        raise ValueError(
+        raise Mistake(
+            "path",
             f"{path} cannot be read: it is truncated, is not a torch file, or asks for code to be "
-            "run (nothing of it was executed); take another copy."
+            "run (nothing of it was executed); take another copy.",
         ) from error
 
 
@@ -44,18 +43,17 @@ def opened_safetensors(path: str | Path) -> Iterator[safe_open]:
     """Open a ``.safetensors`` file, whose `metadata` and `get_tensor` read only what is asked for.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is damaged.
+        OSError: no such file.
+        Mistake: the file is damaged.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; check the path.")
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(
+        raise Mistake(
+            "path",
             f"{path} cannot be read: it is truncated or not a safetensors file ({error}); take "
-            "another copy."
+            "another copy.",
         ) from error
 
 
@@ -68,8 +66,8 @@ def read_tensors(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
             tower next to the wanted image tower then takes no memory.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is damaged, or holds no dictionary of tensors.
+        OSError: no such file.
+        Mistake: the file is damaged, or holds no dictionary of tensors.
     """
     if Path(path).suffix.lower() == ".safetensors":
         with opened_safetensors(path) as file:
@@ -80,9 +78,10 @@ def read_tensors(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
         if isinstance(tensors, dict) and isinstance(tensors.get(wrapper), dict):
             tensors = tensors[wrapper]
     if not isinstance(tensors, dict):
-        raise ValueError(
+        raise Mistake(
+            "path",
             f"{path} holds a {type(tensors).__name__}, not a dictionary of tensors; take a file of "
-            "weights."
+            "weights.",
         )
     return {name.removeprefix(prefix): tensors[name] for name in _names_under(prefix, tensors)}
 
@@ -102,7 +101,7 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], source: str, cure: s
         cure: what to do if they do not fit, for the error message.
 
     Raises:
-        ValueError: tensors are missing, unexpected or of another shape.
+        Mistake: tensors are missing, unexpected or of another shape.
     """
     own = network.state_dict()
     wrong = sorted(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from pid_lightning.files.atomic import replaced_file
+from pid_lightning.checks import Mistake
+from pid_lightning.files.atomic import make_folder, replaced_file
+from pid_lightning.files.hub import save_folder
 from pid_lightning.files.models import (
     METADATA_KEY,
     ModelInfo,
@@ -74,6 +77,15 @@ def assert_equal(network: PiD, expected: PiD) -> None:
     state, other = network.state_dict(), expected.state_dict()
     assert state.keys() == other.keys()
     assert all(torch.equal(state[k], other[k]) for k in state)
+
+
+def refused(function: Callable, *values: object) -> str:
+    """What a file's `path` is refused for, in one line."""
+    with pytest.raises(Mistake) as told:
+        function(*values)
+    assert told.value.option == "path"
+    assert "\n" not in told.value.sentence
+    return told.value.sentence
 
 
 # -------------------------------------------------------------------- round trips
@@ -146,7 +158,7 @@ def test_differences_name_what_would_not_mean_the_same() -> None:
 
 def test_no_such_file(tmp_path: Path) -> None:
     for name in ("none.safetensors", "none.ckpt"):
-        with pytest.raises(FileNotFoundError, match=rf"{name}: no such file"):
+        with pytest.raises(FileNotFoundError, match=name):
             load_model(tmp_path / name)
 
 
@@ -154,8 +166,7 @@ def test_no_such_file(tmp_path: Path) -> None:
 def test_a_truncated_model_is_refused(saved: Path, kept: float) -> None:
     content = saved.read_bytes()
     saved.write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(ValueError, match=rf"{saved.name} cannot be read: it is truncated or not"):
-        load_model(saved)
+    assert saved.name in refused(load_model, saved)
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.999])
@@ -164,8 +175,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path, kept: float) -> None:
     torch.save(checkpoint(), path)
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(ValueError, match=r"last\.ckpt cannot be read: it is truncated"):
-        read_checkpoint(path)
+    assert path.name in refused(read_checkpoint, path)
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
@@ -174,8 +184,7 @@ def test_a_file_that_does_not_describe_itself_is_refused(
 ) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(random_network().state_dict(), path, metadata)
-    with pytest.raises(ValueError, match=r"model\.safetensors has no .pid. metadata"):
-        load_model(path)
+    assert path.name in refused(load_model, path)
 
 
 @pytest.mark.parametrize(
@@ -186,8 +195,7 @@ def test_a_file_that_does_not_describe_itself_is_refused(
 def test_a_description_that_cannot_be_read_is_refused(tmp_path: Path, told: str) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(random_network().state_dict(), path, {METADATA_KEY: told})
-    with pytest.raises(ValueError, match=r"model\.safetensors"):
-        load_model(path)
+    assert path.name in refused(load_model, path)
 
 
 def test_weights_that_do_not_match_their_description_are_refused(tmp_path: Path) -> None:
@@ -203,15 +211,12 @@ def test_weights_that_do_not_match_their_description_are_refused(tmp_path: Path)
     named = {"missing": name, "surplus": "patch_embedding.scale", "shape": name}
     for case, wrong in cases.items():
         safetensors.torch.save_file(wrong, path, metadata)
-        with pytest.raises(ValueError, match="does not match its own metadata") as told:
-            load_model(path)
-        assert named[case] in str(told.value)
+        assert named[case] in refused(load_model, path)
 
 
 def test_a_mistake_in_the_files_name_is_told_before_writing(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
-    with pytest.raises(ValueError, match=r"model\.pt: the file name must end in \.safetensors"):
-        save_model(random_network(), INFO, path, torch.float32)
+    assert path.name in refused(save_model, random_network(), INFO, path, torch.float32)
     assert not list(tmp_path.iterdir())
 
 
@@ -241,8 +246,7 @@ def test_the_average_is_preferred(tmp_path: Path) -> None:
 def test_another_programs_checkpoint_is_refused(tmp_path: Path, content: object) -> None:
     path = tmp_path / "other.ckpt"
     torch.save(content, path)
-    with pytest.raises(ValueError, match="is not a checkpoint of a PiD run"):
-        load_model(path)
+    assert path.name in refused(load_model, path)
 
 
 class _Attack:
@@ -261,8 +265,7 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(tmp_path: Path, zip
     attack = {**checkpoint(), "hyper_parameters": _Attack(proof)}
     torch.save(attack, path, _use_new_zipfile_serialization=zipped)
     for read in (read_checkpoint, load_model):
-        with pytest.raises(ValueError, match=r"evil\.ckpt"):
-            read(path)
+        assert path.name in refused(read, path)
     assert not proof.exists()
 
 
@@ -323,3 +326,12 @@ def test_a_written_file_is_readable_by_others_as_any_new_file_is(tmp_path: Path)
     assert len(modes) == 1
     with safe_open(str(tmp_path / "model.safetensors"), framework="pt") as file:
         assert file.metadata()["description"] == "of a test"
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", ""):
+        with pytest.raises(OSError, match="option: cannot write"):
+            make_folder("option", folder)
+        with pytest.raises(OSError, match="folder: cannot write"):
+            save_folder(random_network(), INFO, folder, torch.float32)
