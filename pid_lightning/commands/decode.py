@@ -14,8 +14,6 @@ from pid_lightning.decoding.settings import DecodeSettings
 
 def decode(arguments: Sequence[str]) -> None:
     """Decode pictures or latents to larger pictures."""
-    from docstring_parser import parse  # as jsonargparse reads the help of all other options
-
     parser = make_parser("decode", "Upscale pictures or decode latents, with a JSON beside each.")
     parser.add_argument("inputs", nargs="+", help="Pictures, .safetensors latents, folders.")
     parser.add_argument(
@@ -24,11 +22,7 @@ def decode(arguments: Sequence[str]) -> None:
         help="A .safetensors, a .ckpt, the folder of a run or model, a hub id or a bundled name.",
     )
     parser.add_argument("--output", default="decoded", help="Folder for the results.")
-    told = {one.arg_name: one.description for one in parse(DecodeSettings.__doc__).params}
-    switches = {field.name for field in fields(DecodeSettings) if field.default is False}
-    for name in sorted(switches):
-        parser.add_argument(f"--{name}", action="store_true", help=told[name])
-    parser.add_class_arguments(DecodeSettings, skip=switches)
+    parser.add_class_arguments(DecodeSettings, as_group=False)
     given = parser.parse_args(arguments)
     settings = DecodeSettings(**{field.name: given[field.name] for field in fields(DecodeSettings)})
     from pid_lightning.commands.decode_files import decode_files  # torch only where it is needed

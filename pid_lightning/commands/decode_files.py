@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 
 from pid_lightning.checks import Mistake
-from pid_lightning.commands.devices import find_device
 from pid_lightning.decoding.decoder import PiDDecoder
 from pid_lightning.decoding.files import FileDecoder, comparison, describe, read_input
 from pid_lightning.decoding.settings import DecodeSettings
@@ -100,3 +100,21 @@ def open_model(model: str, settings: DecodeSettings) -> FileDecoder:
     if settings.compile:
         decoder.compile(freeze=decoder.device.type == "cpu")
     return of_files
+
+
+def find_device(name: str | None) -> torch.device:
+    """The named device, or the first GPU where there is one and else the CPU.
+
+    Raises:
+        Mistake: this machine has no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name).cpu()  # torch.device alone takes devices that are absent
+    except (RuntimeError, AssertionError, ImportError) as error:  # it depends on the device
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise Mistake(
+            "device", f"{name!r} is not available on this machine ({reason}); use cpu, or none."
+        ) from error
+    return torch.device(name)

@@ -214,8 +214,8 @@ def find_checkpoint(name: str, folder: Path | None) -> Path:
     is_run = bool(name) and path.is_dir() and path.suffix != ".ckpt"
     found = find_last_checkpoint(path) if is_run else path
     if not name or found is None or not found.exists():
-        where = f"under {path}" if is_run else f"at {name!r}"
-        raise Mistake("ckpt_path", f"there is no checkpoint {where}; fit first, or name another.")
+        where = path if name == "last" else repr(name)
+        raise Mistake("ckpt_path", f"there is no checkpoint at {where}; fit first, or name one.")
     return found
 
 

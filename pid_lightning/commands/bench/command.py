@@ -15,7 +15,7 @@ from pid_lightning import __version__
 from pid_lightning.commands.bench import estimate, measure, networks
 from pid_lightning.commands.bench.settings import LEARNING, BenchSettings, read_settings
 from pid_lightning.commands.bench.work import Mode, Work, weights_dtype
-from pid_lightning.commands.devices import find_device
+from pid_lightning.commands.decode_files import find_device
 from pid_lightning.diffusion.sampling import STUDENT_TIMES
 from pid_lightning.files.atomic import replaced_file
 from pid_lightning.files.hub import find_model
