@@ -70,8 +70,7 @@ def normal(*shape: int) -> Tensor:
     return torch.empty(shape, device=GPU)
 
 
-@pytest.mark.parametrize("tile", [None, 64])
-@pytest.mark.parametrize("window", [None, 32])
+@pytest.mark.parametrize(("tile", "window"), [(64, None), (None, 32)])
 def test_decoding_stays_on_the_gpu(
     meta_network: PiD, tile: int | None, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,8 +144,7 @@ def drawn_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "pin_memory", lambda noise: noise)
 
 
-@pytest.mark.parametrize("distils", [False, True])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("optimizer", "distils"), [("muon", False), ("adamw", True)])
 @pytest.mark.usefixtures("drawn_on_the_cpu")
 def test_a_training_step_stays_on_the_gpu(optimizer: str, distils: bool) -> None:
     module = tiny.module(Training(optimizer=optimizer, caption_dropout=0.1), TextOnGPU())

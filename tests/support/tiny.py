@@ -75,8 +75,14 @@ def quiet_trainer(folder: Path, **options: Any) -> pl.Trainer:
 
 
 def trainer(folder: Path, steps: int, *callbacks: pl.Callback, **changes: Any) -> pl.Trainer:
-    """A quiet trainer that leaves `last.ckpt` in `folder`."""
-    saved = ModelCheckpoint(folder, save_last=True, every_n_train_steps=1, save_top_k=0)
+    """A quiet trainer that leaves `last.ckpt`, of its last step, in `folder`."""
+    saved = ModelCheckpoint(
+        folder,
+        save_last=True,
+        every_n_train_steps=max(steps, 1),
+        save_top_k=0,
+        enable_version_counter=False,
+    )
     settings = {
         "max_steps": steps,
         "enable_checkpointing": True,

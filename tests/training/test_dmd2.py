@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from decoders import decode_by
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from pid_lightning import DMD2, EMA, AdapterConfig, DistillationGrids, Training
@@ -536,6 +537,11 @@ def test_what_cannot_alternate_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Mistake) as told:
         check_alternates(SimpleNamespace(precision="16-mixed"))
     assert told.value.option == "trainer.precision"
+    finds = DDPStrategy(find_unused_parameters=True)
+    check_alternates(SimpleNamespace(precision="32-true", strategy=finds))
+    with pytest.raises(Mistake) as told:
+        check_alternates(SimpleNamespace(precision="32-true", strategy=DDPStrategy()))
+    assert told.value.option == "trainer.strategy"
     with pytest.raises(Mistake) as told:
         tiny.fit(tmp_path, 1, DistillationGrids())
     assert told.value.option == "trainer.callbacks"
