@@ -44,13 +44,5 @@ class DINOv2PiD(PiDModule):
             "checkpoint": checkpoint,
             "statistics": statistics,
         }
-        super().__init__(
-            DINOv2Encoder(**arguments),
-            arguments,
-            scale,
-            denoiser,
-            text,
-            training,
-            evaluation,
-            init_from,
-        )
+        encoder = DINOv2Encoder(**arguments)
+        super().__init__(encoder, arguments, scale, denoiser, text, training, evaluation, init_from)

@@ -37,13 +37,5 @@ class SigLIPPiD(PiDModule):
         init_from: str | None = None,
     ) -> None:
         arguments = {"model": model, "pretrained": pretrained, "checkpoint": checkpoint}
-        super().__init__(
-            SigLIPEncoder(**arguments),
-            arguments,
-            scale,
-            denoiser,
-            text,
-            training,
-            evaluation,
-            init_from,
-        )
+        encoder = SigLIPEncoder(**arguments)
+        super().__init__(encoder, arguments, scale, denoiser, text, training, evaluation, init_from)

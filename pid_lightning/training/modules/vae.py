@@ -36,13 +36,6 @@ class VAEPiD(PiDModule):
         evaluation: Evaluation = Evaluation(),
         init_from: str | None = None,
     ) -> None:
-        super().__init__(
-            build_vae_encoder(vae, pretrained),
-            {"vae": vae, "pretrained": pretrained},
-            scale,
-            denoiser,
-            text,
-            training,
-            evaluation,
-            init_from,
-        )
+        encoder = build_vae_encoder(vae, pretrained)
+        arguments = {"vae": vae, "pretrained": pretrained}
+        super().__init__(encoder, arguments, scale, denoiser, text, training, evaluation, init_from)
