@@ -9,13 +9,15 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from pid_lightning import Evaluation, PiDConfig, PiDDecoder, Training
+from pid_lightning import PiDDecoder
 from pid_lightning.__main__ import main
 from pid_lightning.checks import Mistake
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.families import ENCODERS
 from pid_lightning.encoders.text import TextEncoder
+from pid_lightning.nn import PiDConfig
 from pid_lightning.training.modules.base import PiDModule
+from pid_lightning.training.settings import Evaluation, Training
 
 
 class PooledEncoder(Encoder):
@@ -53,9 +55,7 @@ class PooledPiD(PiDModule):
         init_from: str | None = None,
     ) -> None:
         encoder, arguments = PooledEncoder(side), {"side": side}
-        super().__init__(
-            encoder, arguments, scale, denoiser, text, training, evaluation, init_from
-        )
+        super().__init__(encoder, arguments, scale, denoiser, text, training, evaluation, init_from)
 
 
 CONFIG = """
