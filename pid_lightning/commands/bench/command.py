@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -18,8 +17,7 @@ from pid_lightning.commands.bench.work import Mode, Work, weights_dtype
 from pid_lightning.commands.decode_files import find_device
 from pid_lightning.diffusion.sampling import STUDENT_TIMES
 from pid_lightning.files.atomic import replaced_file
-from pid_lightning.files.hub import find_model
-from pid_lightning.files.models import ModelInfo, load_model
+from pid_lightning.files.models import ModelInfo
 from pid_lightning.nn.fixed_times import fix_times
 from pid_lightning.pictures.metrics import align
 from pid_lightning.training.sample import Sample
@@ -32,14 +30,13 @@ def bench(arguments: Sequence[str]) -> None:
     settings = read_settings(arguments)
     device = find_device(settings.device)
     info = networks.NETWORKS[settings.network]
-    if settings.model is not None:
-        _, info = load_model(find_model(settings.model))
     empty = networks.build_meta(info)
     for size in settings.sizes:
         empty.check_size(size, size)
     details = {
-        "network": settings.model or settings.network,
+        "network": settings.network,
         "parameters": sum(p.numel() for p in empty.parameters()),
+        "versions": {"torch": torch.__version__, "pid_lightning": __version__},
     }
     if settings.estimate:
         rows = estimate_rows(settings, info)
@@ -48,7 +45,9 @@ def bench(arguments: Sequence[str]) -> None:
         for dtype in settings.dtype:
             rates[dtype] = measure.measure_rate(device, getattr(torch, dtype))
             print(f"{dtype}: {rates[dtype] / 1e12:.3g} TFLOP/s for a matmul")
-        details |= describe_machine(device) | {"flops_per_second": rates}
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        machine = {"gpu": gpu, "threads": torch.get_num_threads(), "flops_per_second": rates}
+        details |= {"machine": machine}
         rows = measure_rows(settings, info, device, rates)
     gathered = []
     for row in rows:
@@ -61,22 +60,15 @@ def bench(arguments: Sequence[str]) -> None:
 
 def estimate_rows(settings: BenchSettings, info: ModelInfo) -> Iterator[Row]:
     """Rows of estimated memory and operations."""
-    for name, size, batch_size in product(settings.work, settings.sizes, settings.batch_size):
-        flops = estimate.count_flops(name, info, size, batch_size)
+    for name, dtype in product(settings.work, settings.dtype):
         mode = modes_of(settings, name)[0]
-        for dtype in settings.dtype:
+        for size, batch_size in product(settings.sizes, settings.batch_size):
             row = announce(name, size, batch_size, dtype)
-            peaks = estimate.estimate_peaks(
-                name, info, size, batch_size, getattr(torch, dtype), mode
-            )
-            for call, (held, peak) in peaks.items():
-                yield row | {
-                    "work": call,
-                    "mode": str(mode),
-                    "gflop": flops[call] / 1e9,
-                    "held_mib": held / 2**20,
-                    "peak_mib": peak / 2**20,
-                }
+            work = (name, info, size, batch_size)
+            flops = estimate.count_flops(*work)
+            for call, peaks in estimate.estimate_peaks(*work, getattr(torch, dtype), mode).items():
+                gflop = flops[call] / 1e9
+                yield row | {"work": call, "mode": str(mode), "gflop": gflop} | peaks
 
 
 def measure_rows(
@@ -104,7 +96,7 @@ def _open(
     settings: BenchSettings, name: str, info: ModelInfo, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Work]:
     """The work on the network as it is, and perhaps on its plain transcription."""
-    sources = networks.build(info, settings.model, settings.baseline)
+    sources = networks.build(info, settings.baseline)
     kept = weights_dtype(name, dtype)
     works = {way: Work.of(name, x.to(device, kept), info, dtype) for way, x in sources.items()}
     if name == "decode":  # as `pid decode` does
@@ -155,15 +147,3 @@ def format_table(rows: Sequence[Row]) -> str:
         values = ["-" if row.get(key) is None else row[key] for key in shown]
         lines.append([f"{v:.4g}" if isinstance(v, float) else str(v) for v in values])
     return align(lines)
-
-
-def describe_machine(device: torch.device) -> Row:
-    """The machine and the versions behind the figures."""
-    on_gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "pid_lightning": __version__,
-    }

@@ -21,8 +21,8 @@ from pid_lightning.training.sample import Sample
 
 def estimate_peaks(
     name: str, info: ModelInfo, size: int, batch_size: int, dtype: torch.dtype, mode: Mode
-) -> dict[str, tuple[int, int]]:
-    """(bytes kept between calls, peak bytes including them) of each call.
+) -> dict[str, dict[str, float]]:
+    """The MiB that each call holds before and after, and at its peak, with those.
 
     Attention counts as one fused operation, as on a GPU, and every optimiser has its state.
     Allocator overhead and library workspaces are not counted.
@@ -32,8 +32,11 @@ def estimate_peaks(
         calls = work.calls(sample)
         for call in calls.values() if work.optimizers else ():
             call()  # creates the optimisers' states
-        held = work.held_bytes(sample)
-        return {row: (held, held + peak_bytes(call)) for row, call in calls.items()}
+        held = work.held_bytes(sample) / 2**20
+        return {
+            row: {"held_mib": held, "peak_mib": held + peak_bytes(call) / 2**20}
+            for row, call in calls.items()
+        }
 
 
 def count_flops(name: str, info: ModelInfo, size: int, batch_size: int) -> dict[str, int]:

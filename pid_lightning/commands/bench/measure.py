@@ -46,15 +46,13 @@ def measure(
             seconds[name, mode].append(time_call(calls[name, mode], device))
     figures = {}
     for (name, mode), call in calls.items():
-        held = modes[mode].held_bytes(sample)
-        peak = None  # on a CPU a compiled graph hides its operations
-        if device.type == "cuda" or mode.way != "compiled":
-            peak = (held + _allocated_bytes(call, device)) / 2**20
+        held = modes[mode].held_bytes(sample) / 2**20
+        hidden = mode.way == "compiled" and device.type == "cpu"  # operations inside of a graph
         figures[name, mode] = {
             "seconds": statistics.median(seconds[name, mode]),
             "first_seconds": first[name, mode],
-            "held_mib": held / 2**20,
-            "peak_mib": peak,
+            "held_mib": held,
+            "peak_mib": None if hidden else held + _allocated_bytes(call, device) / 2**20,
         }
     return figures
 

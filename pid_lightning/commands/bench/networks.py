@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pid_lightning.checks import Mistake
-from pid_lightning.files.hub import find_model
-from pid_lightning.files.models import ModelInfo, load_model
+from pid_lightning.files.models import ModelInfo
 from pid_lightning.files.published import FLUX, VERSIONS
 from pid_lightning.files.published_layout import from_released
 from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
@@ -62,15 +61,15 @@ def build_random(info: ModelInfo, generator: torch.Generator) -> PiD:
     return denoiser
 
 
-def build(info: ModelInfo, model: str | None, with_plain: bool) -> dict[str, nn.Module]:
-    """The network of a model, or with random weights, as ``"eager"``, and perhaps its plain
-    transcription with the same weights in fp32 as ``"plain"``.
+def build(info: ModelInfo, with_plain: bool) -> dict[str, nn.Module]:
+    """A network with random weights in fp32 as ``"eager"``, and perhaps its plain transcription as
+    ``"plain"``.
 
     Raises:
         Mistake: the package was installed without the repository's tests.
     """
     generator = torch.Generator().manual_seed(0)
-    denoiser = build_random(info, generator) if model is None else load_model(find_model(model))[0]
+    denoiser = build_random(info, generator)
     if not with_plain:
         return {"eager": denoiser}
     if not PLAIN.is_file():

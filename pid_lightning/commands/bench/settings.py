@@ -23,7 +23,6 @@ class BenchSettings:
 
     Args:
         network: sizes of a network with random weights.
-        model: model to measure instead, as in `pid decode`.
         work: a forward pass, a 4-step decode, a training step, DMD2's two steps.
         sizes: output sides in pixels.
         batch_size: pictures per batch.
@@ -43,7 +42,6 @@ class BenchSettings:
     """
 
     network: Literal["full", "full_v15", "small"] = "small"
-    model: str | None = None
     work: tuple[Kind, ...] = ("forward", "decode", "train", "dmd2")
     sizes: tuple[int, ...] = (512,)
     batch_size: tuple[int, ...] = (1,)
@@ -61,14 +59,9 @@ class BenchSettings:
         check_at_least("sizes", min(self.sizes), 1)
         check_at_least("batch_size", min(self.batch_size), 1)
         check_at_least("repeat", self.repeat, 1)
-        for option, rival in (
-            ("compile", "estimate"),
-            ("baseline", "estimate"),
-            ("check", "estimate"),
-            ("baseline", "model"),
-        ):
-            if getattr(self, option) and getattr(self, rival):
-                raise Mistake(option, f"not possible with --{rival}; leave out one of the two.")
+        for option in ("compile", "baseline", "check"):
+            if self.estimate and getattr(self, option):
+                raise Mistake(option, "not possible with --estimate; leave out one of the two.")
         for option, needed in (("check", ("forward",)), ("activation_checkpointing", LEARNING)):
             if getattr(self, option) and not set(needed) & set(self.work):
                 raise Mistake(option, f"only for {' and '.join(needed)}; add it to --work.")
