@@ -64,7 +64,7 @@ class PiDDecoder:
                 f"this network was built for {denoiser.geometry}, but was trained for "
                 f"{info.geometry}; build it with info.build().",
             )
-        self.denoiser = denoiser.eval()
+        self.denoiser: PiD = denoiser.eval()
         self.info = info
         self.text_encoder: TextEncoder | None = None
         self._encoder = encoder

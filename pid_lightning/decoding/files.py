@@ -59,8 +59,10 @@ class FileDecoder:
                 f"need a native decoder, which {decoder.latent_space} latents lack; leave them "
                 "out.",
             )
-        self.decoder, self.settings, self.progress = decoder, settings, progress
-        self.description = {**description, "settings": asdict(settings)}
+        self.decoder = decoder
+        self.settings = settings
+        self.progress = progress
+        self.description: dict[str, Any] = {**description, "settings": asdict(settings)}
         self._prompt = self._negative_prompt = None
         if settings.prompt is not None:
             self._prompt = decoder.encode_prompt(settings.prompt, settings.text_cache)

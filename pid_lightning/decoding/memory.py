@@ -61,7 +61,7 @@ class PeakMemory:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = torch.device(device)
+        self.device: torch.device = torch.device(device)
         self.seconds = 0.0
         self.peak_bytes = 0
 
@@ -79,11 +79,11 @@ class PeakMemory:
     def __exit__(self, *_: object) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.seconds = time.perf_counter() - self._start
+        self.seconds: float = time.perf_counter() - self._start
         if self.device.type == "cuda":
             self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
         else:
-            self.peak_bytes = _high_water_mark(self._resettable) - self._start_bytes
+            self.peak_bytes: int = _high_water_mark(self._resettable) - self._start_bytes
 
 
 def _reset_high_water_mark() -> bool:

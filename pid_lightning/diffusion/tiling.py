@@ -69,8 +69,10 @@ class Tiles:
         check_tile(tile, step)
         check_multiple("overlap", overlap, step, ALIGNED, least=0)
         check_between("overlap", overlap, 0, tile - step)
-        self.height, self.width, self.step = height, width, step
-        self.shape = (min(height, tile), min(width, tile))  # of every tile
+        self.height = height
+        self.width = width
+        self.step = step
+        self.shape: tuple[int, int] = (min(height, tile), min(width, tile))  # of every tile
         self._rows = _windows(height, tile, overlap, step)
         self._columns = _windows(width, tile, overlap, step)
 

@@ -33,8 +33,8 @@ class DINOv2Encoder(ViTEncoder):
         Mistake: the model is not a timm vision transformer, or the statistics do not fit it.
     """
 
-    image_mean = (0.485, 0.456, 0.406)
-    image_std = (0.229, 0.224, 0.225)
+    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     antialias_images = False
 
     def __init__(
@@ -46,9 +46,11 @@ class DINOv2Encoder(ViTEncoder):
     ) -> None:
         network = build_vit(model, pretrained)
         super().__init__(model, network, checkpoint)
-        self.antialias_positions = network.reg_token is not None
+        self.antialias_positions: bool = network.reg_token is not None
         # Not buffers, so that the statistics stay float32 when the encoder is cast.
-        self.statistics = None if statistics is None else self._read_statistics(statistics)
+        self.statistics: list[Tensor] | None = (
+            None if statistics is None else self._read_statistics(statistics)
+        )
         self.latent_space = "dinov2" if statistics is None else "dinov2-normalised"
 
     def finish(self, latents: Tensor) -> Tensor:

@@ -35,8 +35,8 @@ class SigLIPEncoder(ViTEncoder):
         Mistake: neither library knows the name, or it is not a SigLIP tower.
     """
 
-    image_mean = (0.5, 0.5, 0.5)
-    image_std = (0.5, 0.5, 0.5)
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     antialias_images = True
     weights_prefix = "visual.trunk."  # of the timm tower's tensors in open_clip checkpoints
 

@@ -42,7 +42,7 @@ class SmallAutoencoder(nn.Module):
         super().__init__()
         if latent_stride % 4:
             raise ValueError(f"latent_stride: {latent_stride} must be a multiple of 4.")
-        self.config = {
+        self.config: dict[str, int] = {
             "latent_channels": latent_channels,
             "latent_stride": latent_stride,
             "width": width,
@@ -54,16 +54,18 @@ class SmallAutoencoder(nn.Module):
         self.latent_stride = latent_stride
         stride = latent_stride
 
-        self.linear_encoder = nn.Conv2d(3, latent_channels, stride, stride=stride)
-        self.linear_decoder = nn.ConvTranspose2d(latent_channels, 3, stride, stride=stride)
-        self.encoder = nn.Sequential(
+        self.linear_encoder: nn.Conv2d = nn.Conv2d(3, latent_channels, stride, stride=stride)
+        self.linear_decoder: nn.ConvTranspose2d = nn.ConvTranspose2d(
+            latent_channels, 3, stride, stride=stride
+        )
+        self.encoder: nn.Sequential = nn.Sequential(
             nn.PixelUnshuffle(stride),
             nn.Conv2d(3 * stride**2, width, 3, padding=1),
             *[ResidualBlock(width) for _ in range(num_encoder_blocks)],
             nn.SiLU(),
             zero_init(nn.Conv2d(width, latent_channels, 1)),
         )
-        self.decoder = nn.Sequential(
+        self.decoder: nn.Sequential = nn.Sequential(
             nn.Conv2d(latent_channels, width, 3, padding=1),
             *[ResidualBlock(width) for _ in range(num_decoder_blocks)],
             nn.SiLU(),
@@ -133,8 +135,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.spatial = nn.Conv2d(width, width, 3, padding=1)
-        self.mix = nn.Conv2d(width, width, 1)
+        self.spatial: nn.Conv2d = nn.Conv2d(width, width, 3, padding=1)
+        self.mix: nn.Conv2d = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.mix(F.silu(self.spatial(F.silu(x))))

@@ -33,14 +33,14 @@ class SmallVAE(Encoder):
 
     def __init__(self, path: str | Path | None = None) -> None:
         super().__init__()
-        self.path = BUNDLED if path is None else Path(os.path.expanduser(path))
+        self.path: Path = BUNDLED if path is None else Path(os.path.expanduser(path))
         with torch.device("meta"):
-            self.network = SmallAutoencoder(**_read_sizes(self.path))
-        self.latent_channels = self.network.latent_channels
-        self.latent_stride = self.network.latent_stride
+            self.network: SmallAutoencoder = SmallAutoencoder(**_read_sizes(self.path))
+        self.latent_channels: int = self.network.latent_channels
+        self.latent_stride: int = self.network.latent_stride
         # Two autoencoders never share a latent space, whatever their files are called.
         digest = hashlib.sha256(self.path.read_bytes()).hexdigest()[:8]
-        self.latent_space = "pid-small" if path is None else f"pid-small-{digest}"
+        self.latent_space: str = "pid-small" if path is None else f"pid-small-{digest}"
         self.requires_grad_(False).eval()
 
     def load(self) -> None:

@@ -31,7 +31,9 @@ class TAEF2(Encoder):
     def __init__(self) -> None:
         super().__init__()
         with torch.device("meta"):
-            self.network = nn.ModuleDict({"encoder": TAEF2Encoder(), "decoder": TAEF2Decoder()})
+            self.network: nn.ModuleDict = nn.ModuleDict(
+                {"encoder": TAEF2Encoder(), "decoder": TAEF2Decoder()}
+            )
         self.latent_channels = 4 * LATENT_CHANNELS
         self.latent_stride = 2 * STRIDE
         self.latent_space = "flux2"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -123,11 +123,14 @@ class LanguageModelText(TextEncoder):
         super().__init__()
         check_at_least("length", length, 2)
         check_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
-        self.model, self.prefix, self.length = model, prefix, length
-        self.text_width, self.dtype = text_width, dtype
+        self.model = model
+        self.prefix = prefix
+        self.length = length
+        self.text_width: int = text_width
+        self.dtype = dtype
         digest = hashlib.sha256(prefix.encode()).hexdigest()[:8]
-        self.description = f"{model} in {dtype}, length {length}, prefix {digest}"
-        self.tokenizer = None
+        self.description: str = f"{model} in {dtype}, length {length}, prefix {digest}"
+        self.tokenizer: Any = None
         self.transformer: nn.Module | None = None
 
     def load(self) -> None:

@@ -78,7 +78,7 @@ class CachedText(TextEncoder):
         super().__init__()
         self.path = path
         self.text_width = text_width
-        self.description = f"cache {path}"
+        self.description: str = f"cache {path}"
 
     def load(self) -> None:
         """Check that the folder exists.

@@ -14,7 +14,7 @@ from pid_lightning.encoders.latent_spaces import LatentSpace, space_of
 from pid_lightning.encoders.pretrained import building, reaching
 from pid_lightning.encoders.small_vae import SmallVAE
 from pid_lightning.encoders.taef2 import TAEF2
-from pid_lightning.encoders.vae_sources import KNOWN_VAES, find_vae
+from pid_lightning.encoders.vae_sources import KNOWN_VAES, VAESource, find_vae
 from pid_lightning.files.tensors import check_fit
 
 
@@ -62,14 +62,14 @@ class VAEEncoder(Encoder):
     def __init__(self, vae: str, pretrained: bool = True) -> None:
         super().__init__()
         self.vae = vae
-        self.source = find_vae(vae)
+        self.source: VAESource = find_vae(vae)
         with building(f"autoencoder {vae!r}", pretrained):
-            self.network = _build(self.source.config)
+            self.network: nn.Module = _build(self.source.config)
         self._is_video = type(self.network).__name__ == "AutoencoderKLQwenImage"
         self._space = space_of(self.network)
-        self.latent_channels = self._space.channels
-        self.latent_stride = self._space.stride
-        self.latent_space = self._space.name
+        self.latent_channels: int = self._space.channels
+        self.latent_stride: int = self._space.stride
+        self.latent_space: str = self._space.name
         self.requires_grad_(False).eval()
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,8 +46,10 @@ class ViTEncoder(Encoder):
         super().__init__()
         self.model = model
         self.network = network
-        self.checkpoint = None if checkpoint is None else find_weights("checkpoint", checkpoint)
-        self.latent_channels = network.embed_dim
+        self.checkpoint: Path | None = (
+            None if checkpoint is None else find_weights("checkpoint", checkpoint)
+        )
+        self.latent_channels: int = network.embed_dim
         self.requires_grad_(False).eval()
 
     def hub_id(self) -> str | None:

@@ -29,9 +29,9 @@ class SigmaGate(nn.Module):
     def __init__(self, width: int, gate: Gate) -> None:
         super().__init__()
         gate_width = width if gate == "channel" else 1
-        self.tokens = nn.Linear(width, gate_width, bias=False)
-        self.feature = nn.Linear(width, gate_width)
-        self.log_alpha = nn.Parameter(torch.tensor(math.log(5.0)))
+        self.tokens: nn.Linear = nn.Linear(width, gate_width, bias=False)
+        self.feature: nn.Linear = nn.Linear(width, gate_width)
+        self.log_alpha: nn.Parameter = nn.Parameter(torch.tensor(math.log(5.0)))
 
     def reset_parameters(self) -> None:
         """Set the initial values given in the class docstring."""
@@ -102,7 +102,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, width: int, padding: Padding) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
+        self.layers: nn.Sequential = nn.Sequential(
             GroupNorm(4, width),
             nn.SiLU(),
             _conv(width, width, padding),
@@ -146,32 +146,35 @@ class LatentAdapter(nn.Module):
         if config.rgb_head or config.native != "none":
             because = "scale, for whole pixels of the low-resolution image in a patch"
             check_multiple("patch_size", patch_size, geometry.scale, because)
-        self.unpack = config.unpack
-        self.rgb_head_block = config.rgb_head_block
+        self.unpack: int = config.unpack
+        self.rgb_head_block: int | None = config.rgb_head_block
         unpacked = geometry.unpacked(config.unpack)
+        self.fold: int
         self.upsample, self.fold = unpacked.to_patch_grid(patch_size)
         channels = unpacked.latent_channels * self.fold**2
-        self.sigma_plane = config.sigma_plane
+        self.sigma_plane: bool = config.sigma_plane
         self.native: NativeDecoder | None = None
         self.native_side = 0  # pixels of the native decode on a patch's side
         if config.native != "none":
             check_geometry(unpacked)
             self.native = NativeDecoder(config.denoise_width, config.denoise_blocks)
-            self.native_side = patch_size // geometry.scale
+            self.native_side: int = patch_size // geometry.scale
             channels *= 2  # the latents and their estimate
-        self.stem = _stem(
+        self.stem: nn.Sequential = _stem(
             config, channels + config.sigma_plane, self.upsample, 3 * self.native_side**2
         )
         if config.upsampling == "shuffle":
-            self.upsample = 1  # the stem does it
-        self.res_blocks = nn.ModuleList(
+            self.upsample: int = 1  # the stem does it
+        self.res_blocks: nn.ModuleList = nn.ModuleList(
             ResBlock(config.width, config.padding) for _ in range(config.num_res_blocks)
         )
         self.num_injections = num_injections
-        self.head_norm = nn.LayerNorm(config.width) if config.head_norm else nn.Identity()
-        self.heads = nn.Linear(config.width, num_injections * token_width)
-        self.rgb_side = patch_size // geometry.scale if config.rgb_head else 0
-        self.rgb_head = (
+        self.head_norm: nn.LayerNorm | nn.Identity = (
+            nn.LayerNorm(config.width) if config.head_norm else nn.Identity()
+        )
+        self.heads: nn.Linear = nn.Linear(config.width, num_injections * token_width)
+        self.rgb_side: int = patch_size // geometry.scale if config.rgb_head else 0
+        self.rgb_head: nn.Sequential | None = (
             nn.Sequential(
                 nn.LayerNorm(config.width),
                 nn.Linear(config.width, config.width),

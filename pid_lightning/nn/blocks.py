@@ -20,12 +20,12 @@ class Stream(nn.Module):
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        self.modulation = nn.Linear(width, 6 * width)
-        self.attention_norm = RMSNorm(width)
-        self.qkv = QKV(width, num_heads)
-        self.attention_out = nn.Linear(width, width)
-        self.mlp_norm = RMSNorm(width)
-        self.mlp = SwiGLU(width, int(2 * 4 * width / 3))
+        self.modulation: nn.Linear = nn.Linear(width, 6 * width)
+        self.attention_norm: RMSNorm = RMSNorm(width)
+        self.qkv: QKV = QKV(width, num_heads)
+        self.attention_out: nn.Linear = nn.Linear(width, width)
+        self.mlp_norm: RMSNorm = RMSNorm(width)
+        self.mlp: SwiGLU = SwiGLU(width, int(2 * 4 * width / 3))
 
     def project(
         self, tokens: Tensor, modulation: tuple[Tensor, ...], table: Table
@@ -60,8 +60,8 @@ class PatchBlock(nn.Module):
 
     def __init__(self, width: int, num_heads: int, with_text: bool, last: bool) -> None:
         super().__init__()
-        self.image = Stream(width, num_heads)
-        self.text = Stream(width, num_heads) if with_text else None
+        self.image: Stream = Stream(width, num_heads)
+        self.text: Stream | None = Stream(width, num_heads) if with_text else None
         self.last = last
         self.freeze_unread()
 
@@ -132,14 +132,14 @@ class PixelBlock(nn.Module):
         self.pixel_width = pixel_width
         patch_width = patch_size * patch_size * pixel_width
         # Rows ordered (shift, scale, gate, shift, scale, gate) x pixel x channel.
-        self.modulation = nn.Linear(width, 6 * patch_width)
-        self.attention_norm = RMSNorm(pixel_width)
-        self.compress = nn.Linear(patch_width, attention_width)
-        self.qkv = QKV(attention_width, num_heads)
-        self.attention_out = nn.Linear(attention_width, attention_width)
-        self.expand = nn.Linear(attention_width, patch_width)
-        self.mlp_norm = RMSNorm(pixel_width)
-        self.mlp = nn.Sequential(
+        self.modulation: nn.Linear = nn.Linear(width, 6 * patch_width)
+        self.attention_norm: RMSNorm = RMSNorm(pixel_width)
+        self.compress: nn.Linear = nn.Linear(patch_width, attention_width)
+        self.qkv: QKV = QKV(attention_width, num_heads)
+        self.attention_out: nn.Linear = nn.Linear(attention_width, attention_width)
+        self.expand: nn.Linear = nn.Linear(attention_width, patch_width)
+        self.mlp_norm: RMSNorm = RMSNorm(pixel_width)
+        self.mlp: nn.Sequential = nn.Sequential(
             nn.Linear(pixel_width, 4 * pixel_width),
             nn.GELU(),
             nn.Linear(4 * pixel_width, pixel_width),

@@ -94,12 +94,12 @@ class TextEmbedding(nn.Module):
 
     def __init__(self, config: PiDConfig) -> None:
         super().__init__()
-        self.length = config.text_length
-        self.linear = nn.Linear(config.text_width, config.width)
-        self.norm = RMSNorm(config.width)
-        self.position = nn.Parameter(torch.zeros(1, self.length, config.width))
+        self.length: int = config.text_length
+        self.linear: nn.Linear = nn.Linear(config.text_width, config.width)
+        self.norm: RMSNorm = RMSNorm(config.width)
+        self.position: nn.Parameter = nn.Parameter(torch.zeros(1, self.length, config.width))
         null = torch.zeros(1, self.length, config.text_width) if config.learned_null else None
-        self.null = None if null is None else nn.Parameter(null)
+        self.null: nn.Parameter | None = None if null is None else nn.Parameter(null)
 
     def forward(self, features: Tensor | None, keep: Tensor | None, batch_size: int) -> Tensor:
         """Features (B, L, D_text) to tokens (B, L, D); the null where `keep` (B,) is false.

@@ -52,26 +52,26 @@ class PiD(nn.Module):
 
     def __init__(self, config: PiDConfig, geometry: Geometry) -> None:
         super().__init__()
-        self.config, self.geometry = config, geometry
+        self.config = config
+        self.geometry = geometry
         self.chunk_size: int | None = None
         self.window_size: int | None = None
         self.activation_checkpointing = False
         self.changes: tuple[Change, ...] = ()
-        self.velocity_function = PiD.velocity  # replaced by `compilation`
+        self.velocity_function: Callable[..., Tensor] = PiD.velocity  # replaced by `compilation`
         self._positions = PositionTables(config)
 
-        pixels = 3 * config.patch_size**2
-        self.patch_embedding = nn.Linear(pixels, config.width)
-        self.time_embedding = TimeEmbedding(config.width)
+        self.patch_embedding: nn.Linear = nn.Linear(3 * config.patch_size**2, config.width)
+        self.time_embedding: TimeEmbedding = TimeEmbedding(config.width)
         self.time_activation: nn.Module = nn.SiLU()  # replaced by `fixed_times`
         with_text = config.text_length > 0
-        self.text_embedding = TextEmbedding(config) if with_text else None
-        self.patch_blocks = nn.ModuleList(
+        self.text_embedding: TextEmbedding | None = TextEmbedding(config) if with_text else None
+        self.patch_blocks: nn.ModuleList = nn.ModuleList(
             PatchBlock(config.width, config.num_heads, with_text, i == config.num_blocks - 1)
             for i in range(config.num_blocks)
         )
-        self.pixel_embedding = nn.Linear(6 if config.residual else 3, config.pixel_width)
-        self.pixel_blocks = nn.ModuleList(
+        self.pixel_embedding: nn.Linear = nn.Linear(6 if config.residual else 3, config.pixel_width)
+        self.pixel_blocks: nn.ModuleList = nn.ModuleList(
             PixelBlock(
                 config.width,
                 config.pixel_width,
@@ -81,21 +81,21 @@ class PiD(nn.Module):
             )
             for _ in range(config.num_pixel_blocks)
         )
-        self.out_norm = RMSNorm(config.pixel_width)
-        self.out = nn.Linear(config.pixel_width, 3)
+        self.out_norm: RMSNorm = RMSNorm(config.pixel_width)
+        self.out: nn.Linear = nn.Linear(config.pixel_width, 3)
 
         num_gates = -(-config.num_blocks // config.adapter.interval)
         num_gates += config.adapter.inject_pixels
-        self.adapter = LatentAdapter(
+        self.adapter: LatentAdapter = LatentAdapter(
             config.adapter, config.width, num_gates, config.patch_size, geometry
         )
-        self.gates = nn.ModuleList(
+        self.gates: nn.ModuleList = nn.ModuleList(
             OpenGate()
             if config.adapter.gate == "none"
             else SigmaGate(config.width, config.adapter.gate)
             for _ in range(num_gates)
         )
-        self.refiner = (
+        self.refiner: Refiner | None = (
             Refiner(config.refiner_width, config.refiner_layers) if config.refiner_width else None
         )
         self.reset_parameters()

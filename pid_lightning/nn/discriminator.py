@@ -21,7 +21,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, width: int, num_taps: int, depth: int = 1) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(_head(width, depth) for _ in range(num_taps))
+        self.heads: nn.ModuleList = nn.ModuleList(_head(width, depth) for _ in range(num_taps))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialise uniformly within 1/sqrt(fan-in) of each convolution, torch's default."""

@@ -19,7 +19,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight: nn.Parameter = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
         return _rms_norm(x, self.weight.to(x.dtype))
@@ -42,9 +42,9 @@ class QKV(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.linear = nn.Linear(width, 3 * width, bias=False)
-        self.q_norm = RMSNorm(width // num_heads)
-        self.k_norm = RMSNorm(width // num_heads)
+        self.linear: nn.Linear = nn.Linear(width, 3 * width, bias=False)
+        self.q_norm: RMSNorm = RMSNorm(width // num_heads)
+        self.k_norm: RMSNorm = RMSNorm(width // num_heads)
 
     def forward(self, x: Tensor, table: Table) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, D) to q, k, v, each (B, heads, N, d), with q and k rotated to their positions."""
@@ -59,8 +59,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.gate_up: nn.Linear = nn.Linear(width, 2 * hidden, bias=False)
+        self.down: nn.Linear = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -78,8 +78,8 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.hidden = nn.Linear(2 * self.NUM_FREQUENCIES, width)
-        self.out = nn.Linear(width, width)
+        self.hidden: nn.Linear = nn.Linear(2 * self.NUM_FREQUENCIES, width)
+        self.out: nn.Linear = nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
         """(B,) in [0, 1] to (B, 1, D) in fp32 at least, also under autocast."""

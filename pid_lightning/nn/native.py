@@ -39,8 +39,10 @@ class NativeDecoder(nn.Module):
 
     def __init__(self, width: int, num_blocks: int) -> None:
         super().__init__()
-        self.denoise = LatentDenoiser(LATENT_CHANNELS, width, num_blocks) if width else None
-        self.decoder = TAEF2Decoder().requires_grad_(False)
+        self.denoise: LatentDenoiser | None = (
+            LatentDenoiser(LATENT_CHANNELS, width, num_blocks) if width else None
+        )
+        self.decoder: TAEF2Decoder = TAEF2Decoder().requires_grad_(False)
 
     def estimate(self, latents: Tensor, latent_sigma: Tensor) -> Tensor:
         """Estimate of the clean latents (B, 32, h, w)."""
@@ -69,9 +71,9 @@ class LatentDenoiser(nn.Module):
 
     def __init__(self, channels: int, width: int, num_blocks: int) -> None:
         super().__init__()
-        self.first = _conv(channels + 1, width)
-        self.blocks = nn.ModuleList(_Residual(width) for _ in range(num_blocks))
-        self.last = _conv(width, channels)
+        self.first: nn.Conv2d = _conv(channels + 1, width)
+        self.blocks: nn.ModuleList = nn.ModuleList(_Residual(width) for _ in range(num_blocks))
+        self.last: nn.Conv2d = _conv(width, channels)
 
     def reset_parameters(self) -> None:
         """Default initialisation of convolutions, and a network that predicts 0 at first."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -20,7 +22,7 @@ class PositionTables:
 
     def __init__(self, config: PiDConfig) -> None:
         self.config = config
-        self.kept: dict[tuple, Tables] = {}
+        self.kept: dict[tuple[Any, ...], Tables] = {}
 
     def of(
         self, height: int, width: int, text_length: int, device: torch.device, dtype: torch.dtype

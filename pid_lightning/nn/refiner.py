@@ -21,7 +21,7 @@ class Refiner(nn.Module):
     def __init__(self, width: int, num_layers: int) -> None:
         super().__init__()
         widths = [3 * 3 + 1, *[width] * (num_layers - 1), 3]
-        self.layers = nn.ModuleList(
+        self.layers: nn.ModuleList = nn.ModuleList(
             nn.Conv2d(a, b, 3, padding=1, padding_mode="replicate") for a, b in pairwise(widths)
         )
 

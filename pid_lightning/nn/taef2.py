@@ -58,10 +58,10 @@ class Block(nn.Module):
 
     def __init__(self, with_context: bool = False) -> None:
         super().__init__()
-        self.conv = nn.Sequential(
+        self.conv: nn.Sequential = nn.Sequential(
             _conv(WIDTH, WIDTH), nn.ReLU(), _conv(WIDTH, WIDTH), nn.ReLU(), _conv(WIDTH, WIDTH)
         )
-        self.pool = (
+        self.pool: nn.Sequential | None = (
             nn.Sequential(
                 nn.Conv2d(WIDTH, 4 * WIDTH, 1, bias=False),
                 nn.GroupNorm(4, 4 * WIDTH),

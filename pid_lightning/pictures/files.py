@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -20,7 +20,10 @@ from pid_lightning.checks import Mistake, check_choice
 from pid_lightning.files.atomic import replaced_file
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-FORMATS = {".png": ("PNG", {}), ".webp": ("WEBP", {"lossless": True})}
+FORMATS: dict[str, tuple[str, dict[str, bool]]] = {
+    ".png": ("PNG", {}),
+    ".webp": ("WEBP", {"lossless": True}),
+}
 WEBP_LONGEST_SIDE = 16383  # of the file format
 
 
@@ -96,7 +99,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def write_picture(image: Tensor, path: str | Path, metadata: dict) -> None:
+def write_picture(image: Tensor, path: str | Path, metadata: dict[str, Any]) -> None:
     """Write a picture, and its metadata with the versions that made it as JSON beside it
     (``NAME.png``, ``NAME.json``).
 

@@ -26,7 +26,7 @@ class Upscaler(nn.Module):
     def __init__(self, network: Any) -> None:
         super().__init__()
         self._enlarge = network
-        self.network = network.model.requires_grad_(False).eval()
+        self.network: nn.Module = network.model.requires_grad_(False).eval()
 
     def label(self, scale: int) -> str:
         """Name of the method in tables, with bicubic resizing where it is used."""

@@ -53,10 +53,10 @@ class Distillation(nn.Module):
         self.settings = settings
         self.fake_score = fake_score
         self.discriminator = discriminator
-        self.teacher = teacher.requires_grad_(False).eval()
+        self.teacher: PiD = teacher.requires_grad_(False).eval()
         self.seed = seed
         self.register_buffer("null_text", null_text, persistent=False)
-        self.stopwatch = Stopwatch()
+        self.stopwatch: Stopwatch = Stopwatch()
 
     @classmethod
     def begin(

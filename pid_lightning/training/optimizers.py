@@ -76,7 +76,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         fused: whether AdamW is fused.
     """
 
-    momentum = 0.95
+    momentum: float = 0.95
 
     def __init__(
         self,

@@ -46,19 +46,19 @@ class PredictionWriter:
     ) -> None:
         decoder.text_encoder = text_encoder
         self.decoder = decoder
-        self.settings = DecodeSettings(
+        self.settings: DecodeSettings = DecodeSettings(
             sigma=evaluation.predict_sigma,
             steps=evaluation.steps,
             seed=seed,
             guidance_scale=evaluation.guidance_scale,
         )
         weights = trainer.ckpt_path or init_from
-        self.description = describe(decoder, weights and str(weights))
+        self.description: dict[str, Any] = describe(decoder, weights and str(weights))
         loaders = trainer.predict_dataloaders
         for loader in loaders if isinstance(loaders, list) else [loaders]:
             for file in loader.dataset.files:
                 read_input(decoder, file)
-        self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "predictions"
+        self.folder: Path = Path(trainer.log_dir or trainer.default_root_dir) / "predictions"
         if trainer.is_global_zero:
             print(f"writing pictures to {self.folder}")
 

@@ -95,9 +95,11 @@ class Report:
     device: torch.device
 
     def __post_init__(self) -> None:
-        self.metrics = PictureMetrics(lpips_network(self.evaluation.lpips), self.device)
+        self.metrics: PictureMetrics = PictureMetrics(
+            lpips_network(self.evaluation.lpips), self.device
+        )
         upscaler = read_baseline(self.evaluation, self.encoder)
-        self.upscaler = None if upscaler is None else upscaler.to(self.device)
+        self.upscaler: Upscaler | None = None if upscaler is None else upscaler.to(self.device)
         self.grid_rows: list[list[Tensor]] = []
 
     def add(self, batch: dict[str, Any], rank: int = 0, num_ranks: int = 1) -> None:

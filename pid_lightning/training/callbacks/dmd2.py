@@ -64,7 +64,7 @@ class DMD2(Callback):
             itself distilled.
     """
 
-    attaches = ("distillation",)
+    attaches: tuple[str, ...] = ("distillation",)
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class DMD2(Callback):
         teacher_dtype: TeacherDtype = "bfloat16",
     ) -> None:
         self.teacher = teacher
-        self.settings = DistillationSettings(
+        self.settings: DistillationSettings = DistillationSettings(
             student_times=tuple(student_times),
             student_every=student_every,
             student_input=student_input,

@@ -30,13 +30,13 @@ class EMA(Callback):
         Mistake: `power` is not above 0.
     """
 
-    attaches = ("denoiser_ema",)
+    attaches: tuple[str, ...] = ("denoiser_ema",)
 
     def __init__(self, power: float = 6.94) -> None:
         if power <= 0:
             raise Mistake("EMA power", f"{power} must be above 0; use 6.94 for 10 % of the run.")
         self.power = power
-        self.num_updates = 0
+        self.num_updates: int = 0
         self._restored: dict[str, Tensor] = {}
 
     def setup(self, trainer: Trainer, pl_module: PiDModule, stage: str) -> None:

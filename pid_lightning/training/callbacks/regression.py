@@ -39,7 +39,7 @@ class Regression(Callback):
         vgg_size: int | None = None,
         latent_weight: float = 0.0,
     ) -> None:
-        self.settings = RegressionSettings(
+        self.settings: RegressionSettings = RegressionSettings(
             tuple(student_times),
             last_share,
             pixel_weight,

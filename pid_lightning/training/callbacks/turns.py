@@ -38,7 +38,7 @@ class Turns:
         self.student = student
         self.distillation = distillation
         self.settings = settings
-        self.num_student_updates = 0
+        self.num_student_updates: int = 0
         self._trainer: Trainer | None = None
         self._clip: tuple[float | None, str | None] = (None, None)
         self._accumulate = 1

@@ -114,7 +114,8 @@ class ResumableLoader:
     """
 
     def __init__(self, draws: ShuffledDraws, num_workers: int) -> None:
-        self.draws, self.loader = draws, make_loader(draws.pictures, num_workers, draws)
+        self.draws = draws
+        self.loader: DataLoader[Any] = make_loader(draws.pictures, num_workers, draws)
 
     def __len__(self) -> int:
         return len(self.draws)
@@ -139,8 +140,8 @@ class ResumableLoader:
 
 
 def make_loader(
-    samples: Dataset, num_workers: int, batches: ShuffledDraws | None, batch_size: int = 1
-) -> DataLoader:
+    samples: Dataset[Any], num_workers: int, batches: ShuffledDraws | None, batch_size: int = 1
+) -> DataLoader[Any]:
     """A `DataLoader` over `batches` of items, or over all samples in order."""
     which = {"batch_size": batch_size} if batches is None else {"batch_sampler": batches}
     return DataLoader(

@@ -100,13 +100,21 @@ class ImageData(LightningDataModule):
         check_choice("data.resize", resize, ("none", "random"))
         if streaming and samples_per_epoch is None:
             raise Mistake("data.samples_per_epoch", "a stream has no length; set a number.")
-        self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
-        self.num_val, self.samples_per_epoch, self.streaming = num_val, samples_per_epoch, streaming
-        self.resize, self.flip, self.seed = resize, flip, seed
-        self.inputs = [inputs] if isinstance(inputs, str) else inputs
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.num_val = num_val
+        self.samples_per_epoch = samples_per_epoch
+        self.resize = resize
+        self.flip = flip
+        self.streaming = streaming
+        self.seed = seed
+        self.inputs: list[str] | None = [inputs] if isinstance(inputs, str) else inputs
         kind = (image_size, cache_bytes, streaming, image_column, caption_column)
-        self.source = Source("data.path", path, *kind)
-        self.test_source = None if test_path is None else Source("data.test_path", test_path, *kind)
+        self.source: Source = Source("data.path", path, *kind)
+        self.test_source: Source | None = (
+            None if test_path is None else Source("data.test_path", test_path, *kind)
+        )
         self._pictures: dict[str, Pictures | None] = {}
         self._to_decode: PredictionInputs | None = None
 
@@ -140,15 +148,15 @@ class ImageData(LightningDataModule):
         global_batch_size = self.batch_size * self._num_processes
         return self._loader(pictures, math.ceil(num_samples / global_batch_size))
 
-    def val_dataloader(self) -> DataLoader | ResumableLoader | list[Any]:
+    def val_dataloader(self) -> DataLoader[Any] | ResumableLoader | list[Any]:
         """Centre crops of the validation pictures; empty if there are none and `num_val` is 0."""
         return self._evaluation("val")
 
-    def test_dataloader(self) -> DataLoader | ResumableLoader | list[Any]:
+    def test_dataloader(self) -> DataLoader[Any] | ResumableLoader | list[Any]:
         """Centre crops of the test pictures."""
         return self._evaluation("test")
 
-    def predict_dataloader(self) -> DataLoader:
+    def predict_dataloader(self) -> DataLoader[Any]:
         """The inputs, one per batch, distributed over the processes."""
         return make_loader(self._to_decode, self.num_workers, None)
 
@@ -180,7 +188,7 @@ class ImageData(LightningDataModule):
             else num_trained
         )
 
-    def _evaluation(self, name: str) -> DataLoader | ResumableLoader | list[Any]:
+    def _evaluation(self, name: str) -> DataLoader[Any] | ResumableLoader | list[Any]:
         pictures = self._pictures[name]
         if pictures is None:
             return []

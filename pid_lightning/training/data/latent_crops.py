@@ -74,7 +74,8 @@ class LatentCrops(ImageData):
             inputs=inputs,
         )
         check_at_least("data.margin", margin, 0)
-        self.shorter_sides, self.margin = shorter_sides, margin
+        self.shorter_sides = shorter_sides
+        self.margin = margin
         self.latents_file = latents_file
 
     def setup(self, stage: str | None = None) -> None:
@@ -117,7 +118,7 @@ class LatentCrops(ImageData):
         return latents
 
 
-class WholePictures(Dataset):
+class WholePictures(Dataset[dict[str, Any]]):
     """Random crops of photographs and of their latents, see `LatentCrops`.
 
     Args:
@@ -140,8 +141,12 @@ class WholePictures(Dataset):
         margin: int,
         seed: int,
     ) -> None:
-        self.photographs, self.latents = photographs, latents
-        self.num_cells, self.step, self.margin, self.seed = image_size // step, step, margin, seed
+        self.photographs = photographs
+        self.latents = latents
+        self.num_cells: int = image_size // step
+        self.step = step
+        self.margin = margin
+        self.seed = seed
 
     def __len__(self) -> int:
         return len(self.photographs)

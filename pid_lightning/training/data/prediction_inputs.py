@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch.utils.data import Dataset
 
@@ -10,7 +11,7 @@ from pid_lightning.pictures.inputs import find_inputs
 from pid_lightning.training.data.sources import caption_beside
 
 
-class PredictionInputs(Dataset):
+class PredictionInputs(Dataset[dict[str, str | int]]):
     """Pictures and latents to decode, sorted by path.
 
     An item is {"path": the file, "caption": from NAME.txt next to it, else "", "number": its
@@ -20,13 +21,13 @@ class PredictionInputs(Dataset):
         paths: files and folders, see `pid_lightning.pictures.inputs.find_inputs`.
 
     Raises:
-        Mistake: a path that is no input, or two inputs that share a name.
-        ValueError: a caption is no text.
+        Mistake: a path that is no input, or two inputs that share a name, or a caption
+            that is no text.
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
-        self.files = find_inputs(paths)
-        self.captions = [caption_beside(file) or "" for file in self.files]
+        self.files: list[Path] = find_inputs(paths)
+        self.captions: list[str] = [caption_beside(file) or "" for file in self.files]
 
     def __len__(self) -> int:
         return len(self.files)

@@ -53,7 +53,7 @@ def random_crop(
     return functional.horizontal_flip(picture) if flip and mirror < 0.5 else picture
 
 
-class Pictures(Dataset):
+class Pictures(Dataset[dict[str, Any] | None]):
     """Crops of one split: random for training, otherwise central.
 
     Items are requested by (key, draw): a picture's index or a row of a stream, and the number of
@@ -64,9 +64,13 @@ class Pictures(Dataset):
     def __init__(
         self, split: Split, image_size: int, train: bool, resize: Resize, flip: bool, seed: int
     ) -> None:
-        self.split, self.image_size, self.train = split, image_size, train
-        self.resize, self.flip, self.seed = resize, flip, seed
-        self.num_skipped = 0
+        self.split = split
+        self.image_size = image_size
+        self.train = train
+        self.resize = resize
+        self.flip = flip
+        self.seed = seed
+        self.num_skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.split.rows)
@@ -83,7 +87,9 @@ class Pictures(Dataset):
                 return sample
         fail_without_pictures("data.path", self.num_skipped, self.image_size)
 
-    def _sample(self, row: dict[str, Any], pixels: Tensor | None, draw: int) -> dict | None:
+    def _sample(
+        self, row: dict[str, Any], pixels: Tensor | None, draw: int
+    ) -> dict[str, Any] | None:
         try:
             picture = decode(row["image"], self.image_size) if pixels is None else pixels
         except UnusablePicture as reason:

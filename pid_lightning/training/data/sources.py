@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 BUNDLED_PHOTOS = Path(__file__).parents[2] / "assets" / "photos"
 SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
 TEXT = ("string", "large_string", "string_view")
-COLUMN_TYPES = {  # of parquet; `datasets.Image` reads the others
+COLUMN_TYPES: dict[str, tuple[str, ...]] = {  # of parquet; `datasets.Image` reads the others
     "caption": (*TEXT, "null"),
     "image": (*TEXT, "binary", "large_binary", "binary_view"),
 }

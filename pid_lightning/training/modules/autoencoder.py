@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -66,7 +67,7 @@ class AutoencoderModule(pl.LightningModule):
         if export_path is not None and not export_path.endswith(".safetensors"):
             raise ValueError(f"model.export_path: {export_path} must end in .safetensors.")
         self.save_hyperparameters()
-        self.network = SmallAutoencoder(
+        self.network: SmallAutoencoder = SmallAutoencoder(
             width=width,
             num_encoder_blocks=num_encoder_blocks,
             num_decoder_blocks=num_decoder_blocks,
@@ -93,7 +94,7 @@ class AutoencoderModule(pl.LightningModule):
         moments = self.trainer.strategy.reduce(moments.to(self.device), reduce_op="sum").cpu()
         self.network.init_principal_components(moments)
 
-    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         images = batch["image"]
         raw = self.network.encode_raw(images)
         self.update_statistics(raw)
@@ -117,7 +118,7 @@ class AutoencoderModule(pl.LightningModule):
         variance = deviation.square().mean((0, 2, 3)).view_as(std)
         std.copy_(std.square().lerp(variance, momentum).sqrt())
 
-    def validation_step(self, batch: dict, batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         images = batch["image"]
         value = psnr(self(images).float().clamp(-1, 1), images).mean()
         self.log("val/psnr", value, prog_bar=True, batch_size=len(images), sync_dist=True)
@@ -131,7 +132,7 @@ class AutoencoderModule(pl.LightningModule):
         measured = "" if score is None else f", last validation {score:.2f} dB PSNR"
         save_autoencoder(self.network, path, f"{self.global_step} steps{measured}")
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> dict[str, Any]:
         optimizer = torch.optim.Adam(
             self.parameters(), lr=self.hparams.learning_rate, betas=(0.9, 0.99)
         )

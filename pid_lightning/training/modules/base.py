@@ -79,13 +79,13 @@ class PiDModule(EvaluatedModule):
         init_from: str | None,
     ) -> None:
         super().__init__()
-        self.encoder = encoder.requires_grad_(False).eval()
-        self.text_encoder = (text or NoText()).requires_grad_(False).eval()
+        self.encoder: Encoder = encoder.requires_grad_(False).eval()
+        self.text_encoder: TextEncoder = (text or NoText()).requires_grad_(False).eval()
         self.encoder_arguments = encoder_arguments
         self.training_settings = training
         self.evaluation = evaluation
         self.init_from = init_from
-        self.denoiser = PiD(
+        self.denoiser: PiD = PiD(
             denoiser, Geometry(encoder.latent_channels, encoder.latent_stride, scale)
         )
         self.denoiser.activation_checkpointing = training.activation_checkpointing

@@ -117,7 +117,7 @@ class EvaluatedModule(LightningModule):
     def on_test_start(self) -> None:
         """Start the report."""
         check_steps(self.student_times, self.evaluation.steps)
-        self.report = Report(
+        self.report: Report = Report(
             self.evaluation,
             self.training_settings,
             self.encoder,
@@ -144,7 +144,7 @@ class EvaluatedModule(LightningModule):
 
     def on_predict_start(self) -> None:
         """Create the writer of the outputs."""
-        self.writer = PredictionWriter(
+        self.writer: PredictionWriter = PredictionWriter(
             PiDDecoder(self.averaged_denoiser, self.info, self.encoder),
             None if isinstance(self.text_encoder, NoText) else self.text_encoder,
             self.evaluation,
