@@ -12,10 +12,11 @@ from torch import Tensor
 
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.small_autoencoder import SmallAutoencoder
+from pid_lightning.files import ASSETS
 from pid_lightning.files.atomic import replaced_file
 from pid_lightning.files.tensors import fill, opened_safetensors, read_tensors
 
-BUNDLED = Path(__file__).parent.parent / "assets" / "autoencoder.safetensors"
+BUNDLED = ASSETS / "autoencoder.safetensors"
 
 
 class SmallVAE(Encoder):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from pid_lightning.files import ASSETS
 from pid_lightning.files.atomic import make_folder, replaced_file
 from pid_lightning.files.models import ModelInfo, save_model
 from pid_lightning.nn import PiD
@@ -18,7 +19,7 @@ MODEL_SUFFIXES = (".safetensors", ".ckpt")
 
 # Models shipped with the package; the first is the default of `pid decode`.
 BUNDLED_MODELS: dict[str, Path] = {
-    "pid-small-vae-4x": Path(__file__).parents[1] / "assets" / "pid-small-vae-4x.safetensors",
+    "pid-small-vae-4x": ASSETS / "pid-small-vae-4x.safetensors",
 }
 
 

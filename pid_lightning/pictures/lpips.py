@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pid_lightning.files import ASSETS
 from pid_lightning.files.tensors import fill, read_tensors
 
-BUNDLED = Path(__file__).parents[1] / "assets" / "lpips_alex.safetensors"
+BUNDLED = ASSETS / "lpips_alex.safetensors"
 
 
 class LPIPS(nn.Module):

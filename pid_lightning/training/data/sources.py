@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from pid_lightning.checks import Mistake
+from pid_lightning.files import ASSETS
 from pid_lightning.pictures.files import (
     PICTURE_SUFFIXES,
     UnusablePicture,
@@ -31,7 +32,7 @@ from pid_lightning.pictures.files import (
 if TYPE_CHECKING:
     import datasets
 
-BUNDLED_PHOTOS = Path(__file__).parents[2] / "assets" / "photos"
+BUNDLED_PHOTOS = ASSETS / "photos"
 SPLIT_NAMES = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
 TEXT = ("string", "large_string", "string_view")
 COLUMN_TYPES: dict[str, tuple[str, ...]] = {  # of parquet; `datasets.Image` reads the others
