@@ -6,9 +6,11 @@ import dataclasses
 
 import pytest
 import tiny
+import tiny_pipelines
 import torch
+import torch.nn.functional as F
 
-from pid_lightning import AdapterConfig, PiDDecoder, VAEPiD
+from pid_lightning import AdapterConfig, PiDAutoencoder, PiDDecoder, VAEPiD, stop_early
 from pid_lightning.checks import Mistake
 from pid_lightning.encoders.taef2 import decoder_weights
 from pid_lightning.encoders.vae import VAEEncoder
@@ -72,6 +74,32 @@ def test_flux2s_own_autoencoder_makes_its_latents(path):
     assert theirs.latent_channels == decoder.info.geometry.latent_channels
     assert theirs.latent_stride == decoder.info.geometry.latent_stride
     assert theirs.latent_space == decoder.latent_space
+
+
+@pytest.mark.parametrize("name", ["flux2", "flux2_klein"])
+def test_it_stands_in_a_pipeline_that_stops_early(path, name, monkeypatch):
+    """Two pictures that are not square, from latents packed in each pipeline's own way."""
+    made = tiny_pipelines.PIPELINES[name]()
+    decoder = PiDDecoder.from_pretrained(path)
+    made.pipe.vae = PiDAutoencoder(made.pipe.vae, decoder)
+    seen, condition = {}, decoder.denoiser.condition
+
+    def record(latents, latent_sigma, *rest, **more):
+        seen.update(latents=latents, sigma=latent_sigma)
+        return condition(latents, latent_sigma, *rest, **more)
+
+    monkeypatch.setattr(decoder.denoiser, "condition", record)
+    stop = stop_early(made.pipe, 2)
+    more = {"num_images_per_prompt": 2, "callback_on_step_end": stop}
+    pictures = tiny_pipelines.call(made, 4, **more)
+    assert pictures.shape == (2, 3, 128, 256)
+    assert seen["latents"].shape == (2, 128, 2, 4)
+    assert 0 < stop.latent_sigma == pytest.approx(seen["sigma"][0].item())
+    by_hand = decoder.decode(seen["latents"], stop.latent_sigma, seed=0, progress=False)
+    torch.testing.assert_close(pictures, by_hand / 2 + 0.5, atol=1e-5, rtol=0)
+    unpacked = F.pixel_shuffle(seen["latents"], 2).to(decoder.dtype)
+    native = decoder.denoiser.adapter.native(unpacked, seen["sigma"]).picture.float()
+    assert psnr(by_hand, enlarge_picture(native, 4)).min() > 30
 
 
 def test_the_published_layout_has_no_place_for_it(path):
