@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 import textwrap
-import traceback
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, auto_cli
@@ -46,7 +44,7 @@ def make_parser(command: str, description: str) -> ArgumentParser:
 def sentence(error: BaseException) -> str | None:
     """What a user is told of an error: of a `Mistake`, of an OSError of this machine, of what the
     parser refuses, also where another error was raised from it. None is a bug."""
-    cause = _raised_on_purpose(error) or find_cause(error, Mistake, OSError)
+    cause = find_cause(error, Mistake, OSError)
     if cause is None and isinstance(error, ArgumentError):
         return parser_sentence(str(error))
     return None if cause is None else str(cause)
@@ -57,18 +55,6 @@ def find_cause(error: BaseException | None, *kinds: type[BaseException]) -> Base
     while error is not None and not isinstance(error, kinds):
         error = error.__cause__
     return error
-
-
-def _raised_on_purpose(error: BaseException | None) -> BaseException | None:
-    """An error that is no Mistake yet, but was raised by a statement of this package."""
-    while error is not None and not isinstance(error, Mistake):
-        frames = traceback.extract_tb(error.__traceback__)
-        is_ours = bool(frames) and Path(__file__).parents[1] in Path(frames[-1].filename).parents
-        told = isinstance(error, (ValueError, ModuleNotFoundError))
-        if is_ours and told and (frames[-1].line or "").startswith("raise "):
-            return error
-        error = error.__cause__
-    return None
 
 
 def parser_sentence(message: str) -> str:

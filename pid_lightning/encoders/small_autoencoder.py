@@ -13,6 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pid_lightning.checks import Mistake
+
 
 class SmallAutoencoder(nn.Module):
     """Encodes images (B, 3, H, W) in [-1, 1] to latents (B, C, H/stride, W/stride) and back.
@@ -41,7 +43,7 @@ class SmallAutoencoder(nn.Module):
     ) -> None:
         super().__init__()
         if latent_stride % 4:
-            raise ValueError(f"latent_stride: {latent_stride} must be a multiple of 4.")
+            raise Mistake("latent_stride", f"{latent_stride} must be a multiple of 4.")
         self.config: dict[str, int] = {
             "latent_channels": latent_channels,
             "latent_stride": latent_stride,
@@ -150,7 +152,7 @@ def block_moments(batches: Iterable[Tensor], block_size: int) -> Tensor:
         over the processes of a distributed run.
 
     Raises:
-        ValueError: there are no batches, or a side is not a multiple of `block_size`.
+        Mistake: there are no batches, or a side is not a multiple of `block_size`.
     """
     dim = 3 * block_size**2
     total = torch.zeros(dim, dtype=torch.float64)
@@ -165,19 +167,17 @@ def block_moments(batches: Iterable[Tensor], block_size: int) -> Tensor:
         outer += blocks.T @ blocks
         count += len(blocks)
     if count == 0:
-        raise ValueError(
-            "No pictures for principal components, the data is empty; check data.path."
-        )
+        raise Mistake("batches", "there is none for principal components; check the data.")
     return torch.cat([total, outer.flatten(), torch.tensor([count], dtype=torch.float64)])
 
 
 def check_sides(images: Tensor, stride: int) -> None:
-    """Raise ValueError unless both sides of images (B, 3, H, W) are multiples of `stride`."""
+    """Raise Mistake unless both sides of images (B, 3, H, W) are multiples of `stride`."""
     height, width = images.shape[-2:]
     if height % stride or width % stride:
-        raise ValueError(
-            f"The autoencoder takes images whose sides are multiples of {stride}, "
-            f"got {height} x {width}: crop or resize them."
+        raise Mistake(
+            "images",
+            f"{height} x {width} is no multiple of {stride} a side; crop or resize them.",
         )
 
 

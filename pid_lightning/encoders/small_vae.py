@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pid_lightning.checks import Mistake
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.small_autoencoder import SmallAutoencoder
 from pid_lightning.files import ASSETS
@@ -77,9 +78,8 @@ def _read_sizes(path: Path) -> dict[str, int]:
         with opened_safetensors(path) as file:
             return json.loads((file.metadata() or {})["config"])
     except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"vae: {path} is no autoencoder of this package ({error}); {_cure(path)}."
-        ) from error
+        told = f"{path} is no autoencoder of this package ({error}); {_cure(path)}."
+        raise Mistake("vae", told) from error
 
 
 def _cure(path: Path) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from pid_lightning.checks import check_choice
+from pid_lightning.checks import Mistake, check_choice
 from pid_lightning.nn.changes import check_allowed
 from pid_lightning.nn.denoiser import PiD
 
@@ -27,8 +27,8 @@ def quantise(denoiser: PiD, activations: bool = False) -> None:
             picture: a GPU's 8-bit products (`torch._int_mm`) need at least 17.
 
     Raises:
-        ModuleNotFoundError: torchao is not installed.
-        Mistake: weights in fp64, or a change that rules it out (see `changes`).
+        Mistake: torchao is not installed, weights in fp64, or a change that rules it out (see
+            `changes`).
     """
     check_allowed(denoiser.changes, "quantise")
     check_choice("quantise", denoiser.dtype, (torch.float32, torch.bfloat16, torch.float16))
@@ -39,8 +39,8 @@ def quantise(denoiser: PiD, activations: bool = False) -> None:
             quantize_,
         )
     except ImportError as error:
-        raise ModuleNotFoundError(
-            "8-bit weights need torchao: pip install 'pid_lightning[int8]'."
+        raise Mistake(
+            "int8", "8-bit weights need torchao; pip install 'pid_lightning[int8]'."
         ) from error
     exact = {block.modulation for block in denoiser.pixel_blocks}
     exact.update(denoiser.time_embedding.modules())

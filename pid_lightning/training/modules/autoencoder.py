@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pid_lightning.checks import check_at_least
+from pid_lightning.checks import Mistake, check_at_least
 from pid_lightning.diffusion.randomness import draw_noise, sample_generators
 from pid_lightning.encoders.small_autoencoder import SmallAutoencoder, block_moments
 from pid_lightning.encoders.small_vae import save_autoencoder
@@ -40,7 +40,7 @@ class AutoencoderModule(pl.LightningModule):
         export_path: file for `VAEPiD(vae=...)`, written when training ends.
 
     Raises:
-        ValueError: a value is out of range, or `export_path` does not end in .safetensors.
+        Mistake: a value is out of range, or `export_path` does not end in .safetensors.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class AutoencoderModule(pl.LightningModule):
         ):
             check_at_least(f"model.{name}", value, least)
         if export_path is not None and not export_path.endswith(".safetensors"):
-            raise ValueError(f"model.export_path: {export_path} must end in .safetensors.")
+            raise Mistake("model.export_path", f"{export_path} must end in .safetensors.")
         self.save_hyperparameters()
         self.network: SmallAutoencoder = SmallAutoencoder(
             width=width,
