@@ -157,7 +157,10 @@ class PiDCLI(LightningCLI):
         check_strategy(self.trainer.strategy)
         path = self.config[self.subcommand].ckpt_path
         if path is not None and Path(path).is_file():
-            read_run(self.model.info, read_torch_file(path))
+            try:
+                read_run(self.model.info, read_torch_file(path))
+            except Mistake as error:
+                raise Mistake("ckpt_path", error.sentence) from error
         self.model.prepare(self.datamodule, self.subcommand)
         if self.subcommand == "fit":
             for callback in self.trainer.callbacks:

@@ -93,7 +93,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("--trainer.callbacks+=EMA", "trainer"),
         ("--trainer.callbacks=ModelCheckpoint --trainer.callbacks.every_n_epochs=-1", "trainer"),
         # What the classes refuse when they are built.
-        ("--model.scale=3", "scale"),
+        ("--model.scale=3", "patch_size"),
         ("--model.denoiser.adapter.gate=y0", "model.denoiser.adapter.gate"),
         ("--model.training.time_shift=0", "training.time_shift"),
         ("--model.vae=foo", "vae"),
@@ -107,7 +107,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("--ckpt_path=last", "ckpt_path"),
         ("--ckpt_path=model.safetensors", "ckpt_path"),
         ("--ckpt_path=foreign.ckpt", "ckpt_path"),
-        ("--ckpt_path=cut.ckpt", "cut.ckpt"),
+        ("--ckpt_path=cut.ckpt", "ckpt_path"),
         (f"--ckpt_path={LAST} --model.denoiser.width=16", "ckpt_path"),
     ],
     ids=lambda value: value,
