@@ -20,7 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pid_lightning import DMD2, EMA
 from pid_lightning.__main__ import main
 from pid_lightning.files.hub import find_last_checkpoint
-from pid_lightning.training.callbacks import LastCheckpoint, turns
+from pid_lightning.training.callbacks import LastCheckpoint
+from pid_lightning.training.stopwatch import Stopwatch
 
 NUM_STEPS = 10
 STATE = ("state_dict", "optimizer_states", "lr_schedulers", "pid", "global_step")
@@ -333,6 +334,6 @@ def test_measuring_time_changes_nothing(
     uninterrupted: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, end = uninterrupted["distilled"]
-    monkeypatch.setattr(turns.Turns, "timed", lambda self, network: nullcontext())
+    monkeypatch.setattr(Stopwatch, "timed", lambda self, name: nullcontext())
     main(["fit", f"--config={config}", f"--trainer.max_steps={NUM_STEPS}"])
     assert_ends_equal(tmp_path / "runs/tiny/version_0/checkpoints/last.ckpt", end)
