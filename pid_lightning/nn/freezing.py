@@ -48,9 +48,10 @@ def freeze_untrained(denoiser: PiD, train: str, reads_null: bool) -> None:
 
 
 def freeze_native(denoiser: PiD) -> None:
-    """Freeze the adapter's native decoder, which is another autoencoder's."""
+    """Freeze the adapter's native decoder, which is another autoencoder's, and its estimate of the
+    clean latents, which no loss of pictures reaches."""
     if denoiser.adapter.native is not None:
-        denoiser.adapter.native.decoder.requires_grad_(False)
+        denoiser.adapter.native.requires_grad_(False)
 
 
 def freeze_unused(network: PiD) -> None:

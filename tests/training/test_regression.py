@@ -171,6 +171,7 @@ def test_a_run_keeps_latents_of_whole_photographs_and_learns_from_them(tmp_path)
     for name, value in module.encoder.network["decoder"].state_dict().items():
         assert value.equal(decoder[name])  # read when the fit began, and as it was since
     assert {"out.weight", "refiner.layers.3.weight"} <= changed
+    assert any(name.startswith("adapter.native.denoise.") for name in changed)
     pictures = data._pictures["train"]
     image = torch.stack([pictures.photographs[0][0], pictures.photographs[0][0].flip(-1)])
     expected = module.encoder.encode(reduce_picture(image / 127.5 - 1, 4)).half()

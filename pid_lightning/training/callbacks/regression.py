@@ -22,7 +22,8 @@ class Regression(Callback):
         vgg: ``.safetensors`` file of the weights of LPIPS with VGG16, which is not bundled.
         vgg_size: side of the random part of each picture that VGG16 sees, since it costs more than
             a small denoiser; null is all of it.
-        latent_weight: weight of the error of the adapter's estimate of the clean latents.
+        latent_weight: weight of the error of the adapter's estimate of the clean latents, which
+            is frozen at 0.
 
     Raises:
         Mistake: a value is out of range.
@@ -63,6 +64,7 @@ class Regression(Callback):
             pl_module.denoiser, training, self.settings, trainer.strategy.root_device
         )
         pl_module.student_times = self.settings.student_times
+        self._let_estimate_learn(pl_module, self.settings.latent_weight > 0)
 
     def on_fit_start(self, trainer: Trainer, pl_module: PiDModule) -> None:
         """Name the student's times again, which `init_from` sets to none."""
@@ -72,3 +74,10 @@ class Regression(Callback):
         """Give the module its own objective again."""
         if stage == "fit":
             pl_module.objective = FlowMatching(pl_module.denoiser, pl_module.training_settings)
+            self._let_estimate_learn(pl_module, False)
+
+    def _let_estimate_learn(self, module: PiDModule, learns: bool) -> None:
+        """Freeze the estimate of the clean latents, or let it learn by its loss."""
+        native = module.denoiser.adapter.native
+        if native is not None and native.denoise is not None:
+            native.denoise.requires_grad_(learns)
