@@ -310,7 +310,7 @@ def test_a_run_is_exported_averaged(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert find_model(folder) == newest
     (tmp_path / "empty").mkdir()
     new = tmp_path / "new.safetensors"
-    assert "nor a run's checkpoints" in refused(capsys, "export", tmp_path / "empty", new)
+    assert str(tmp_path / "empty") in refused(capsys, "export", tmp_path / "empty", new)
     assert not new.exists()
 
 

@@ -146,7 +146,7 @@ def test_the_command_line_refuses_before_data_is_opened(
 
     monkeypatch.setattr("pid_lightning.training.data.image_data.ImageData.setup", opened)
     with pytest.raises(SystemExit):
-        pid(run, monkeypatch, "test", f"{option}=nowhere")
+        pid(run, monkeypatch, "test", "--ckpt_path=last.ckpt", f"{option}=nowhere")
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("pid: ")
     assert "nowhere" in said

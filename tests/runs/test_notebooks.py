@@ -13,7 +13,7 @@ from typing import Any
 import papermill
 import pytest
 
-from pid_lightning.commands.fit import main
+from pid_lightning.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
