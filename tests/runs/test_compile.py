@@ -120,7 +120,7 @@ def test_many_sizes_are_compiled_each_once(monkeypatch: pytest.MonkeyPatch) -> N
     eager = copy.deepcopy(decoder.denoiser)
     decoder.compile()
     twin = copy.deepcopy(decoder.denoiser)
-    twin.out.bias.add_(0.1)
+    twin.out.bias.data.add_(0.1)
     sigma, t = torch.zeros(1), torch.full((1,), 0.7)
     with torch.no_grad():
         for columns in range(1, 11):
