@@ -87,7 +87,7 @@ def test_the_bundled_lpips_has_the_published_heads():
 
 def test_wrong_lpips_weights_give_one_sentence(tmp_path):
     path = tmp_path / "lpips.safetensors"
-    with pytest.raises((OSError, ValueError), match="no such file"):
+    with pytest.raises(OSError, match=path.name):
         lpips_network(path)
     path.write_bytes(b"not weights")
     with pytest.raises(ValueError, match="cannot be read"):

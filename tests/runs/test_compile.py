@@ -100,6 +100,7 @@ def test_windows_compile_to_one_graph() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_many_sizes_are_compiled_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's default limit raises at the ninth size; a copy of the network uses its weights."""
     torch._dynamo.reset()
