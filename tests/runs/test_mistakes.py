@@ -17,8 +17,8 @@ from pid_lightning.commands.fit import PiDCLI
 from pid_lightning.commands.parsing import parser_sentence
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-OLD_RUN = golden.DATA / "old_run"
-LAST = OLD_RUN / "checkpoints/last.ckpt"
+SAVED_RUN = golden.DATA / "saved_run"
+LAST = SAVED_RUN / "checkpoints/last.ckpt"
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["pid"])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    config = (OLD_RUN / "config.yaml").read_text()
+    config = (SAVED_RUN / "config.yaml").read_text()
     Path("config.yaml").write_text(config.replace("max_steps: 300", "max_steps: 2"))
     Path("text.yaml").write_text("some text")
     Path("broken.yaml").write_text("model: [1, 2\ndata: :")
@@ -137,7 +137,7 @@ def test_a_wrong_setting_is_told_before_data_is_opened(
         ("decode good.png --format jpg", "format"),
         ("decode good.png --sigma 2", "sigma"),
         ("export nowhere out.safetensors", "run"),
-        (f"export {OLD_RUN} model.safetensors", "out"),
+        (f"export {SAVED_RUN} model.safetensors", "out"),
         ("import nowhere.pth out.safetensors --family flux --version v2", "version"),
         ("import nowhere.pth out.safetensors --family flux", "the following arguments are requ"),
         ("import a_file model.safetensors --family flux --version v1", "out"),
@@ -203,7 +203,7 @@ def test_a_full_disk_is_told_and_costs_no_checkpoint(
     last = "--trainer.callbacks.save_last=true", "--trainer.max_steps=3"
     said = told(capsys, "fit", "--config=config.yaml", *every, *last)
     assert "No space left on device" in said
-    checkpoints = folder / "runs/old_run/version_0/checkpoints"
+    checkpoints = folder / "runs/saved_run/version_0/checkpoints"
     assert torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"] == 2
     assert not list(checkpoints.glob(".*"))  # nothing half written
 
