@@ -152,7 +152,7 @@ def peaks(name: str, recomputes: bool = False) -> dict[str, dict[str, float]]:
     return estimate.estimate_peaks(name, info(), 64, 8, torch.float32, mode)
 
 
-@pytest.mark.parametrize("name", ["forward", "train"])
+@pytest.mark.parametrize("name", ["forward", pytest.param("train", marks=pytest.mark.slow)])
 def test_an_estimate_is_what_a_run_holds(name: str) -> None:
     run, batch = work(name), networks.random_sample(info(), 64, 8, CPU)
     ((row, call),) = run.calls(batch).items()
@@ -165,6 +165,7 @@ def test_an_estimate_is_what_a_run_holds(name: str) -> None:
         assert peaks(name, recomputes=True)[row]["peak_mib"] < estimated["peak_mib"]
 
 
+@pytest.mark.slow
 def test_a_decode_is_estimated_as_the_decoder_does() -> None:
     spec = replace(info(), student_times=STUDENT_TIMES)
     (peaks,) = estimate.estimate_peaks("decode", spec, 128, 2, torch.bfloat16, Mode()).values()
@@ -245,6 +246,7 @@ def rows_of(tmp_path: Path, options: str) -> list[dict]:
     return json.loads(out.read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_table_and_json_hold_the_same_rows(
     small: None, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -260,6 +262,7 @@ def test_table_and_json_hold_the_same_rows(
     assert all(row["error"] < 1e-4 for row in rows[:2])
 
 
+@pytest.mark.slow
 def test_rows_are_saved_before_memory_runs_out(
     small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

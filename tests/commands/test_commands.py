@@ -6,8 +6,9 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -158,7 +159,11 @@ def test_compiled_tiles_share_one_graph_whatever_the_pictures_sizes(
         assert (eager - compiled).abs().max() <= 2.01 / 255  # one step of 8 bits
 
 
-@pytest.mark.parametrize("student_times", [STUDENT_TIMES, None], ids=["student", "teacher"])
+@pytest.mark.parametrize(
+    "student_times",
+    [STUDENT_TIMES, pytest.param(None, marks=pytest.mark.slow)],
+    ids=["student", "teacher"],
+)
 def test_options_reach_the_decoder(tmp_path: Path, student_times: tuple[float, ...] | None) -> None:
     sizes = {"text_width": 6, "text_length": 3}
     make(latent_channels=16, student_times=student_times, sizes=sizes).save_pretrained(tmp_path)
@@ -371,8 +376,19 @@ def test_the_published_numbers_are_these() -> None:
     assert paddings == {"v1": "zeros", "v1.5": "replicate"}
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("family", FAMILIES)
+def some_slow(families: Iterable[str], quick: list[str]) -> list[Any]:
+    """Every family in every version; all but those named as `FAMILY-VERSION` are slow."""
+    return [
+        pytest.param(family, version, marks=[] if name in quick else pytest.mark.slow, id=name)
+        for family in families
+        for version in VERSIONS
+        for name in [f"{family}-{version}"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "version"), some_slow(FAMILIES, ["flux2-v1.5", "siglip-v1", "dinov2-v1.5"])
+)
 def test_full_size_shapes_convert(family: str, version: str) -> None:
     """456 tensors of v1 and 461 of v1.5, as released, on the meta device."""
     with torch.device("meta"):
@@ -390,8 +406,10 @@ def test_full_size_shapes_convert(family: str, version: str) -> None:
         assert sum(w.numel() for w in denoiser.parameters()) == pytest.approx(1.36e9, rel=0.05)
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("family", ["flux", "flux2", "sdxl", "siglip"])
+@pytest.mark.parametrize(
+    ("family", "version"),
+    some_slow(["flux", "flux2", "sdxl", "siglip"], ["flux2-v1.5", "siglip-v1"]),
+)
 def test_released_weights_decode_as_the_plain_method_does(
     small: None, tmp_path: Path, family: str, version: str
 ) -> None:

@@ -74,7 +74,9 @@ def metadata(path) -> dict:
     return json.loads(path.with_suffix(".json").read_text())
 
 
-@pytest.mark.parametrize("kind", ["student", "guided teacher"])
+@pytest.mark.parametrize(
+    "kind", ["student", pytest.param("guided teacher", marks=pytest.mark.slow)]
+)
 def test_predict_and_decode_make_the_same_pictures(tmp_path, kind):
     """Of pictures and latents, whole and in tiles, alone and in company."""
     options = ["--seed", "3", "--steps", "2", "--sigma", "0.5"]

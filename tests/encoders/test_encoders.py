@@ -333,7 +333,10 @@ def test_the_name_tells_the_version_of_siglip(model, space):
 
 @pytest.mark.parametrize(
     ("build", "channels", "positions", "space"),
-    [(SigLIPEncoder, 1152, 16, "siglip2"), (DINOv2Encoder, 768, 37, "dinov2")],
+    [
+        pytest.param(SigLIPEncoder, 1152, 16, "siglip2", marks=pytest.mark.slow),
+        (DINOv2Encoder, 768, 37, "dinov2"),
+    ],
 )
 def test_the_published_towers_on_the_meta_device(build, channels, positions, space):
     encoder = build()

@@ -81,7 +81,7 @@ class SendSIGTERM(pl.Callback):
 
 @pytest.mark.parametrize(
     ("num_batches", "accumulate", "step"),
-    [(4, 1, 4), (4, 2, 3)],
+    [pytest.param(4, 1, 4, marks=pytest.mark.slow), (4, 2, 3)],
     ids=["last", "accumulating"],
 )
 def test_sigterm_in_a_validation_saves_between_steps_and_resumes_exactly(
@@ -105,6 +105,7 @@ def test_sigterm_in_a_validation_saves_between_steps_and_resumes_exactly(
     assert_ends_equal(last, tmp_path / "whole/tiny/version_0/checkpoints/last.ckpt", 4)
 
 
+@pytest.mark.slow
 def test_validate_takes_the_callbacks_and_the_logger_of_any_run(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +157,7 @@ def test_images_per_second_are_honest(tmp_path: Path, monkeypatch: pytest.Monkey
     assert seen[-1] == 3 / 0.5  # one reading of the clock a batch
 
 
+@pytest.mark.slow
 def test_last_is_the_newest_run_and_goes_on_in_its_folder(runs: Path, tmp_path: Path) -> None:
     config = f"--config={runs / 'tiny.yaml'}"
     family = tmp_path / "runs/tiny"
@@ -182,6 +184,7 @@ def test_last_is_the_newest_run_and_goes_on_in_its_folder(runs: Path, tmp_path: 
     assert [p.name for p in (family / "version_1/checkpoints").glob("last*")] == ["last.ckpt"]
 
 
+@pytest.mark.slow
 def test_tests_and_validations_of_a_checkpoint_are_at_its_step_and_replace_nothing(
     tmp_path: Path,
 ) -> None:
@@ -252,7 +255,10 @@ def assert_ends_equal(one: Path, other: Path, num_steps: int = NUM_STEPS) -> Non
 
 @pytest.mark.parametrize(
     ("kind", "number", "status"),
-    [("distilled", signal.SIGINT, 1), ("plain", signal.SIGTERM, 128 + signal.SIGTERM)],
+    [
+        ("distilled", signal.SIGTERM, 128 + signal.SIGTERM),
+        pytest.param("plain", signal.SIGINT, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_finishes_the_step_and_resumes_exactly(
     kind: str,
@@ -297,6 +303,7 @@ def test_a_kill_at_any_moment_costs_no_more_than_the_steps_since_the_last_save(
     assert not list(checkpoints.glob(".*"))  # nothing half written
 
 
+@pytest.mark.slow
 def test_an_epoch_that_ends_within_accumulated_batches_ends_with_a_step(
     runs: Path, tmp_path: Path
 ) -> None:
@@ -330,6 +337,7 @@ def test_an_epoch_that_ends_within_accumulated_batches_ends_with_a_step(
             tiny.assert_equal_states(once[part], twice[part], part)
 
 
+@pytest.mark.slow
 def test_measuring_time_changes_nothing(
     uninterrupted: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ def draw_latents(rows: int, columns: int) -> torch.Tensor:
     return torch.randn(1, 16, rows, columns, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("fixed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_one_graph_a_size_whatever_the_steps_and_tiles(fixed: bool) -> None:
     torch._dynamo.reset()
     decoder, counter = make_decoder(), CompileCounter()

@@ -95,7 +95,14 @@ def test_full_size_steps_once_when_shrunk(config: Path, tmp_path: Path) -> None:
     main(["fit", f"--config={config}", *arguments])
 
 
-@pytest.mark.parametrize("config", DISTILLATIONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(path, marks=[] if "dinov2" in path.stem else pytest.mark.slow)
+        for path in DISTILLATIONS
+    ],
+    ids=lambda path: path.stem,
+)
 def test_distillation_steps_when_shrunk(config: Path, tmp_path: Path, monkeypatch) -> None:
     family = config.stem.split("_")[0]
     folder = f"--trainer.default_root_dir={tmp_path}"

@@ -97,6 +97,7 @@ def test_two_processes_are_one_with_their_batches_together(
     assert (ours - theirs).norm() < 1e-3 * (theirs - before).norm()
 
 
+@pytest.mark.slow
 def test_the_table_is_the_same_from_two_processes(teacher: Path, tmp_path: Path) -> None:
     config = processes.write_config(tmp_path)
 

@@ -70,7 +70,9 @@ def normal(*shape: int) -> Tensor:
     return torch.empty(shape, device=GPU)
 
 
-@pytest.mark.parametrize(("tile", "window"), [(64, None), (None, 32)])
+@pytest.mark.parametrize(
+    ("tile", "window"), [pytest.param(64, None, marks=pytest.mark.slow), (None, 32)]
+)
 def test_decoding_stays_on_the_gpu(
     meta_network: PiD, tile: int | None, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ print(*((now - before) / 2**20 for now in (held, left, resident())))
     [
         ("kept", {}, True),
         ("default", {}, False),
-        ("kept", {"MALLOC_TRIM_THRESHOLD_": "65536"}, False),
+        pytest.param("kept", {"MALLOC_TRIM_THRESHOLD_": "65536"}, False, marks=pytest.mark.slow),
         ("kept", {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=65536"}, False),
     ],
 )
@@ -110,25 +111,29 @@ from pid_lightning.decoding.memory import PeakMemory
 torch.set_num_threads(1)
 sizes = {"width": 64, "num_heads": 4, "pixel_width": 8}
 figures = []
-for changes in ({}, {"student_times": None}):
-    decoder = make(sizes=sizes, image_size=None, **changes)
-    weights = sum(w.numel() * 4 for w in decoder.denoiser.parameters())
-    decode(decoder, torch.randn(1, 4, 8, 8), steps=2)
-    for side, tile in ((384, None), (768, 256)):
-        latents = torch.randn(1, 4, side // 32, side // 32)
-        with PeakMemory(torch.device("cpu")) as measured:
-            decode(decoder, latents, tile=tile, steps=3)
-        figures.append((decoder.estimate_memory(side, side, tile) - weights, measured.peak_bytes))
+decoder = make(sizes=sizes, image_size=None, **json.loads(sys.argv[1]))
+weights = sum(w.numel() * 4 for w in decoder.denoiser.parameters())
+decode(decoder, torch.randn(1, 4, 8, 8), steps=2)
+for side, tile in ((384, None), (768, 256)):
+    latents = torch.randn(1, 4, side // 32, side // 32)
+    with PeakMemory(torch.device("cpu")) as measured:
+        decode(decoder, latents, tile=tile, steps=3)
+    figures.append((decoder.estimate_memory(side, side, tile) - weights, measured.peak_bytes))
 print(json.dumps(figures))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a resettable high-water mark")
-def test_memory_is_what_was_estimated() -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{}, pytest.param({"student_times": None}, marks=pytest.mark.slow)],
+    ids=["student", "teacher"],
+)
+def test_memory_is_what_was_estimated(changes: dict[str, Any]) -> None:
     # Return freed blocks to the system at once, so that resident memory is what tensors hold.
     settings = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", MEASURE],
+        [sys.executable, "-W", "ignore", "-c", MEASURE, json.dumps(changes)],
         env={**os.environ, **settings},
         cwd=Path(__file__).parents[2],
         capture_output=True,
