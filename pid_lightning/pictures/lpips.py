@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -12,46 +14,67 @@ from pid_lightning.files import ASSETS
 from pid_lightning.files.tensors import fill, read_tensors
 
 BUNDLED = ASSETS / "lpips_alex.safetensors"
+SMALLEST_SIDE = 31  # below it AlexNet's second pooling has an empty output
 
 
 class LPIPS(nn.Module):
-    """Learned perceptual distance, version 0.1 with AlexNet (Zhang et al., arXiv 1801.03924).
+    """Learned perceptual distance, version 0.1 (Zhang et al., arXiv 1801.03924).
 
-    Squared differences of the channel-normalised features after each ReLU, weighted by a 1 x 1
-    head, averaged over space, summed over the five layers. Equals torchmetrics' network, whose
-    public class downloads its weights. Parameter names: ``features.{0,3,6,8,10}`` as in
-    torchvision, ``lin{0..4}.weight``.
+    Squared differences of channel-normalised features, weighted by a 1 x 1 head, averaged over
+    space, summed over five layers. Equals torchmetrics' networks, whose public class downloads
+    their weights. Parameter names: ``features.{i}`` as in torchvision, ``lin{0..4}.weight``.
+
+    Args:
+        features: convolutions, ReLUs and poolings.
+        compared: positions in `features` of the ReLUs whose outputs are compared.
     """
 
-    smallest_side = 31  # below it the second pooling has an empty output
-
-    def __init__(self) -> None:
+    def __init__(self, features: nn.Sequential, compared: Sequence[int]) -> None:
         super().__init__()
-        self.features: nn.Sequential = nn.Sequential(
-            *(nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)),
-            *(nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)),
-            *(nn.Conv2d(192, 384, 3, padding=1), nn.ReLU()),
-            *(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU()),
-            *(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU()),
-        )
-        for i, width in enumerate((64, 192, 384, 256, 256)):
-            self.add_module(f"lin{i}", nn.Conv2d(width, 1, 1, bias=False))
+        self.features = features
+        self.compared = compared
+        for layer, position in enumerate(compared):
+            width = features[position - 1].out_channels
+            self.add_module(f"lin{layer}", nn.Conv2d(width, 1, 1, bias=False))
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        """Distance (B,) between images (B, 3, H, W) in [-1, 1], sides of 31 pixels or more."""
+        """Distance (B,) between images (B, 3, H, W) in [-1, 1], sides of 31 pixels or more for
+        AlexNet, 16 for VGG16."""
         shift = images.new_tensor([-0.030, -0.088, -0.188])[:, None, None]
         scale = images.new_tensor([0.458, 0.448, 0.450])[:, None, None]
         a, b = (images - shift) / scale, (others - shift) / scale
         distance = images.new_zeros(len(images))
-        layer = 0
-        for module in self.features:
+        for position, module in enumerate(self.features):
             a, b = module(a), module(b)
-            if isinstance(module, nn.ReLU):
-                difference = (_unit(a) - _unit(b)).square()
-                head = self.get_submodule(f"lin{layer}")
-                distance = distance + head(difference).mean(dim=(1, 2, 3))
-                layer += 1
+            if position in self.compared:
+                head = self.get_submodule(f"lin{self.compared.index(position)}")
+                weighted = (_unit(a) - _unit(b)).square() * head.weight
+                distance = distance + weighted.sum(dim=1).mean(dim=(1, 2))
         return distance
+
+
+def alexnet_lpips() -> LPIPS:
+    """LPIPS with AlexNet, the one to measure with; its weights are random."""
+    features = nn.Sequential(
+        *(nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)),
+        *(nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)),
+        *(nn.Conv2d(192, 384, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU()),
+    )
+    return LPIPS(features, compared=(1, 4, 7, 9, 11))
+
+
+def vgg_lpips() -> LPIPS:
+    """LPIPS with VGG16, the one to train with: trained with, the strides of AlexNet's first layer
+    weave a texture into pictures. Its weights are random."""
+    layers = []
+    stages = ((3, 64, 64), (64, 128, 128), (128, 256, 256, 256), (256, 512, 512, 512), (512,) * 4)
+    for widths in stages:
+        for num_inputs, num_outputs in pairwise(widths):
+            layers += [nn.Conv2d(num_inputs, num_outputs, 3, padding=1), nn.ReLU()]
+        layers.append(nn.MaxPool2d(2))
+    return LPIPS(nn.Sequential(*layers[:-1]), compared=(3, 8, 15, 22, 29))
 
 
 def _unit(features: Tensor) -> Tensor:
@@ -59,21 +82,47 @@ def _unit(features: Tensor) -> Tensor:
 
 
 def lpips_network(source: str | Path | None = None) -> LPIPS:
-    """LPIPS with its published weights, frozen and in fp32.
+    """LPIPS with AlexNet and its published weights, frozen and in fp32.
 
     Args:
         source: a ``.safetensors`` file with ``features.{0,3,6,8,10}.{weight,bias}`` and
             ``lin{0..4}.weight``; None is the bundled one.
 
     Raises:
-        Mistake: the file does not exist, is damaged, or holds another network.
+        OSError: the file does not exist.
+        Mistake: it is damaged, or holds another network.
     """
-    source = BUNDLED if source is None else Path(os.path.expanduser(source))
     with torch.device("meta"):  # initialising parameters would advance the global random state
-        network = LPIPS()
-    state = {
-        name: value.reshape(1, -1, 1, 1) if name.startswith("lin") else value
-        for name, value in read_tensors(source).items()
-    }
-    fill(network, state, f"LPIPS {source}", "give the file of LPIPS with AlexNet")
+        network = alexnet_lpips()
+    return _filled(network, BUNDLED if source is None else source, {})
+
+
+def lpips_vgg_network(source: str | Path) -> LPIPS:
+    """LPIPS with VGG16, frozen and in fp32.
+
+    Args:
+        source: a ``.safetensors`` file with ``conv{0..12}.{weight,bias}`` and
+            ``lin{0..4}.weight``.
+
+    Raises:
+        OSError: the file does not exist.
+        Mistake: it is damaged, or holds another network.
+    """
+    with torch.device("meta"):
+        network = vgg_lpips()
+    layers = enumerate(network.features)
+    convolutions = [i for i, layer in layers if isinstance(layer, nn.Conv2d)]
+    names = {f"conv{number}": f"features.{i}" for number, i in enumerate(convolutions)}
+    return _filled(network, source, names).to(memory_format=torch.channels_last)
+
+
+def _filled(network: LPIPS, source: str | Path, names: dict[str, str]) -> LPIPS:
+    """The network with the weights of a file, where layers may have other `names`."""
+    source = Path(os.path.expanduser(source))
+    state = {}
+    for name, value in read_tensors(source).items():
+        layer, dot, kind = name.rpartition(".")
+        value = value.reshape(1, -1, 1, 1) if layer.startswith("lin") else value
+        state[names.get(layer, layer) + dot + kind] = value
+    fill(network, state, f"LPIPS {source}", "give the file of this network")
     return network.requires_grad_(False).eval()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pid_lightning.checks import Mistake, check_at_least
 from pid_lightning.files.atomic import replaced_file
-from pid_lightning.pictures.lpips import LPIPS
+from pid_lightning.pictures.lpips import LPIPS, SMALLEST_SIDE
 from pid_lightning.pictures.resizing import reduce_picture
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class PictureMetrics:
             Mistake: sides that are too small to measure, or a prediction that is not finite.
         """
         row = (row[0], float(row[1]))
-        check_at_least("data.image_size", min(prediction.shape[-2:]), LPIPS.smallest_side)
+        check_at_least("data.image_size", min(prediction.shape[-2:]), SMALLEST_SIDE)
         if not prediction.isfinite().all():
             raise Mistake(
                 row[0],

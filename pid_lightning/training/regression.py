@@ -14,8 +14,7 @@ from pid_lightning.checks import Mistake, check_at_least, check_between
 from pid_lightning.diffusion import flow, losses
 from pid_lightning.diffusion.randomness import sample_generators
 from pid_lightning.nn import Condition, PiD
-from pid_lightning.pictures.lpips import LPIPS, lpips_network
-from pid_lightning.pictures.lpips_vgg import LPIPSVGG, lpips_vgg_network
+from pid_lightning.pictures.lpips import LPIPS, lpips_network, lpips_vgg_network
 from pid_lightning.training.objective import FlowMatching
 from pid_lightning.training.sample import Sample
 from pid_lightning.training.settings import Training
@@ -90,7 +89,7 @@ class RegressionObjective(FlowMatching):
         super().__init__(denoiser, training)
         self.regression = regression
         self.alex: LPIPS | None = lpips_network().to(device) if regression.alex_weight else None
-        self.vgg: LPIPSVGG | None = (
+        self.vgg: LPIPS | None = (
             lpips_vgg_network(regression.vgg).to(device) if regression.vgg_weight else None
         )
 

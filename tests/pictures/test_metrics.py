@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 
 from pid_lightning.checks import Mistake
 from pid_lightning.files.tensors import read_tensors
-from pid_lightning.pictures.lpips import LPIPS, lpips_network
+from pid_lightning.pictures.lpips import SMALLEST_SIDE, alexnet_lpips, lpips_network
 from pid_lightning.pictures.metrics import PictureMetrics, format_table, write_csv
 from pid_lightning.pictures.resizing import reduce_picture
 
-SHAPES = {name: value.shape for name, value in LPIPS().state_dict().items()}
+SHAPES = {name: value.shape for name, value in alexnet_lpips().state_dict().items()}
 
 
 def _random_state() -> dict[str, torch.Tensor]:
@@ -182,10 +182,10 @@ def test_pictures_that_cannot_be_measured_are_refused():
 
 
 def test_lpips_works_down_to_its_smallest_side():
-    pictures = torch.zeros(1, 3, LPIPS.smallest_side, LPIPS.smallest_side)
-    assert LPIPS()(pictures, pictures).shape == (1,)
+    pictures = torch.zeros(1, 3, SMALLEST_SIDE, SMALLEST_SIDE)
+    assert alexnet_lpips()(pictures, pictures).shape == (1,)
     with pytest.raises(RuntimeError, match="too small"):
-        LPIPS()(pictures[..., 1:], pictures[..., 1:])
+        alexnet_lpips()(pictures[..., 1:], pictures[..., 1:])
 
 
 def _row(**changes) -> dict:
