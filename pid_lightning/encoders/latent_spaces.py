@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from pid_lightning.checks import Mistake
-from pid_lightning.encoders.flux2_statistics import FLUX2_MEAN, FLUX2_VARIANCE
+from pid_lightning.files import ASSETS
+from pid_lightning.nn.geometry import pack, unpack
 
 # Normalised latents have a standard deviation near 1. Outside these bounds, a missing or doubled
 # normalisation is more likely than an unusual picture; small pictures reach 2.
@@ -100,23 +101,6 @@ class LatentSpace:
         return cells
 
 
-def pack(raw: Tensor, packing: int = 2) -> Tensor:
-    """Fold packing x packing cells into channels, ``channel*packing^2 + row*packing + col``.
-
-    FLUX.2's layout: (B, 32, 2h, 2w) to (B, 128, h, w). Sides are multiples of `packing`.
-    """
-    return rearrange(
-        raw, "b c (h row) (w col) -> b (c row col) h w", row=packing, col=packing
-    )  # (B, C*packing^2, h, w)
-
-
-def unpack(latents: Tensor, packing: int = 2) -> Tensor:
-    """Inverse of `pack`: FLUX.2's (B, 128, h, w) to (B, 32, 2h, 2w)."""
-    return rearrange(
-        latents, "b (c row col) h w -> b c (h row) (w col)", row=packing, col=packing
-    )  # (B, C/packing^2, h*packing, w*packing)
-
-
 def flux2_space(
     running_mean: Sequence[float] | Tensor,
     running_var: Sequence[float] | Tensor,
@@ -140,25 +124,22 @@ def flux2_space(
     return LatentSpace(name, len(mean), stride, shift=tuple(mean), scale=scale, packing=2)
 
 
-# Per-channel statistics from the published configuration of Qwen-Image's autoencoder.
-# fmt: off
-QWEN_MEAN = (
-    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+# Per-channel statistics in the published files of the autoencoders. FLUX.2's are those of its
+# batch norm, in the packing's order: channel, row, column.
+STATISTICS: Mapping[str, Mapping[str, Sequence[float]]] = json.loads(
+    (ASSETS / "latent_statistics.json").read_text(encoding="utf-8")
 )
-QWEN_STD = (
-    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-)
-# fmt: on
+FLUX2, QWEN = STATISTICS["flux2"], STATISTICS["qwen"]
 
 KNOWN_SPACES: Mapping[str, LatentSpace] = {
     "sd3": LatentSpace("sd3", 16, 8, shift=(0.0609,), scale=(1.5305,)),
     "flux": LatentSpace("flux", 16, 8, shift=(0.1159,), scale=(0.3611,)),  # also Z-Image
     "sdxl": LatentSpace("sdxl", 4, 8, scale=(0.13025,)),
     # FLUX.2, klein, FLUX.3, ERNIE-Image, Ideogram 4, Bria FIBO 2
-    "flux2": flux2_space(FLUX2_MEAN, FLUX2_VARIANCE),
-    "qwen": LatentSpace("qwen", 16, 8, shift=QWEN_MEAN, scale=tuple(1 / s for s in QWEN_STD)),
+    "flux2": flux2_space(FLUX2["mean"], FLUX2["variance"]),
+    "qwen": LatentSpace(
+        "qwen", 16, 8, shift=tuple(QWEN["mean"]), scale=tuple(1 / s for s in QWEN["std"])
+    ),
 }
 
 
@@ -185,8 +166,8 @@ def qwen_space(config: Mapping[str, Any]) -> LatentSpace:
     """The space that a diffusers `AutoencoderKLQwenImage` configuration describes."""
     channels = config.get("z_dim", 16)
     stride = 2 ** len(config.get("temperal_downsample", (False, True, True)))  # diffusers' spelling
-    shift = tuple(config.get("latents_mean", QWEN_MEAN))
-    scale = tuple(1 / s for s in config.get("latents_std", QWEN_STD))
+    shift = tuple(config.get("latents_mean", QWEN["mean"]))
+    scale = tuple(1 / s for s in config.get("latents_std", QWEN["std"]))
     return _named(channels, stride, shift, scale, prefix="qwen")
 
 

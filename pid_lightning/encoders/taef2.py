@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from pid_lightning.encoders.base import Encoder
-from pid_lightning.encoders.latent_spaces import pack, unpack
 from pid_lightning.files import ASSETS
 from pid_lightning.files.tensors import fill, read_tensors
+from pid_lightning.nn.geometry import pack, unpack
 from pid_lightning.nn.taef2 import LATENT_CHANNELS, STRIDE, TAEF2Decoder, TAEF2Encoder
 
 BUNDLED = ASSETS / "taef2.safetensors"

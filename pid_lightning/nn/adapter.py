@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pid_lightning.checks import check_choice, check_multiple
 from pid_lightning.nn.config import AdapterConfig, Gate, Padding
-from pid_lightning.nn.geometry import Geometry
+from pid_lightning.nn.geometry import Geometry, pack, unpack
 from pid_lightning.nn.native import Native, NativeDecoder, check_geometry
 
 
@@ -211,11 +211,11 @@ class LatentAdapter(nn.Module):
             One token per patch (B, H/P, W/P, width), for `features`; the predicted low-resolution
             image (B, 3, H/scale, W/scale) in [-1, 1], or None; and the native decode, or None.
         """
-        x, native = self._unpacked(latents), None
+        x, native = unpack(latents, self.unpack), None
         if self.native is not None:
             native = self.native(x, latent_sigma)
             x = torch.cat((x, native.latents.detach()), dim=1)
-            native = native._replace(latents=self._packed(native.latents))
+            native = native._replace(latents=pack(native.latents, self.unpack))
         x = self._to_patch_grid(x)
         if self.sigma_plane:
             plane = latent_sigma.to(x.dtype).view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])
@@ -238,7 +238,8 @@ class LatentAdapter(nn.Module):
 
     def estimate(self, latents: Tensor, latent_sigma: Tensor) -> Tensor:
         """The native decoder's estimate (B, C, h, w) of the clean latents, alone."""
-        return self._packed(self.native.estimate(self._unpacked(latents), latent_sigma))
+        estimate = self.native.estimate(unpack(latents, self.unpack), latent_sigma)
+        return pack(estimate, self.unpack)
 
     def features(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """All heads in one matmul: tokens (B, h, w, width) to one (B, h*w, D) per injection."""
@@ -246,18 +247,10 @@ class LatentAdapter(nn.Module):
         # Copied apart: CUDA graphs would copy each view of the rows with the whole rows' extent.
         return tuple(head.contiguous() for head in heads.chunk(self.num_injections, dim=-1))
 
-    def _unpacked(self, latents: Tensor) -> Tensor:
-        side = self.unpack
-        return rearrange(latents, "b (c p q) h w -> b c (h p) (w q)", p=side, q=side)
-
-    def _packed(self, unpacked: Tensor) -> Tensor:
-        side = self.unpack
-        return rearrange(unpacked, "b c (h p) (w q) -> b (c p q) h w", p=side, q=side)
-
     def _to_patch_grid(self, unpacked: Tensor) -> Tensor:
         if self.upsample > 1:
             return F.interpolate(unpacked, scale_factor=self.upsample, mode="nearest")
-        return rearrange(unpacked, "b c (h p) (w q) -> b (c p q) h w", p=self.fold, q=self.fold)
+        return pack(unpacked, self.fold)
 
     def _predict_rgb(self, x: Tensor) -> Tensor:
         pixels = self.rgb_head(rearrange(x, "b c h w -> b h w c"))

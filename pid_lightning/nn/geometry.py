@@ -1,10 +1,11 @@
-"""How latents cover the output."""
+"""How latents cover the output, and the packing of their cells into channels."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+from einops import rearrange
 from torch import Tensor
 
 from pid_lightning.checks import Mistake, check_at_least
@@ -76,3 +77,16 @@ class Geometry:
                 f"divisor of patch_size ({patch_size}); change scale or patch_size.",
             )
         return max(self.cell // patch_size, 1), max(patch_size // self.cell, 1)
+
+
+def pack(latents: Tensor, side: int = 2) -> Tensor:
+    """Fold side x side cells into channels, ``channel*side^2 + row*side + column``.
+
+    FLUX.2's layout: (B, 32, 2h, 2w) to (B, 128, h, w). Height and width are multiples of `side`.
+    """
+    return rearrange(latents, "b c (h p) (w q) -> b (c p q) h w", p=side, q=side)
+
+
+def unpack(packed: Tensor, side: int = 2) -> Tensor:
+    """Inverse of `pack`: FLUX.2's (B, 128, h, w) to (B, 32, 2h, 2w)."""
+    return rearrange(packed, "b (c p q) h w -> b c (h p) (w q)", p=side, q=side)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pid_lightning.checks import Mistake
 from pid_lightning.decoding.diffusers_vae import PiDAutoencoder, space_of
-from pid_lightning.encoders import latent_spaces
 from pid_lightning.encoders.vae import VAEEncoder
+from pid_lightning.nn.geometry import pack
 
 
 def normalised(name: str, pipe: Any, returned: Tensor) -> Tensor:
@@ -307,7 +307,7 @@ def test_flux2_statistics_are_the_autoencoders() -> None:
     vae = tiny_pipelines.flux2_vae()
     space = space_of(vae)
     raw = random_tensor(1, 32, 4, 4)
-    packed = latent_spaces.pack(raw)
+    packed = pack(raw)
     var = vae.bn.running_var.view(1, -1, 1, 1) + 1e-4
     expected = (packed - vae.bn.running_mean.view(1, -1, 1, 1)) / var.sqrt()
     torch.testing.assert_close(space.normalise(raw), expected, atol=1e-5, rtol=1e-5)

@@ -7,19 +7,17 @@ import warnings
 import pytest
 import torch
 
-from pid_lightning.encoders.flux2_statistics import FLUX2_MEAN, FLUX2_VARIANCE
 from pid_lightning.encoders.latent_spaces import (
+    FLUX2,
     KNOWN_SPACES,
-    QWEN_MEAN,
-    QWEN_STD,
+    QWEN,
     autoencoder_kl_space,
     flux2_space,
-    pack,
     qwen_space,
-    unpack,
     warn_if_not_normalised,
 )
 from pid_lightning.encoders.small_vae import SmallVAE
+from pid_lightning.nn.geometry import pack, unpack
 from pid_lightning.pictures.files import read_picture
 from pid_lightning.pictures.resizing import reduce_picture
 from pid_lightning.training.data.samples import centre_crop
@@ -46,8 +44,8 @@ def test_scalar_spaces_follow_the_published_formula(name, channels, scale, shift
 def test_flux2_is_the_batch_norm_of_its_packed_latents(generator):
     space = KNOWN_SPACES["flux2"]
     norm = torch.nn.BatchNorm2d(128, eps=1e-4, affine=False).eval()
-    norm.running_mean = torch.tensor(FLUX2_MEAN)
-    norm.running_var = torch.tensor(FLUX2_VARIANCE)
+    norm.running_mean = torch.tensor(FLUX2["mean"])
+    norm.running_var = torch.tensor(FLUX2["variance"])
     raw = 2 * torch.randn(2, 32, 4, 6, generator=generator)
     torch.testing.assert_close(space.normalise(raw), norm(pack(raw)))
     torch.testing.assert_close(space.denormalise(space.normalise(raw)), raw)
@@ -57,9 +55,8 @@ def test_qwen_is_per_channel_and_takes_a_frame_axis(generator):
     space = KNOWN_SPACES["qwen"]
     raw = torch.randn(2, 16, 1, 4, 6, generator=generator)
     expected = raw[:, :, 0]
-    expected = (expected - torch.tensor(QWEN_MEAN).view(1, 16, 1, 1)) / torch.tensor(QWEN_STD).view(
-        1, 16, 1, 1
-    )
+    mean, std = (torch.tensor(QWEN[name]).view(1, 16, 1, 1) for name in ("mean", "std"))
+    expected = (expected - mean) / std
     torch.testing.assert_close(space.normalise(raw), expected)
     torch.testing.assert_close(space.denormalise(expected), raw[:, :, 0])
 

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from pid_lightning.checks import Mistake
-from pid_lightning.encoders.latent_spaces import KNOWN_SPACES, pack
+from pid_lightning.encoders.latent_spaces import KNOWN_SPACES
 from pid_lightning.encoders.taef2 import TAEF2
 from pid_lightning.encoders.vae import build_vae_encoder
+from pid_lightning.nn.geometry import pack
 from pid_lightning.pictures.files import read_picture
 from pid_lightning.pictures.metrics import psnr
 from pid_lightning.pictures.resizing import reduce_picture
