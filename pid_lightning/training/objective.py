@@ -96,12 +96,15 @@ class FlowMatching:
     def configure_optimizers(self, fused: bool) -> dict[str, Any]:
         """The configured optimiser and its learning-rate schedule."""
         settings = self.settings
-        optimizer = make_optimizer(self.denoiser, settings, fused)
+        optimizer = self._optimizer(fused)
         schedule = make_schedule(optimizer, settings.warmup_steps, settings.decay_steps)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+    def _optimizer(self, fused: bool) -> torch.optim.Optimizer:
+        return make_optimizer(self.denoiser, self.settings, fused)
 
     def num_denoiser_updates(self, global_step: int) -> int:
         """Every optimiser step is the denoiser's."""

@@ -60,7 +60,8 @@ def clip_gradients(
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for matrices and AdamW for the rest, as one optimiser with one schedule and state.
+    """Muon for matrices and AdamW for the rest, as one optimiser with one schedule and state;
+    groups that are added later are AdamW's.
 
     Muon (https://kellerjordan.github.io/posts/muon) steps along the orthogonal matrix nearest to
     the momentum, here scaled to the size of AdamW's step (arXiv 2502.16982, equation 4). The
@@ -97,11 +98,11 @@ class MuonAndAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        muon, adamw = self.param_groups
+        muon, *adamw = self.param_groups
         for parameter in muon["params"]:
             if parameter.grad is not None:
                 self._step_matrix(parameter, muon["lr"], muon["weight_decay"])
-        self._adamw.param_groups, self._adamw.state = [adamw], self.state
+        self._adamw.param_groups, self._adamw.state = adamw, self.state
         self._adamw.step()
         return loss
 

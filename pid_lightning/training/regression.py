@@ -14,10 +14,14 @@ from pid_lightning.checks import Mistake, check_at_least, check_between
 from pid_lightning.diffusion import flow, losses
 from pid_lightning.diffusion.randomness import sample_generators
 from pid_lightning.nn import Condition, PiD
+from pid_lightning.nn.picture_discriminator import PictureDiscriminator
 from pid_lightning.pictures.lpips import LPIPS, lpips_network, lpips_vgg_network
 from pid_lightning.training.objective import FlowMatching
 from pid_lightning.training.sample import Sample
 from pid_lightning.training.settings import Training
+
+# AdamW's settings for the discriminator: a short memory, since what it judges keeps changing.
+CRITIC_OPTIMIZER = {"lr": 4e-4, "betas": (0.5, 0.99), "weight_decay": 0.0}
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class RegressionSettings:
         vgg_size: side of the random part of each picture that VGG16 sees, since it costs more than
             a small denoiser; None is all of it.
         latent_weight: weight of the error of the adapter's estimate of the clean latents.
+        adversarial_weight: weight of the verdict of a `PictureDiscriminator`, which learns beside
+            the student and brings texture; 0 is without one.
 
     Raises:
         Mistake: a value is out of range.
@@ -47,6 +53,7 @@ class RegressionSettings:
     vgg: str | None = None
     vgg_size: int | None = None
     latent_weight: float = 0.0
+    adversarial_weight: float = 0.0
 
     def __post_init__(self) -> None:
         times = self.student_times
@@ -54,8 +61,8 @@ class RegressionSettings:
             raise Mistake("student_times", f"{times} must decrease, for example [0.999, 0.5].")
         check_between("student_times", times[0], 0, 1)
         check_between("last_share", self.last_share, 0, 1)
-        for name in ("pixel_weight", "alex_weight", "vgg_weight", "latent_weight"):
-            check_at_least(name, getattr(self, name), 0)
+        for name in ("pixel", "alex", "vgg", "latent", "adversarial"):
+            check_at_least(f"{name}_weight", getattr(self, f"{name}_weight"), 0)
         if self.vgg_weight and self.vgg is None:
             raise Mistake(
                 "vgg", "is not given; name the file of LPIPS with VGG16, or set vgg_weight to 0."
@@ -73,6 +80,7 @@ class RegressionObjective(FlowMatching):
         denoiser: the network that learns.
         training: its optimiser and seed.
         regression: its times and losses.
+        discriminator: the network of the adversarial loss, None without one.
         device: of the perceptual networks.
 
     Raises:
@@ -84,10 +92,12 @@ class RegressionObjective(FlowMatching):
         denoiser: PiD,
         training: Training,
         regression: RegressionSettings,
+        discriminator: PictureDiscriminator | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(denoiser, training)
         self.regression = regression
+        self.discriminator = discriminator
         self.alex: LPIPS | None = lpips_network().to(device) if regression.alex_weight else None
         self.vgg: LPIPS | None = (
             lpips_vgg_network(regression.vgg).to(device) if regression.vgg_weight else None
@@ -111,9 +121,30 @@ class RegressionObjective(FlowMatching):
         if regression.latent_weight:
             estimate = adapted.latents
             parts["latent"] = losses.latent_loss(estimate, sample.clean, sample.latent_sigma)
+        if self.discriminator is not None:
+            parts["adversarial"], critic_loss = self._verdicts(x0, sample.x0, adapted.base)
         loss = sum(getattr(regression, f"{name}_weight") * part for name, part in parts.items())
         logged = {f"{name}_loss": part.detach() for name, part in parts.items()}
-        return loss, logged | {"loss": loss.detach()}
+        logged["loss"] = loss.detach()
+        if self.discriminator is not None:
+            loss = loss + critic_loss
+            logged["critic_loss"] = critic_loss.detach()
+        return loss, logged
+
+    def _optimizer(self, fused: bool) -> torch.optim.Optimizer:
+        optimizer = super()._optimizer(fused)
+        if self.discriminator is not None:
+            critic = {"params": list(self.discriminator.parameters()), **CRITIC_OPTIMIZER}
+            optimizer.add_param_group(optimizer.param_groups[-1] | critic)
+        return optimizer
+
+    def _verdicts(self, made: Tensor, photographs: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's and the discriminator's losses; neither has gradients for the other."""
+        real = self.discriminator(photographs, base)
+        critic_loss = losses.relativistic_loss(real, self.discriminator(made.detach(), base))
+        frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
+        verdict = torch.func.functional_call(self.discriminator, frozen, (made, base))
+        return losses.relativistic_loss(verdict, real.detach()), critic_loss
 
     def _predicted(
         self, sample: Sample, condition: Condition, generator: torch.Generator

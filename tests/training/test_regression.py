@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +14,9 @@ from safetensors.torch import save_file
 from pid_lightning import AdapterConfig, LatentCrops, Regression, Training, VAEPiD
 from pid_lightning.checks import Mistake
 from pid_lightning.diffusion import flow
-from pid_lightning.diffusion.losses import latent_loss
+from pid_lightning.diffusion.losses import latent_loss, relativistic_loss
 from pid_lightning.nn.geometry import Geometry
+from pid_lightning.nn.picture_discriminator import PictureDiscriminator
 from pid_lightning.pictures.lpips import lpips_vgg_network
 from pid_lightning.pictures.resizing import reduce_picture
 from pid_lightning.training.data.latent_crops import WholePictures
@@ -34,7 +37,7 @@ class Denoiser:
         self.geometry = Geometry(4, 16, 4)
 
     def adapt(self, latents, latent_sigma):
-        return SimpleNamespace(latents=latents)
+        return SimpleNamespace(latents=latents, base=torch.zeros_like(self.picture))
 
     def condition_on(self, *_):
         return None
@@ -84,6 +87,44 @@ def test_later_steps_see_the_picture_of_the_first_noised_anew():
     rest = twice[1][0] - 0.9 * picture
     assert rest.std().item() == pytest.approx(0.1, abs=0.01)
     assert abs(rest.mean()) < 0.01
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.4])
+def test_student_and_discriminator_learn_from_their_own_losses(weight):
+    """The student's gradient is its weight times the verdict's; the discriminator's has none."""
+    generator = torch.Generator().manual_seed(0)
+    x0, made = torch.rand(2, 2, 3, 16, 16, generator=generator)
+    discriminator = PictureDiscriminator(8).eval()  # whose spectral norms then stay
+    base = torch.zeros_like(x0)
+
+    def gradients(loss, *tensors):
+        return torch.autograd.grad(loss, tensors)
+
+    picture = made.clone().requires_grad_()
+    settings = RegressionSettings(pixel_weight=0.0, adversarial_weight=weight)
+    objective = RegressionObjective(Denoiser(picture), Training(seed=1), settings, discriminator)
+    latents = torch.zeros(2, 4, 1, 1)
+    sample = Sample(x0, x0, latents, torch.zeros(2), None, None, None, [0, 1])
+    loss, _ = objective.training_step(SimpleNamespace(global_step=0), sample)
+    loss.backward()
+
+    alone = made.clone().requires_grad_()
+    real, verdict = discriminator(x0, base), discriminator(alone, base)
+    (expected,) = gradients(weight * relativistic_loss(verdict, real.detach()), alone)
+    torch.testing.assert_close(picture.grad, expected)
+    critics = list(discriminator.parameters())
+    critic_loss = relativistic_loss(real, discriminator(made, base))
+    for parameter, theirs in zip(critics, gradients(critic_loss, *critics), strict=True):
+        torch.testing.assert_close(parameter.grad, theirs)
+
+
+def test_the_relativistic_loss_compares_only():
+    a, b = torch.randn(2, 4, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    assert relativistic_loss(a, a).item() == pytest.approx(math.log(2))
+    torch.testing.assert_close(relativistic_loss(a + 5, b + 5), relativistic_loss(a, b))
+    torch.testing.assert_close(
+        relativistic_loss(a, b) - relativistic_loss(b, a), (b - a).mean()
+    )  # softplus(x) - softplus(-x) is x
 
 
 def test_the_latent_loss_is_one_for_the_best_linear_guess():
@@ -183,6 +224,30 @@ def test_a_run_keeps_latents_of_whole_photographs_and_learns_from_them(tmp_path)
     changed = {name for name in changed if ".decoder." not in name}
     assert changed
     assert all(name.startswith("adapter.native.denoise.") for name in changed)
+
+
+def test_an_adversarial_run_resumes_exactly(tmp_path):
+    def fit(folder, steps, resume=None):
+        adapter = dataclasses.replace(NATIVE, denoise_width=0)
+        config = tiny.config(
+            patch_size=8, prediction="x0", residual=True, refiner_width=8, adapter=adapter
+        )
+        training = Training(learning_rate=1e-3, warmup_steps=1, optimizer="muon")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            module = VAEPiD(vae="taef2", denoiser=config, training=training)
+            trainer = tiny.trainer(folder, steps, Regression(adversarial_weight=0.1))
+            trainer.fit(module, tiny.data(2), ckpt_path=resume)
+        assert module.picture_discriminator is None  # it is the fit's
+        return folder / "last.ckpt"
+
+    whole = fit(tmp_path / "whole", 3)
+    fit(tmp_path / "parts", 2)
+    resumed = fit(tmp_path / "parts", 3, tmp_path / "parts/last.ckpt")
+    once, twice = (torch.load(path, weights_only=True) for path in (whole, resumed))
+    assert any(name.startswith("picture_discriminator.") for name in once["state_dict"])
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        tiny.assert_equal_states(once[part], twice[part], part)
 
 
 @pytest.mark.parametrize(

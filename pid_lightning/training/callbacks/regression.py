@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import Callback, Trainer
 
 from pid_lightning.checks import Mistake
+from pid_lightning.nn.picture_discriminator import PictureDiscriminator
 from pid_lightning.training.modules.base import PiDModule
 from pid_lightning.training.objective import FlowMatching
 from pid_lightning.training.regression import RegressionObjective, RegressionSettings
@@ -24,6 +25,8 @@ class Regression(Callback):
             a small denoiser; null is all of it.
         latent_weight: weight of the error of the adapter's estimate of the clean latents, which
             is frozen at 0.
+        adversarial_weight: weight of the verdict of a `PictureDiscriminator`, which learns beside
+            the student and brings texture; 0 is without one.
 
     Raises:
         Mistake: a value is out of range.
@@ -39,6 +42,7 @@ class Regression(Callback):
         vgg: str | None = None,
         vgg_size: int | None = None,
         latent_weight: float = 0.0,
+        adversarial_weight: float = 0.0,
     ) -> None:
         self.settings: RegressionSettings = RegressionSettings(
             tuple(student_times),
@@ -49,6 +53,7 @@ class Regression(Callback):
             vgg,
             vgg_size,
             latent_weight,
+            adversarial_weight,
         )
 
     def setup(self, trainer: Trainer, pl_module: PiDModule, stage: str) -> None:
@@ -60,8 +65,20 @@ class Regression(Callback):
             raise Mistake(
                 "training.train", f"{training.train} makes no pictures to compare; set it to all."
             )
+        if self.settings.adversarial_weight:
+            if not pl_module.denoiser.config.residual:
+                raise Mistake(
+                    "adversarial_weight",
+                    "the discriminator compares with the enlarged native decode, which this "
+                    "network does not add to; set denoiser.residual or leave the weight at 0.",
+                )
+            pl_module.picture_discriminator = PictureDiscriminator()
         pl_module.objective = RegressionObjective(
-            pl_module.denoiser, training, self.settings, trainer.strategy.root_device
+            pl_module.denoiser,
+            training,
+            self.settings,
+            pl_module.picture_discriminator,
+            trainer.strategy.root_device,
         )
         pl_module.student_times = self.settings.student_times
         self._let_estimate_learn(pl_module, self.settings.latent_weight > 0)
@@ -74,6 +91,7 @@ class Regression(Callback):
         """Give the module its own objective again."""
         if stage == "fit":
             pl_module.objective = FlowMatching(pl_module.denoiser, pl_module.training_settings)
+            pl_module.picture_discriminator = None
             self._let_estimate_learn(pl_module, False)
 
     def _let_estimate_learn(self, module: PiDModule, learns: bool) -> None:
