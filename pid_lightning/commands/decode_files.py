@@ -14,7 +14,7 @@ from pid_lightning.decoding.files import FileDecoder, comparison, describe, read
 from pid_lightning.decoding.settings import DecodeSettings
 from pid_lightning.encoders.text import LanguageModelText
 from pid_lightning.files.atomic import make_folder
-from pid_lightning.files.hub import BUNDLED_MODELS
+from pid_lightning.files.hub import DEFAULT_MODEL
 from pid_lightning.files.models import DTYPES
 from pid_lightning.pictures.inputs import find_inputs
 
@@ -41,7 +41,7 @@ def decode_files(
     files = find_inputs(inputs)
     paths = [folder / f"{file.stem}.{settings.format}" for file in files]
     _check_paths(files, paths, settings)
-    of_files = open_model(next(iter(BUNDLED_MODELS)) if model is None else model, settings)
+    of_files = open_model(DEFAULT_MODEL if model is None else model, settings)
     for file in files:  # find a bad last file now, not after hours
         read_input(of_files.decoder, file)
     make_folder("output", folder)

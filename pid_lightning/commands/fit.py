@@ -13,11 +13,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from pid_lightning.checks import Mistake, check_at_least, check_between
 from pid_lightning.commands.parsing import find_cause
@@ -27,15 +26,13 @@ from pid_lightning.files.hub import find_last_checkpoint
 from pid_lightning.files.tensors import read_torch_file
 from pid_lightning.training.callbacks.check_monitors import CheckMonitors
 from pid_lightning.training.callbacks.dmd2 import DMD2
-from pid_lightning.training.callbacks.ema import EMA
-from pid_lightning.training.callbacks.images import PictureGrids
 from pid_lightning.training.callbacks.last_checkpoint import LastCheckpoint, check_place
 from pid_lightning.training.checkpoints import AtomicCheckpointIO, read_run
 from pid_lightning.training.modules.base import PiDModule
 from pid_lightning.training.strategies import check_strategy
 
 # jsonargparse resolves short class names in configs only for classes that were imported.
-for _module in ("callbacks", "data.latent_crops", "modules", "modules.autoencoder"):
+for _module in ("callbacks", "data.latent_crops", "modules"):
     import_module(f"pid_lightning.training.{_module}")
 
 # Of Lightning's own options, whose wrong values it takes silently or stumbles over late.
@@ -149,11 +146,6 @@ class PiDCLI(LightningCLI):
         super().instantiate_classes()
         if self.subcommand is None:
             return
-        if not isinstance(self.model, PiDModule):
-            check_not_pid(self.subcommand, self.model, self.trainer.callbacks)
-            if self.subcommand == "fit" and self.config.fit.test_after_fit:
-                check_not_pid("test", self.model, ())
-            return
         check_strategy(self.trainer.strategy)
         path = self.config[self.subcommand].ckpt_path
         if path is not None and Path(path).is_file():
@@ -222,25 +214,10 @@ def find_checkpoint(name: str, folder: Path | None) -> Path:
     return found
 
 
-def check_not_pid(subcommand: str, model: LightningModule, callbacks: Sequence[Callback]) -> None:
-    """Raise Mistake for what a model lacks that is no PiD."""
-    name = type(model).__name__
-    if subcommand in ("test", "predict") and not is_overridden(f"{subcommand}_step", model):
-        raise Mistake("model", f"{name} has no {subcommand}_step; use pid validate.")
-    for callback in callbacks:
-        if isinstance(callback, (DMD2, EMA, PictureGrids)):
-            raise Mistake(
-                "trainer.callbacks",
-                f"{type(callback).__name__} needs a PiD, not {name}; leave it out.",
-            )
-
-
 def _move_baseline(config: Any) -> None:
     """Move ``--baseline`` to the model's settings, so that a saved config holds it once."""
     if config.baseline is None:
         return
-    if "evaluation" not in config.model.init_args:
-        raise Mistake("baseline", f"{config.model.class_path} decodes no latents; leave it out.")
     config.model.init_args.evaluation.baseline = config.baseline
     config.baseline = None
 
@@ -254,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     advertises.addFilter(lambda record: "Tip: " not in record.getMessage())
     try:
         PiDCLI(
-            LightningModule,
+            PiDModule,
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,

@@ -74,7 +74,7 @@ class PiDDecoder:
     @classmethod
     def from_pretrained(
         cls,
-        name: str | Path,
+        name: str | Path = hub.DEFAULT_MODEL,
         dtype: torch.dtype | None = None,
         *,
         revision: str | None = None,
@@ -86,7 +86,8 @@ class PiDDecoder:
 
         Args:
             name: a model's ``.safetensors``, a run's ``.ckpt`` (its averaged weights), a folder of
-                `save_pretrained`, a bundled name, or a hub id ``owner/name``.
+                `save_pretrained`, a bundled name (left out, the bundled model for FLUX.2's
+                latents), or a hub id ``owner/name``.
             dtype: dtype to compute in; None is the dtype of the stored weights.
             revision, token, cache_dir, local_files_only: options of the hub download.
 

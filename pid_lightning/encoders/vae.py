@@ -1,4 +1,4 @@
-"""Autoencoder family: diffusers' KL autoencoders, TAEF2, and the small one of this package."""
+"""Autoencoder family: diffusers' KL autoencoders, and TAEF2."""
 
 from __future__ import annotations
 
@@ -12,26 +12,22 @@ from pid_lightning.checks import Mistake
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.latent_spaces import LatentSpace, space_of
 from pid_lightning.encoders.pretrained import building, reaching
-from pid_lightning.encoders.small_vae import SmallVAE
 from pid_lightning.encoders.taef2 import TAEF2
 from pid_lightning.encoders.vae_sources import KNOWN_VAES, VAESource, find_vae
 from pid_lightning.files.tensors import check_fit
 
 
-def build_vae_encoder(vae: str = "bundled", pretrained: bool = True) -> Encoder:
+def build_vae_encoder(vae: str = "taef2", pretrained: bool = True) -> Encoder:
     """Build the encoder of an autoencoder.
 
     Args:
-        vae: ``"taef2"`` for a `TAEF2`, ``"bundled"`` or a ``.safetensors`` file for a `SmallVAE`,
-            else see `VAEEncoder`.
+        vae: ``"taef2"`` for a `TAEF2`, else see `VAEEncoder`.
         pretrained: False builds a `VAEEncoder` with random weights.
 
     Raises:
-        Mistake: `pretrained` is False for a `TAEF2` or a `SmallVAE`; or see `VAEEncoder`.
-        FileNotFoundError: no such ``.safetensors`` file.
+        Mistake: `pretrained` is False for a `TAEF2`; or see `VAEEncoder`.
     """
-    is_file = vae.endswith(".safetensors")
-    if vae not in ("bundled", "taef2") and not is_file:
+    if vae != "taef2":
         return VAEEncoder(vae, pretrained)
     if not pretrained:
         raise Mistake(
@@ -39,9 +35,7 @@ def build_vae_encoder(vae: str = "bundled", pretrained: bool = True) -> Encoder:
             f"{vae} always comes with its weights; leave out pretrained: false, or name "
             f"another one ({', '.join(KNOWN_VAES)}, a hub id or a local folder).",
         )
-    if vae == "taef2":
-        return TAEF2()
-    return SmallVAE(vae if is_file else None)
+    return TAEF2()
 
 
 class VAEEncoder(Encoder):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from pid_lightning.checks import Mistake
 from pid_lightning.encoders.latent_spaces import KNOWN_SPACES, SUPPORTED_CLASSES, LatentSpace
 from pid_lightning.encoders.pretrained import first_line
+from pid_lightning.files.models import REMOVED
 
 
 class VAESource(NamedTuple):
@@ -63,6 +64,8 @@ def find_vae(vae: str) -> VAESource:
     """
     if vae in KNOWN_VAES:
         return KNOWN_VAES[vae]
+    if vae == "bundled" or vae.endswith(".safetensors"):
+        raise Mistake("vae", f"{vae!r} names {REMOVED}")
     location, reason = os.path.expanduser(vae), ""
     if os.path.isdir(location) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", vae):
         from diffusers import AutoencoderKL
@@ -79,6 +82,6 @@ def find_vae(vae: str) -> VAESource:
     raise Mistake(
         "vae",
         f"{vae!r} leads to no {', '.join(SUPPORTED_CLASSES)} ({reason or 'no such folder'}); give "
-        "the local folder or hub id (owner/name) of one or of its pipeline, the .safetensors file "
-        f"of an autoencoder trained here, or one of bundled, taef2, {', '.join(KNOWN_VAES)}.",
+        "the local folder or hub id (owner/name) of one or of its pipeline, or one of taef2, "
+        f"{', '.join(KNOWN_VAES)}.",
     )

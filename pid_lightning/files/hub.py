@@ -17,10 +17,9 @@ from pid_lightning.nn import PiD
 MODEL_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
 MODEL_SUFFIXES = (".safetensors", ".ckpt")
 
-# Models shipped with the package; the first is the default of `pid decode`.
-BUNDLED_MODELS: dict[str, Path] = {
-    "pid-small-vae-4x": ASSETS / "pid-small-vae-4x.safetensors",
-}
+# Models shipped with the package, and which `pid decode` and `PiDDecoder.from_pretrained` take.
+DEFAULT_MODEL = "pid-small-flux2-4x"
+BUNDLED_MODELS: dict[str, Path] = {DEFAULT_MODEL: ASSETS / f"{DEFAULT_MODEL}.safetensors"}
 
 
 def find_model(

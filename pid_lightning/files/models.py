@@ -24,6 +24,10 @@ from pid_lightning.nn.quantisation import is_quantised
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 METADATA_KEY = "pid"  # in safetensors metadata and in training checkpoints
+REMOVED = (  # end of a sentence
+    "the small autoencoder of version 0.1, which is gone; use FLUX.2's latents (vae: taef2), and "
+    "the bundled model or one trained on them."
+)
 AVERAGE = "denoiser_ema."  # prefix of the averaged tensors in training checkpoints
 
 
@@ -143,7 +147,8 @@ def load_model(path: str | Path) -> tuple[PiD, ModelInfo]:
 
     Raises:
         OSError: no such file.
-        Mistake: the file is neither, is truncated, or does not match its own description.
+        Mistake: the file is neither, is truncated, does not match its own description, or is for
+            latents that are gone.
     """
     path = Path(path)
     if path.suffix.lower() == ".safetensors":
@@ -164,7 +169,14 @@ def load_model(path: str | Path) -> tuple[PiD, ModelInfo]:
         raise Mistake(
             "path", f"{path} does not match its own metadata ({first}): take another copy."
         ) from error
+    check_space("path", str(path), info)
     return denoiser, info
+
+
+def check_space(option: str, source: str, info: ModelInfo) -> None:
+    """Raise `Mistake` if the autoencoder of a model's latents is gone."""
+    if info.latent_space.startswith("pid-small"):
+        raise Mistake(option, f"{source} is for latents of {REMOVED}")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

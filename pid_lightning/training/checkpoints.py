@@ -60,6 +60,7 @@ def read_run(ours: ModelInfo, checkpoint: dict[str, Any]) -> Found:
             "wrote.",
         )
     theirs = ModelInfo.from_plain(checkpoint[METADATA_KEY])
+    weights.check_space("ckpt_path", "this checkpoint", theirs)
     differences = ours.differences(theirs)
     if differences:
         raise Mistake(

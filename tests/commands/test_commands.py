@@ -41,9 +41,9 @@ from pid_lightning.pictures.files import read_picture
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A model of random weights on the bundled autoencoder's latents."""
+    """A model of random weights on TAEF2's latents."""
     folder = tmp_path / "model"
-    make(latent_channels=16).save_pretrained(folder)
+    make(latent_channels=128, latent_stride=16).save_pretrained(folder)
     return folder / "model.safetensors"
 
 
@@ -75,7 +75,7 @@ def test_pictures_come_out_scale_times_as_large_with_a_json(tmp_path: Path, mode
     told = json.loads((tmp_path / "out" / "a.json").read_text())
     assert told["size"] == [84, 108]
     assert told["settings"]["seed"] == 3
-    assert (told["scale"], told["latent_space"], told["tile"]) == (4, "pid-small", None)
+    assert (told["scale"], told["latent_space"], told["tile"]) == (4, "flux2", None)
     assert told["student_times"] == list(STUDENT_TIMES)
     assert told["fingerprint"]
     assert told["versions"]["torch"] == torch.__version__
@@ -114,8 +114,8 @@ def test_latents_decode_to_what_their_picture_does(tmp_path: Path, model: Path) 
     [
         ("--steps 9", "steps: 9 must lie between 1 and 4"),
         ("--steps 0", "steps: 0 must be at least 1"),
-        ("--tile 100", "tile: 100 must be a multiple of 32"),
-        ("--tile -64", "tile: -64 must be a multiple of 32"),
+        ("--tile 100", "tile: 100 must be a multiple of 64"),
+        ("--tile -64", "tile: -64 must be a multiple of 64"),
         ("--guidance_scale 2", "guidance_scale: 2.0 must be a finite number, and 1 where"),
         ("--prompt hi --text_model none", "prompt: this model was trained without text"),
         ("--text_model none", "text_model: only used with a prompt"),
@@ -189,7 +189,9 @@ def test_options_reach_the_decoder(tmp_path: Path, student_times: tuple[float, .
 def test_a_prompt_is_encoded_by_the_model_that_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make(latent_channels=16, sizes={"text_width": 6, "text_length": 3}).save_pretrained(tmp_path)
+    make(
+        latent_channels=128, latent_stride=16, sizes={"text_width": 6, "text_length": 3}
+    ).save_pretrained(tmp_path)
     built = []
 
     def language_model(*arguments: object, **options: object) -> tiny.Text:

@@ -98,4 +98,4 @@ def test_names_that_are_no_folder_or_dtype(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"^folder: cannot write to folder"):
         make().save_pretrained("")
     with refused("dtype"):
-        PiDDecoder.from_pretrained("pid-small-vae-4x", "bf16")
+        PiDDecoder.from_pretrained(dtype="bf16")

@@ -7,11 +7,12 @@ import warnings
 from pathlib import Path
 
 import pytest
+import tiny_pipelines
 import torch
 from PIL import Image
 from safetensors import safe_open
 
-from pid_lightning import PiDDecoder
+from pid_lightning import PiDAutoencoder, PiDDecoder, stop_early
 from pid_lightning.diffusion import tiling
 from pid_lightning.diffusion.noising import add_latent_noise
 from pid_lightning.files import hub
@@ -19,9 +20,9 @@ from pid_lightning.pictures.files import read_picture
 from pid_lightning.pictures.resizing import enlarge_picture, reduce_picture
 from pid_lightning.training.data.sources import BUNDLED_PHOTOS
 
-NAME = "pid-small-vae-4x"
-SIDE = 128  # what it was trained on
-LARGEST_BYTES = 16 * 2**20
+NAME = "pid-small-flux2-4x"
+SIDE = 192
+LARGEST_BYTES = 24_000_000
 
 
 def test_the_file_is_small_and_says_what_it_was_made_of() -> None:
@@ -29,19 +30,20 @@ def test_the_file_is_small_and_says_what_it_was_made_of() -> None:
     assert path.stat().st_size <= LARGEST_BYTES
     with safe_open(str(path), framework="pt") as file:
         assert "photographs" in file.metadata()["description"]
-    decoder = PiDDecoder.from_pretrained(NAME)
-    assert (decoder.latent_space, decoder.scale) == ("pid-small", 4)
-    assert decoder.info.image_size == SIDE
+    decoder = PiDDecoder.from_pretrained()
+    assert decoder.info == PiDDecoder.from_pretrained(NAME).info
+    assert (decoder.latent_space, decoder.scale) == ("flux2", 4)
+    assert decoder.info.image_size is not None  # decides the tiles
     assert len(decoder.info.student_times) == 4
 
 
 def test_noisy_latents_decode_better_than_natively() -> None:
-    """On photographs it was not trained on: one decibel at least at sigma 0.4, half at 0.8."""
+    """On photographs it was not trained on."""
     decoder = PiDDecoder.from_pretrained(NAME, torch.float32)
     photos = torch.cat([_centre(path) for path in sorted((BUNDLED_PHOTOS / "test").glob("*.jpg"))])
     clean = decoder.encode(reduce_picture(photos, decoder.scale))
     eps = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-    for sigma, gain in ((0.4, 1.0), (0.8, 0.5)):
+    for sigma, gain in ((0.2, 0.0), (0.4, 1.0)):
         level = torch.full((len(clean),), sigma)
         latents = add_latent_noise(clean, eps, level)
         ours = decoder.decode(latents, level, seed=0, progress=False)
@@ -55,38 +57,39 @@ def test_tiles_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     decoded with its tiles elsewhere, within 2%."""
     decoder, at_borders, elsewhere = PiDDecoder.from_pretrained(NAME, torch.float32), [], []
     for path in sorted((BUNDLED_PHOTOS / "test").glob("*.jpg")):
-        latents = decoder.encode(reduce_picture(_centre(path, 480), decoder.scale))
+        latents = decoder.encode(reduce_picture(_centre(path, 448), decoder.scale))
         gradients, borders = [], []
-        for overlap in (32, 64):
+        for overlap in (64, 128):
             monkeypatch.setattr(
                 tiling, "default_overlap", lambda tile, step, overlap=overlap: overlap
             )
             picture = decoder.decode(latents, seed=0, tile=SIDE, progress=False)
             gradients.append(picture.diff(dim=-1).abs().mean(dim=(0, 1, 2)))
-            tiles = tiling.Tiles(480, 480, SIDE, 32)
+            tiles = tiling.Tiles(448, 448, SIDE, 64)
             sides = {side for t in tiles for side in (t.columns.start, t.columns.stop)}
-            borders.append(sides - {0, 480})
+            borders.append(sides - {0, 448})
         for mine, other in ((0, 1), (1, 0)):
             for column in borders[mine] - borders[other]:
                 at_borders.append(gradients[mine][column - 1])
                 elsewhere.append(gradients[other][column - 1])
-    assert len(at_borders) >= 30
+    assert len(at_borders) >= 10
     assert sum(at_borders) / sum(elsewhere) == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.slow
 def test_tiles_are_near_the_whole() -> None:
-    """Half of the trained size in tiles against the whole, on clean latents: above 28 dB."""
+    """Twice the trained size in tiles against the whole, on clean latents: above 20 dB. TAEF2's
+    group norms see a tile and its margin."""
     decoder = PiDDecoder.from_pretrained(NAME, torch.float32)
-    photos = torch.cat([_centre(path) for path in sorted((BUNDLED_PHOTOS / "test").glob("*.jpg"))])
+    photos = torch.cat([_centre(path, 384) for path in sorted(BUNDLED_PHOTOS.glob("test/*.jpg"))])
     latents = decoder.encode(reduce_picture(photos, decoder.scale))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # half of the trained size is within what it copes with
+        warnings.simplefilter("ignore")  # the whole is larger than what it was trained on
         whole, tiled = (
-            decoder.decode(latents, seed=0, tile=tile, progress=False) for tile in (None, SIDE // 2)
+            decoder.decode(latents, seed=0, tile=tile, progress=False) for tile in (None, SIDE)
         )
     assert not torch.equal(whole, tiled)
-    assert _psnr(whole, tiled) > 28
+    assert _psnr(whole, tiled) > 20
 
 
 def test_a_picture_is_enlarged_by_one_command(tmp_path: Path) -> None:
@@ -107,3 +110,30 @@ def _centre(path: Path, side: int = SIDE) -> torch.Tensor:
 
 def _psnr(images: torch.Tensor, others: torch.Tensor) -> float:
     return float(10 * (4 / (images - others).square().mean()).log10())
+
+
+@pytest.mark.parametrize("name", ["flux2", "flux2_klein"])
+def test_it_stands_in_flux2s_pipelines(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pictures that are not square, of a loop that stops early and of one that ends."""
+    made = tiny_pipelines.PIPELINES[name]()
+    decoder = PiDDecoder.from_pretrained(dtype=torch.float32)
+    made.pipe.vae = PiDAutoencoder(made.pipe.vae, decoder, steps=1)
+    decode, given = decoder.decode, []
+
+    def record(latents: torch.Tensor, sigma: float, *rest: object, **more: object) -> torch.Tensor:
+        given.append((latents, sigma))
+        return decode(latents, sigma, *rest, **more)
+
+    monkeypatch.setattr(decoder, "decode", record)
+    for stop in (stop_early(made.pipe, 3), None):
+        more = {"num_images_per_prompt": 2, "callback_on_step_end": stop}
+        pictures = tiny_pipelines.call(made, 4, **more)
+        latents, sigma = given[-1]
+        assert pictures.shape == (2, 3, 128, 256)
+        assert latents.shape == (2, 128, 2, 4)
+        assert sigma == (0 if stop is None else stop.latent_sigma)
+        by_hand = decode(latents, sigma, steps=1, seed=0, progress=False)
+        torch.testing.assert_close(pictures, by_hand / 2 + 0.5, atol=1e-5, rtol=0)
+    early, late = given
+    assert early[1] > late[1]
+    assert not torch.allclose(early[0], late[0])

@@ -229,7 +229,7 @@ def test_release_gives_everything_back_and_to_brings_it_again() -> None:
     decoder, latents = make(), noise(1, 4, 4, 4)
     before = decode(decoder, latents)
     assert isinstance(decoder.encoder, Encoder)
-    assert decoder.encode(noise(1, 3, 16, 16).clamp(-1, 1)).shape == (1, 16, 2, 2)
+    assert decoder.encode(noise(1, 3, 16, 16).clamp(-1, 1)).shape == (1, 128, 1, 1)
     decoder.release()
     assert decoder._encoder is None
     assert torch.equal(decode(decoder.to("cpu", torch.float32), latents), before)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import types
-import warnings
 from dataclasses import replace
 
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tiny import randomise
 from tiny_towers import DEPTH, GRID, HEADS, PATCH, WIDTH
 
@@ -21,8 +19,6 @@ from pid_lightning.encoders.base import Encoder, NoNativeDecoder
 from pid_lightning.encoders.dinov2 import DINOv2Encoder
 from pid_lightning.encoders.families import ENCODERS, build_encoder
 from pid_lightning.encoders.siglip import SigLIPEncoder
-from pid_lightning.encoders.small_autoencoder import SmallAutoencoder
-from pid_lightning.encoders.small_vae import BUNDLED, SmallVAE
 from pid_lightning.encoders.vae import VAEEncoder, build_vae_encoder
 from pid_lightning.encoders.vae_sources import KNOWN_VAES
 from pid_lightning.files.published import FLUX
@@ -495,37 +491,12 @@ def test_known_autoencoders_need_no_network_to_be_built(name, monkeypatch):
     assert millions == pytest.approx(published[name], abs=0.1)
 
 
-def test_bundled_autoencoder():
-    random_state = torch.get_rng_state()
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        described = build_vae_encoder("bundled")
-    encoder = build_vae_encoder("bundled")
-    images = pictures(16, 24)
-    for each in (described, encoder):
-        assert isinstance(each, SmallVAE)
-        assert (each.latent_channels, each.latent_stride) == (16, 8)
-        assert (each.latent_space, each.has_decoder) == ("pid-small", True)
-        with pytest.raises(RuntimeError, match="load"):
-            each.encode(images)
-        with torch.device("meta"):
-            each.load()
-        each.load()
-    assert torch.equal(random_state, torch.get_rng_state())
-    with safe_open(BUNDLED, framework="pt") as file:
-        network = SmallAutoencoder(**json.loads(file.metadata()["config"]))
-    network.load_state_dict({name: tensor.float() for name, tensor in load_file(BUNDLED).items()})
-    assert torch.equal(encoder.encode(images), network.encode(images))
-    latents = described.encode(images)
-    assert torch.equal(described.decode(latents), network.decode(latents))
-    assert not any(p.requires_grad or p.is_meta for p in encoder.parameters())
-    assert {t.dtype for t in encoder.state_dict().values()} == {torch.float32}
-
-
-def test_the_bundled_autoencoder_is_never_random():
-    with pytest.raises(ValueError, match="always comes with its weights"):
-        build_vae_encoder("bundled", pretrained=False)
-    assert isinstance(build_vae_encoder("sdxl"), VAEEncoder)
+@pytest.mark.parametrize("vae", ["bundled", "runs/autoencoder/autoencoder.safetensors"])
+def test_the_autoencoder_that_is_gone_is_told(vae):
+    with pytest.raises(Mistake) as told:
+        build_vae_encoder(vae)
+    assert told.value.option == "vae"
+    assert "taef2" in told.value.sentence
 
 
 # ------------------------------------------------------------------ all families

@@ -16,7 +16,7 @@ from pid_lightning.encoders.latent_spaces import (
     qwen_space,
     warn_if_not_normalised,
 )
-from pid_lightning.encoders.small_vae import SmallVAE
+from pid_lightning.encoders.taef2 import TAEF2
 from pid_lightning.nn.geometry import pack, unpack
 from pid_lightning.pictures.files import read_picture
 from pid_lightning.pictures.resizing import reduce_picture
@@ -145,7 +145,7 @@ def test_silent_on_normalised_latents(generator):
 
 def test_silent_on_a_small_picture_of_strong_contrast():
     """The central 256 x 256 pixels of each bundled photograph, reduced by 8."""
-    encoder = SmallVAE()
+    encoder = TAEF2()
     encoder.load()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

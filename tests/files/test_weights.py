@@ -42,7 +42,7 @@ CONFIG = PiDConfig(
 )
 INFO = ModelInfo(
     family="VAEPiD",
-    encoder={"name": "bundled", "sample": False},
+    encoder={"name": "another", "sample": False},
     latent_space="flux",
     geometry=Geometry(latent_channels=4, latent_stride=4, scale=2),
     image_size=64,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import decoders
 import pytest
-import tiny
 import torch
 from torch._dynamo.testing import CompileCounter
 
@@ -18,9 +18,8 @@ TEXTLESS = AdapterConfig(width=16, num_res_blocks=1, inject_pixels=True, sigma_p
 
 def make_decoder() -> PiDDecoder:
     """A student with no zero weights."""
-    module = tiny.module(adapter=TEXTLESS, prediction="x0")
-    module.student_times, module.image_size = (0.999, 0.866, 0.634, 0.342), 64
-    return PiDDecoder(tiny.randomise(module.denoiser), module.info)
+    sizes = {"adapter": TEXTLESS, "prediction": "x0"}
+    return decoders.make(latent_channels=16, image_size=64, sizes=sizes)
 
 
 def draw_latents(rows: int, columns: int) -> torch.Tensor:

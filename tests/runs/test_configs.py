@@ -46,7 +46,7 @@ SHRUNK = [
     "--trainer.enable_model_summary=false",
 ]
 SMALL_ENCODERS = {
-    "vae": ["--model.vae=bundled"],
+    "vae": ["--model.vae=taef2"],
     "siglip": ["--model.model=vit_tiny_patch16_224", "--model.pretrained=false"],
     "dinov2": ["--model.model=vit_small_patch14_dinov2", "--model.pretrained=false"],
 }

@@ -46,7 +46,7 @@ def run(repositories, tmp_path_factory):
 def push_and_pull() -> None:
     from pid_lightning import PiDDecoder
 
-    sent = PiDDecoder.from_pretrained("pid-small-vae-4x")
+    sent = PiDDecoder.from_pretrained()
     address = sent.push_to_hub("owner/pid", private=True)
     assert address.endswith(f"/owner/pid/commit/{COMMIT}")
     received = PiDDecoder.from_pretrained("owner/pid", revision="main")

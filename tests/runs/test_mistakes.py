@@ -16,7 +16,6 @@ from pid_lightning.checks import Mistake
 from pid_lightning.commands.fit import PiDCLI
 from pid_lightning.commands.parsing import parser_sentence
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 SAVED_RUN = golden.DATA / "saved_run"
 LAST = SAVED_RUN / "checkpoints/last.ckpt"
 
@@ -39,6 +38,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # Lightning would build the class that such a file names.
     foreign = {"hyper_parameters": {"_class_path": "AutoencoderModule"}, "state_dict": {}}
     torch.save(foreign, "foreign.ckpt")
+    gone = torch.load(LAST, weights_only=True)
+    gone["pid"]["latent_space"] = "pid-small"
+    torch.save(gone, "gone.ckpt")
     Path("empty").mkdir()
     return tmp_path
 
@@ -123,10 +125,14 @@ def test_a_wrong_setting_is_told_before_data_is_opened(
     [
         ("fit", "config"),
         ("test --config=config.yaml", "ckpt_path"),
-        (f"test --config={CONFIGS}/autoencoder.yaml --ckpt_path={LAST}", "model"),
-        (f"fit --config={CONFIGS}/autoencoder.yaml --test_after_fit=true", "model"),
-        (f"fit --config={CONFIGS}/autoencoder.yaml --trainer.callbacks+=EMA", "trainer.callbacks"),
-        (f"fit --config={CONFIGS}/autoencoder.yaml --baseline=model.safetensors", "baseline"),
+        ("fit --config=config.yaml --model=lightning.pytorch.demos.BoringModel", "model"),
+        # What is gone.
+        ("fit --config=config.yaml --model=AutoencoderModule", "model"),
+        (f"fit --config={golden.DATA}/old_config.yaml", "vae"),
+        ("fit --config=config.yaml --ckpt_path=gone.ckpt", "ckpt_path"),
+        (f"decode good.png --model={golden.DATA}/old_model.safetensors", "path"),
+        ("decode good.png --model=gone.ckpt", "path"),
+        ("export gone.ckpt out.safetensors", "path"),
         (f"fit --config=config.yaml --ckpt_path={LAST} --model.training.optimizer=adamw", "ckpt_"),
         ("fit --config=config.yaml --data.path=empty", "data.path"),
         ("fit --config=config.yaml --data.test_path=none --test_after_fit=true", "data.test_path"),
@@ -142,7 +148,7 @@ def test_a_wrong_setting_is_told_before_data_is_opened(
         ("import nowhere.pth out.safetensors --family flux", "the following arguments are requ"),
         ("import a_file model.safetensors --family flux --version v1", "out"),
     ],
-    ids=lambda value: value.replace(f"{golden.DATA}/", "").replace(f"{CONFIGS}/", ""),
+    ids=lambda value: value.replace(f"{golden.DATA}/", ""),
 )
 def test_a_wrong_command_is_told(
     arguments: str, option: str, capsys: pytest.CaptureFixture[str]

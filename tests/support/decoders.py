@@ -17,14 +17,14 @@ from pid_lightning.nn import Geometry, PiD
 TIMES = (0.999, 0.866, 0.634, 0.342)
 
 
-def make_info(latent_channels: int = 4, **changes) -> ModelInfo:
-    """A student of 4 steps on the bundled latents; `sizes` are changes of its network."""
+def make_info(latent_channels: int = 4, latent_stride: int = 8, **changes) -> ModelInfo:
+    """A student of 4 steps; `sizes` are changes of its network."""
     sizes = changes.pop("sizes", {})
     info = ModelInfo(
         family="VAEPiD",
-        encoder={"vae": "bundled", "pretrained": True},
-        latent_space="pid-small",
-        geometry=Geometry(latent_channels, latent_stride=8, scale=4),
+        encoder={"vae": "taef2", "pretrained": True},
+        latent_space="flux2",
+        geometry=Geometry(latent_channels, latent_stride, scale=4),
         image_size=128,
         latent_sigma_max=0.8,
         noise_frame="flow",

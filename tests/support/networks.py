@@ -28,7 +28,7 @@ def config(**changes: Any) -> PiDConfig:
 
 
 def random_network(**changes: Any) -> PiD:
-    """A network on the bundled latents, with no zero weights."""
+    """A network with no zero weights."""
     return randomise(PiD(config(**changes), Geometry(16, 8, 4)))
 
 

@@ -17,7 +17,7 @@ seed_everything: 0
 model:
   class_path: VAEPiD
   init_args:
-    vae: bundled
+    vae: taef2
     scale: 4
     denoiser:
       width: 32

@@ -37,7 +37,7 @@ class Text(TextEncoder):
 def module(
     training: Training | None = None, text: TextEncoder | None = None, **changes: Any
 ) -> VAEPiD:
-    """A `VAEPiD` on the bundled autoencoder, with the same weights every time."""
+    """A `VAEPiD` on TAEF2's latents, with the same weights every time."""
     if text is not None and text.text_width:
         changes = {"text_width": text.text_width, "text_length": 3} | changes
     training = training or Training(learning_rate=1e-3, warmup_steps=2)

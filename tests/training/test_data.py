@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import warnings
@@ -215,6 +216,22 @@ def test_one_of_val_and_test_serves_for_both(tmp_path):
     other = fill(tmp_path / "other", 4)
     assert len(names(ready(str(tmp_path), "test", test_path=other).test_dataloader())) == 4
     assert_refused("data.test_path", ready, str(tmp_path), "test", test_path="nowhere")
+
+
+def test_photographs_are_listed_free_and_large_enough():
+    with open(BUNDLED_PHOTOS / "MANIFEST.tsv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    files = {path.relative_to(BUNDLED_PHOTOS).as_posix() for path in BUNDLED_PHOTOS.rglob("*.jpg")}
+    assert {row["file"] for row in rows} == files
+    assert 16 <= len(files) <= 24
+    assert sum((BUNDLED_PHOTOS / name).stat().st_size for name in files) <= 3_000_000
+    for row in rows:
+        assert row["licence"] == "CC0-1.0" or row["licence"].startswith("Public domain")
+        assert row["author"]
+        assert row["source"]
+        with Image.open(BUNDLED_PHOTOS / row["file"]) as picture:
+            assert picture.size == (int(row["width"]), int(row["height"]))
+            assert min(picture.size) >= 256
 
 
 def test_bundled_photographs_are_read():

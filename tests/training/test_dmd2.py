@@ -223,7 +223,7 @@ def distillation(**changes: Any) -> tuple[Distillation, torch.nn.Module, Sample]
     for seed, network in enumerate((student, fake_score, teacher, made.discriminator)):
         tiny.randomise(network, seed)
     x0 = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(4)) * 2 - 1
-    latents = torch.ones(2, 16, 2, 2)
+    latents = torch.ones(2, 128, 1, 1)
     return made, student, Sample(x0, x0, latents, torch.zeros(2), None, None, None, [0, 1])
 
 
@@ -304,7 +304,7 @@ def test_the_teacher_is_guided_away_from_no_caption(learned_null: bool) -> None:
     made = Distillation(DistillationSettings(), network, None, None, null_text=module.null_text(1))
     generator = torch.Generator().manual_seed(0)
     x_t = torch.randn(2, 3, 64, 64, generator=generator)
-    latents, sigma = torch.randn(2, 16, 2, 2, generator=generator), torch.zeros(2)
+    latents, sigma = torch.randn(2, 128, 1, 1, generator=generator), torch.zeros(2)
     t = torch.tensor([0.3, 0.8])
     condition = network.condition(latents, sigma, text.encode(["a", "b"]))
     null = None if learned_null else text.encode(["", ""])

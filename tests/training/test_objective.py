@@ -22,7 +22,7 @@ from pid_lightning.training.sample import Sample, draw_sample
 
 def sample_of(x0: Tensor) -> Sample:
     num = len(x0)
-    nothing = torch.zeros(num, 16, 1, 1)
+    nothing = torch.zeros(num, 128, 1, 1)
     return Sample(x0, x0, nothing, torch.zeros(num), None, None, None, list(range(num)))
 
 
@@ -52,7 +52,7 @@ def test_the_rgb_heads_loss_has_its_weight() -> None:
     module = tiny.module(Training(rgb_loss_weight=0.7), adapter=adapter)
     x0 = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     sample = Sample(
-        x0, x0[..., ::4, ::4], torch.ones(2, 16, 2, 2), torch.zeros(2), None, None, None, [0, 1]
+        x0, x0[..., ::4, ::4], torch.ones(2, 128, 1, 1), torch.zeros(2), None, None, None, [0, 1]
     )
     loss, parts = module.objective.losses(sample, "train")
     adapted = module.denoiser.adapt(sample.latents, sample.latent_sigma, with_rgb=True)
@@ -105,7 +105,7 @@ def test_every_group_learns_as_configured(name: str) -> None:
 def test_validation_judges_the_average_with_equal_draws() -> None:
     module = tiny.module()
     module.encoder.load()
-    module.denoiser_ema = tiny.randomise(PiD(tiny.config(), Geometry(16, 8, 4))).eval()
+    module.denoiser_ema = tiny.randomise(PiD(tiny.config(), Geometry(128, 16, 4))).eval()
     image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
     batch = {"image": image, "caption": ["", ""], "number": torch.arange(2)}
     logged = []

@@ -1,4 +1,4 @@
-"""PiD behind an autoencoder: SD3, FLUX.1, SDXL, FLUX.2, Qwen-Image, or the bundled small one."""
+"""PiD behind an autoencoder: SD3, FLUX.1, SDXL, FLUX.2, Qwen-Image."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ class VAEPiD(PiDModule):
     """PiD on the latents of a KL autoencoder.
 
     Args:
-        vae: ``"bundled"``, ``"taef2"`` (bundled too, FLUX.2's latents), ``"sd3"``, ``"flux"``,
-            ``"sdxl"``, ``"flux2"``, ``"qwen"``, a hub id, a local folder, or the ``.safetensors``
-            file of an autoencoder trained here.
+        vae: ``"taef2"`` (bundled, FLUX.2's latents), ``"sd3"``, ``"flux"``, ``"sdxl"``,
+            ``"flux2"``, ``"qwen"``, a hub id, or a local folder.
         pretrained: False uses random weights and warns.
         scale: output side divided by the side of the encoder's input.
         denoiser: sizes of the network.
@@ -27,7 +26,7 @@ class VAEPiD(PiDModule):
 
     def __init__(
         self,
-        vae: str = "bundled",
+        vae: str = "taef2",
         pretrained: bool = True,
         scale: int = 4,
         denoiser: PiDConfig = PiDConfig(),
