@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import json
 import platform
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from pid_lightning import __version__
 from pid_lightning.checks import Mistake, check_choice
 from pid_lightning.files.atomic import replaced_file
+from pid_lightning.pictures.pixels import PICTURE_SUFFIXES, UnusablePicture, read_pixels
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 FORMATS: dict[str, tuple[str, dict[str, bool]]] = {
     ".png": ("PNG", {}),
     ".webp": ("WEBP", {"lossless": True}),
 }
 WEBP_LONGEST_SIDE = 16383  # of the file format
-
-
-class UnusablePicture(ValueError):
-    """A picture that cannot be read or used; the message is the reason."""
 
 
 def read_picture(path: str | Path) -> Tensor:
@@ -46,57 +38,6 @@ def read_picture(path: str | Path) -> Tensor:
             f"{', '.join(PICTURE_SUFFIXES)} file.",
         ) from error
     return pixels.contiguous().float() / 127.5 - 1
-
-
-def read_pixels(file: str | Path | BinaryIO) -> Tensor:
-    """Read a picture as uint8 RGB (3, H, W), a view of (H, W, 3).
-
-    EXIF orientation is applied, transparency is composited over white, and grey or 16-bit
-    pictures are converted to 8-bit RGB.
-
-    Raises:
-        UnusablePicture: it is missing, damaged, too large or not a picture.
-    """
-    with _open(file) as picture:
-        pixels = np.array(_to_rgb(picture))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def read_size(file: str | Path | BinaryIO) -> tuple[int, int]:
-    """Read a picture's width and height from its header alone, before EXIF orientation.
-
-    Raises:
-        UnusablePicture: as `read_pixels`, as far as the header tells.
-    """
-    with _open(file) as picture:
-        return picture.size
-
-
-@contextmanager
-def _open(file: str | Path | BinaryIO) -> Iterator[Image.Image]:
-    try:
-        with Image.open(file) as picture:
-            if picture.mode == "F":
-                raise ValueError("32-bit float pixels have no fixed range")
-            yield picture
-    except UnidentifiedImageError as error:
-        raise UnusablePicture("not a picture") from error
-    # What Pillow raises on damaged files, depending on the format and the place.
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        raise UnusablePicture(" ".join(str(error).split()).rstrip(".")) from error
-
-
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    picture = ImageOps.exif_transpose(picture)
-    # Pillow's own conversion clips 16-bit greys to white instead of scaling them.
-    if picture.mode.startswith("I"):
-        greys = np.asarray(picture).astype(np.float64).clip(0, 65535) / 257
-        picture = Image.fromarray(greys.round().astype(np.uint8))
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
 
 
 def write_picture(image: Tensor, path: str | Path, metadata: dict[str, Any]) -> None:

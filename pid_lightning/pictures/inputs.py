@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pid_lightning.checks import Mistake
 from pid_lightning.files.tensors import read_tensors
-from pid_lightning.pictures.files import PICTURE_SUFFIXES
+from pid_lightning.pictures.pixels import PICTURE_SUFFIXES
 
 LATENTS_SUFFIX = ".safetensors"
 

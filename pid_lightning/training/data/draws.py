@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from pid_lightning.diffusion.randomness import sample_generators
-from pid_lightning.pictures.files import UnusablePicture
+from pid_lightning.pictures.pixels import UnusablePicture
 from pid_lightning.training.data.samples import MAX_TRIES, Pictures
 from pid_lightning.training.data.sources import check_picture, fail_without_pictures
 

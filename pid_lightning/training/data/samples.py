@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pid_lightning.diffusion.randomness import sample_generators
-from pid_lightning.pictures.files import UnusablePicture
+from pid_lightning.pictures.pixels import UnusablePicture
 from pid_lightning.training.data.sources import Split, decode, fail_without_pictures
 
 MAX_TRIES = 1000  # consecutive unusable pictures before a source is rejected

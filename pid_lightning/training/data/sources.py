@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pid_lightning.checks import Mistake
 from pid_lightning.files import ASSETS
-from pid_lightning.pictures.files import (
+from pid_lightning.pictures.pixels import (
     PICTURE_SUFFIXES,
     UnusablePicture,
     read_pixels,
