@@ -149,8 +149,10 @@ class LanguageModelText(TextEncoder):
             "give a local folder with its weights and tokenizer, or train without captions "
             "(text: null)",
         ):
-            tokenizer = AutoTokenizer.from_pretrained(self.model)
-            transformer = AutoModel.from_pretrained(self.model, dtype=getattr(torch, self.dtype))
+            tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
+            transformer = AutoModel.from_pretrained(
+                self.model, dtype=getattr(torch, self.dtype), trust_remote_code=False
+            )
         hidden_size = transformer.config.hidden_size
         if hidden_size != self.text_width:
             raise Mistake(

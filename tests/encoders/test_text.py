@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -177,3 +178,19 @@ def test_features_come_from_where_the_encoder_was_moved(folder):
     text = LanguageModelText(folder, text_width=32).to("meta")
     text.load()
     assert next(text.transformer.parameters()).is_meta
+
+
+def test_code_in_a_language_models_folder_is_never_run(tmp_path):
+    pytest.importorskip("transformers")
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    folder.mkdir()
+    (folder / "theirs.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Theirs: pass\n")
+    theirs = {"AutoConfig": "theirs.Theirs", "AutoModel": "theirs.Theirs"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "theirs", "auto_map": theirs}))
+    tokenizer = {"auto_map": {"AutoTokenizer": ["theirs.Theirs", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    text = LanguageModelText(str(folder))
+    with pytest.raises((ValueError, OSError)):
+        text.load()
+    assert text.transformer is None
+    assert not ran.exists()
