@@ -227,7 +227,7 @@ def test_a_run_keeps_latents_of_whole_photographs_and_learns_from_them(tmp_path)
 
 
 def test_an_adversarial_run_resumes_exactly(tmp_path):
-    def fit(folder, steps, resume=None):
+    def fit(folder, steps, resume=None, start=None):
         adapter = dataclasses.replace(NATIVE, denoise_width=0)
         config = tiny.config(
             patch_size=8, prediction="x0", residual=True, refiner_width=8, adapter=adapter
@@ -235,15 +235,16 @@ def test_an_adversarial_run_resumes_exactly(tmp_path):
         training = Training(learning_rate=1e-3, warmup_steps=1, optimizer="muon")
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            module = VAEPiD(vae="taef2", denoiser=config, training=training)
+            module = VAEPiD(vae="taef2", denoiser=config, training=training, init_from=start)
             trainer = tiny.trainer(folder, steps, Regression(adversarial_weight=0.1))
             trainer.fit(module, tiny.data(2), ckpt_path=resume)
         assert module.picture_discriminator is None  # it is the fit's
         return folder / "last.ckpt"
 
-    whole = fit(tmp_path / "whole", 3)
-    fit(tmp_path / "parts", 2)
-    resumed = fit(tmp_path / "parts", 3, tmp_path / "parts/last.ckpt")
+    start = str(fit(tmp_path / "start", 1))
+    whole = fit(tmp_path / "whole", 3, start=start)
+    fit(tmp_path / "parts", 2, start=start)
+    resumed = fit(tmp_path / "parts", 3, tmp_path / "parts/last.ckpt", start)
     once, twice = (torch.load(path, weights_only=True) for path in (whole, resumed))
     assert any(name.startswith("picture_discriminator.") for name in once["state_dict"])
     for part in ("state_dict", "optimizer_states", "lr_schedulers"):

@@ -516,7 +516,7 @@ def test_settings_that_cannot_be_are_refused(option: str, make: Any) -> None:
 def test_what_a_network_cannot_do_is_refused_before_data_is_read() -> None:
     data, module = tiny.data(), tiny.module()
     data.image_size = 100
-    with pytest.raises(ValueError, match="100 x 100 is not a multiple of 32"):
+    with pytest.raises(ValueError, match="100 x 100 is not a multiple of 64"):
         module.prepare(data, "fit")
     module.evaluation = Evaluation(guidance_scale=2.0)
     with refused("evaluation.guidance_scale"):

@@ -83,10 +83,6 @@ class Regression(Callback):
         pl_module.student_times = self.settings.student_times
         self._let_estimate_learn(pl_module, self.settings.latent_weight > 0)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: PiDModule) -> None:
-        """Name the student's times again, which `init_from` sets to none."""
-        pl_module.student_times = self.settings.student_times
-
     def teardown(self, trainer: Trainer, pl_module: PiDModule, stage: str) -> None:
         """Give the module its own objective again."""
         if stage == "fit":

@@ -156,7 +156,8 @@ class PiDModule(EvaluatedModule):
         fits = self.trainer.state.fn == "fit"
         found = read_start(path, self.info, self.denoiser, fits)
         self.denoiser.load_state_dict(self.denoiser.state_dict() | found.state)
-        self.student_times = None if fits else found.info.student_times
+        if not fits:  # a fit's callback has named the student's times, if any
+            self.student_times = found.info.student_times
         if self.image_size is None:
             self.image_size = found.info.image_size
 
