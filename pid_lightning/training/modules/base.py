@@ -156,8 +156,10 @@ class PiDModule(EvaluatedModule):
         fits = self.trainer.state.fn == "fit"
         found = read_start(path, self.info, self.denoiser, fits)
         self.denoiser.load_state_dict(self.denoiser.state_dict() | found.state)
-        if not fits:  # a fit's callback has named the student's times, if any
+        if not fits:
             self.student_times = found.info.student_times
+        elif type(self.objective) is FlowMatching:  # else its callback has named them
+            self.student_times = None
         if self.image_size is None:
             self.image_size = found.info.image_size
 
