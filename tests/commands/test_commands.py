@@ -166,22 +166,23 @@ def test_compiled_tiles_share_one_graph_whatever_the_pictures_sizes(
 )
 def test_options_reach_the_decoder(tmp_path: Path, student_times: tuple[float, ...] | None) -> None:
     sizes = {"text_width": 6, "text_length": 3}
-    make(latent_channels=16, student_times=student_times, sizes=sizes).save_pretrained(tmp_path)
-    source, out = draw(tmp_path / "picture.png", 32, 32), tmp_path / "out"
+    made = make(latent_channels=128, latent_stride=16, student_times=student_times, sizes=sizes)
+    made.save_pretrained(tmp_path)
+    source, out = draw(tmp_path / "picture.png", 48, 48), tmp_path / "out"
     decoder = PiDDecoder.from_pretrained(tmp_path).attend_in_windows(32)
     clean = decoder.encode(read_picture(source)[None])
     save_file({"latents": clean}, tmp_path / "z.safetensors")
     cache = tmp_path / "cache"
     cache_captions(tiny.Text(), ["fox"], cache)
     fox = decoder.encode_prompt("fox", cache)
-    options = "--sigma .5 --seed 3 --steps 2 --window 32 --tile 64 --guidance_scale 2 --prompt fox"
+    options = "--sigma .5 --seed 3 --steps 2 --window 32 --tile 128 --guidance_scale 2 --prompt fox"
     options = (*options.split(), "--text_cache", cache)
     for name in ("picture.png", "z.safetensors"):
         pid("decode", tmp_path / name, "--model", tmp_path, "--output", out, *options)
     eps = draw_noise(clean.shape, sample_generators(3, "latents", [0]), "cpu")
     noisy = add_latent_noise(clean, eps, torch.full((1,), 0.5))
     for name, latents in (("picture.png", noisy), ("z.png", clean)):
-        same = {"seed": 3, "steps": 2, "tile": 64, "guidance_scale": 2.0, "progress": False}
+        same = {"seed": 3, "steps": 2, "tile": 128, "guidance_scale": 2.0, "progress": False}
         (expected,) = decoder.decode(latents, 0.5, fox, **same)
         assert (read_picture(out / name) - expected).abs().max() <= 1.01 / 255, name
 
