@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run `pid`: commands that need no Lightning by their own module, the others by `fit`. A user's
     mistake is one sentence and exit status 2; Ctrl-C is 130, and 1 where Lightning ends a fit."""
     given = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for consoles that lack letters
     if not given or given[0] in ("-h", "--help"):
         print(HELP, end="")
         sys.exit(0 if given else 2)

@@ -18,11 +18,13 @@ def decode(arguments: Sequence[str]) -> None:
     parser.add_argument("inputs", nargs="+", help="Pictures, .safetensors latents, folders.")
     parser.add_argument(
         "--model",
-        type=str | None,
+        type=str,
         help="A .safetensors, a .ckpt, the folder of a run or model, a hub id or a bundled name.",
     )
     parser.add_argument("--output", default="decoded", help="Folder for the results.")
-    parser.add_class_arguments(DecodeSettings, as_group=False)
+    # A text as it is: where None were a type too, "#1 fan art" would be the comment of a YAML.
+    parser.add_argument("--prompt", type=str, help="Caption of every picture.")
+    parser.add_class_arguments(DecodeSettings, as_group=False, skip={"prompt"})
     given = parser.parse_args(arguments)
     settings = DecodeSettings(**{field.name: given[field.name] for field in fields(DecodeSettings)})
     from pid_lightning.commands.decode_files import decode_files  # torch only where it is needed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,19 +11,20 @@ from tqdm.auto import tqdm
 
 from pid_lightning.checks import Mistake
 from pid_lightning.decoding.decoder import PiDDecoder
-from pid_lightning.decoding.files import FileDecoder, comparison, describe, read_input
+from pid_lightning.decoding.failures import find_unreadable
+from pid_lightning.decoding.files import FileDecoder, comparison, describe
 from pid_lightning.decoding.settings import DecodeSettings
 from pid_lightning.encoders.text import LanguageModelText
 from pid_lightning.files.atomic import make_folder
 from pid_lightning.files.hub import DEFAULT_MODEL
 from pid_lightning.files.models import DTYPES
-from pid_lightning.pictures.inputs import find_inputs
+from pid_lightning.pictures.inputs import find_inputs, output_stem
 
 
 def decode_files(
     inputs: Sequence[str], model: str | None, folder: Path, settings: DecodeSettings
 ) -> list[Path]:
-    """Decode pictures and latents one by one.
+    """Decode pictures and latents one by one. What cannot be decoded is told, and the rest done.
 
     Args:
         inputs: files and folders, see `pictures.find_inputs`.
@@ -35,22 +37,26 @@ def decode_files(
 
     Raises:
         Mistake: an input or setting does not fit the model, or a result exists already or would
-            overwrite another file.
-        OSError: no such model, or `folder` cannot be made.
+            overwrite another file: before the work, for files of a folder after it.
+        OSError: no such model, or `folder` cannot be written to.
     """
     files = find_inputs(inputs)
-    paths = [folder / f"{file.stem}.{settings.format}" for file in files]
-    _check_paths(files, paths, settings)
+    paths = {file: folder / f"{output_stem(file)}.{settings.format}" for file in files}
+    _check_paths(files, list(paths.values()), settings)
     of_files = open_model(DEFAULT_MODEL if model is None else model, settings)
-    for file in files:  # find a bad last file now, not after hours
-        read_input(of_files.decoder, file)
+    named = {Path(os.path.expanduser(name)) for name in inputs}
+    failures = find_unreadable(of_files.decoder, files, named)
     make_folder("output", folder)
-    with tqdm(zip(files, paths, strict=True), total=len(files), unit="picture") as bar:
-        for file, path in bar:
+    written = []
+    with tqdm([file for file in files if file not in failures.reasons], unit="picture") as bar:
+        for file in bar:
             bar.set_description(file.name)
-            of_files.decode(file, path)
-    print(f"{len(files)} pictures in {folder}")
-    return paths
+            with failures.of(file):
+                of_files.decode(file, paths[file])
+                written.append(paths[file])
+    print(f"{len(written)} pictures in {folder}")
+    failures.tell()
+    return written
 
 
 def _check_paths(files: list[Path], paths: list[Path], settings: DecodeSettings) -> None:

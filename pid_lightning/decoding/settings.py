@@ -55,6 +55,8 @@ class DecodeSettings:
 
     def __post_init__(self) -> None:
         check_between("sigma", self.sigma, 0, 1)
+        if any("\ud800" <= letter <= "\udfff" for letter in self.prompt or ""):
+            raise Mistake("prompt", f"{self.prompt!a} is not UTF-8 text; give it in UTF-8.")
         for name in ("text_model", "text_prefix", "text_cache"):
             if getattr(self, name) and self.prompt is None:
                 raise Mistake(name, "only used with a prompt; give one, or leave it out.")

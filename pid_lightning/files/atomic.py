@@ -10,6 +10,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+LONG_NAME = 230  # bytes; file systems take 255, and a temporary file's name is longer
+
 
 def make_folder(option: str, folder: str | Path) -> None:
     """Make the folder that an option names and write to it, before any work.
@@ -38,7 +40,8 @@ def replaced_file(path: str | Path) -> Iterator[Path]:
         OSError: the disk is full or not writable.
     """
     path = Path(os.path.expanduser(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    name = path.name if len(os.fsencode(path.name)) < LONG_NAME else path.name[-40:]
+    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()

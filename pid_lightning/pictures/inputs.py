@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,10 +10,13 @@ from pathlib import Path
 from torch import Tensor
 
 from pid_lightning.checks import Mistake
+from pid_lightning.files.folders import list_files
 from pid_lightning.files.tensors import read_tensors
 from pid_lightning.pictures.pixels import PICTURE_SUFFIXES
 
 LATENTS_SUFFIX = ".safetensors"
+NAME_BYTES = 255  # of a file's name, on most file systems
+LONGEST_END = "_compare.json"  # of the outputs of a file
 
 
 def find_inputs(paths: Iterable[str | Path]) -> list[Path]:
@@ -27,7 +31,8 @@ def find_inputs(paths: Iterable[str | Path]) -> list[Path]:
     found: dict[Path, Path] = {}
     for name in paths:
         path = Path(os.path.expanduser(name))
-        files = [file for file in (path.iterdir() if path.is_dir() else [path]) if _is_input(file)]
+        listed = list_files(path, deep=False).files if path.is_dir() else [path]
+        files = [file for file in listed if _is_input(file)]
         if not files or not str(name):
             raise Mistake(
                 "inputs",
@@ -39,14 +44,25 @@ def find_inputs(paths: Iterable[str | Path]) -> list[Path]:
     inputs = sorted(found.values())
     by_name: dict[str, Path] = {}
     for file in inputs:
-        twin = by_name.setdefault(file.stem, file)
+        name = output_stem(file)
+        twin = by_name.setdefault(name, file)
         if twin is not file:
             raise Mistake(
                 "inputs",
-                f"{twin} and {file} would both be written as {file.stem}; rename one, or decode "
+                f"{twin} and {file} would both be written as {name}; rename one, or decode "
                 "them separately.",
             )
     return inputs
+
+
+def output_stem(file: Path) -> str:
+    """What a file's outputs are named after: its name without suffix, shortened where a file system
+    would not take theirs."""
+    name = os.fsencode(file.stem)
+    if len(name) + len(LONGEST_END) <= NAME_BYTES:
+        return file.stem
+    kept = name[: NAME_BYTES - len(LONGEST_END) - 9].decode("utf-8", "ignore")
+    return f"{kept}-{hashlib.sha256(name).hexdigest()[:8]}"
 
 
 def _is_input(path: Path) -> bool:
@@ -65,7 +81,10 @@ def read_latents(path: Path, latent_space: str, channels: int) -> Tensor:
     Raises:
         Mistake: the file holds something else.
     """
-    tensors = read_tensors(path)
+    try:
+        tensors = read_tensors(path)
+    except OSError as error:
+        raise Mistake("inputs", f"{path} cannot be read ({error.strerror or error}).") from error
     holds = ", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items())
     latents = tensors.pop("latents", Tensor()).float()
     latents = latents.squeeze(0) if latents.ndim == 4 else latents

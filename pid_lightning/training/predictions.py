@@ -11,9 +11,12 @@ from lightning.pytorch import Trainer
 
 from pid_lightning.checks import Mistake
 from pid_lightning.decoding.decoder import PiDDecoder
-from pid_lightning.decoding.files import FileDecoder, describe, read_input
+from pid_lightning.decoding.failures import Failures, find_unreadable
+from pid_lightning.decoding.files import FileDecoder, describe
 from pid_lightning.decoding.settings import DecodeSettings
 from pid_lightning.encoders.text import TextEncoder
+from pid_lightning.pictures.inputs import output_stem
+from pid_lightning.training.data.prediction_inputs import PredictionInputs
 from pid_lightning.training.settings import Evaluation
 
 
@@ -32,7 +35,7 @@ class PredictionWriter:
             instead of hours into the run.
 
     Raises:
-        Mistake: an input is damaged, or holds latents of another family.
+        Mistake: a named input is damaged, or holds latents of another family; or all are.
     """
 
     def __init__(
@@ -55,29 +58,28 @@ class PredictionWriter:
         weights = trainer.ckpt_path or init_from
         self.description: dict[str, Any] = describe(decoder, weights and str(weights))
         loaders = trainer.predict_dataloaders
-        for loader in loaders if isinstance(loaders, list) else [loaders]:
-            for file in loader.dataset.files:
-                read_input(decoder, file)
+        (loader,) = loaders if isinstance(loaders, list) else [loaders]
+        inputs: PredictionInputs = loader.dataset
+        self.failures: Failures = find_unreadable(decoder, inputs.files, inputs.named)
         self.folder: Path = Path(trainer.log_dir or trainer.default_root_dir) / "predictions"
         if trainer.is_global_zero:
             print(f"writing pictures to {self.folder}")
 
     def write(self, batch: dict[str, Any]) -> list[Path]:
-        """Decode a batch of `PredictionInputs`, file by file, and return the pictures' paths.
-
-        Raises:
-            Mistake: an output would overwrite that of another file, other weights or other
-                settings.
-        """
+        """Decode a batch of `PredictionInputs`, file by file, and return the pictures' paths; of
+        those that cannot be decoded see `failures`."""
         paths = []
         for file, caption in zip(map(Path, batch["path"]), batch["caption"], strict=True):
+            if file in self.failures.reasons:
+                continue
             prompt = None if self.decoder.text_encoder is None else caption
             settings = replace(self.settings, prompt=prompt)
-            path = self.folder / f"{file.stem}.png"
-            self._check_replaceable(path, file, settings)
-            of_files = FileDecoder(self.decoder, settings, self.description, progress=False)
-            of_files.decode(file, path)
-            paths.append(path)
+            path = self.folder / f"{output_stem(file)}.png"
+            with self.failures.of(file):
+                self._check_replaceable(path, file, settings)
+                of_files = FileDecoder(self.decoder, settings, self.description, progress=False)
+                of_files.decode(file, path)
+                paths.append(path)
         return paths
 
     def _check_replaceable(self, path: Path, file: Path, settings: DecodeSettings) -> None:

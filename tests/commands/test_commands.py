@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -35,6 +38,7 @@ from pid_lightning.files.models import ModelInfo, load_model
 from pid_lightning.files.published import FAMILIES, VERSIONS, import_released, released_info
 from pid_lightning.files.published_layout import from_released
 from pid_lightning.pictures.files import read_picture
+from pid_lightning.pictures.inputs import output_stem
 
 # ------------------------------------------------------------------- pid decode
 
@@ -118,6 +122,7 @@ def test_latents_decode_to_what_their_picture_does(tmp_path: Path, model: Path) 
         ("--tile -64", "tile: -64 must be a multiple of 64"),
         ("--guidance_scale 2", "guidance_scale: 2.0 must be a finite number, and 1 where"),
         ("--prompt hi --text_model none", "prompt: this model was trained without text"),
+        ("--prompt caf\udce9", "prompt: 'caf\\udce9' is not UTF-8 text"),
         ("--text_model none", "text_model: only used with a prompt"),
         ("--device gpu", "device: 'gpu' is not available on this machine"),
         ("--device hpu", "device: 'hpu' is not available on this machine (No module named"),
@@ -269,6 +274,82 @@ def test_mistakes_are_told_before_the_work(
     pid("decode", good, *common, "--overwrite")
     beside = ("--model", model, "--output", tmp_path, "--overwrite")
     assert "would overwrite an input" in refused(capsys, "decode", good, *beside)
+
+
+def test_the_rest_of_a_folder_is_decoded_whatever_one_file_does(
+    tmp_path: Path, model: Path, monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    for name in "ace":
+        draw(folder / f"{name}.png", 16, 16)
+    (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:100])
+    (folder / "d.safetensors").write_bytes(b"no latents")
+    os.mkfifo(folder / "f.png")
+    decode_one = decode_files.FileDecoder.decode
+
+    def decode(self: decode_files.FileDecoder, file: Path, path: Path) -> None:
+        if file.stem == "c":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        decode_one(self, file, path)
+
+    monkeypatch.setattr(decode_files.FileDecoder, "decode", decode)
+    with pytest.raises(SystemExit) as status:
+        pid("decode", folder, "--model", model, "--output", out)
+    assert status.value.code == 2
+    *told, last = capsys.readouterr().err.splitlines()
+    assert all(f"{name}." in told[0] for name in "bd")  # before the work
+    assert all(f"{name}." in last for name in "bcd")
+    assert sorted(p.name for p in out.iterdir()) == ["a.json", "a.png", "e.json", "e.png"]
+    for name in "ace":
+        (folder / f"{name}.png").unlink()
+    refused(capsys, "decode", folder, "--model", model, "--output", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_fault_with_one_file_is_shown_in_full_after_the_rest(
+    tmp_path: Path, model: Path, monkeypatch
+) -> None:
+    for name in "ab":
+        draw(tmp_path / f"{name}.png", 16, 16)
+    decode_one = decode_files.FileDecoder.decode
+
+    def decode(self: decode_files.FileDecoder, file: Path, path: Path) -> None:
+        if file.stem == "a":
+            raise ZeroDivisionError("a bug")
+        decode_one(self, file, path)
+
+    monkeypatch.setattr(decode_files.FileDecoder, "decode", decode)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        pid("decode", tmp_path, "--model", model, "--output", tmp_path / "out")
+    assert (tmp_path / "out" / "b.png").exists()
+
+
+def test_names_too_long_for_outputs_are_shortened(tmp_path: Path, model: Path, monkeypatch) -> None:
+    """Of 255 bytes each, of letters of 1, 2 and 4 bytes, and of none; and printed in ASCII."""
+    source, folder = draw(tmp_path / "a.png", 16, 16), tmp_path / "ü"
+    folder.mkdir()
+    for name in (b"a" * 250 + b"1", b"a" * 250 + b"2", "ü".encode() * 125, "🦊".encode() * 62):
+        shutil.copy(source, os.path.join(os.fsencode(folder), name + b".png"))
+    shutil.copy(source, os.path.join(os.fsencode(folder), b"caf\xe9.png"))
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    pid("decode", folder, "--model", model, "--output", tmp_path / "öut", "--compare")
+    console.flush()
+    assert b"5 pictures in" in console.buffer.getvalue()
+    assert len(list((tmp_path / "öut").iterdir())) == 5 * 4
+    assert len({output_stem(file) for file in folder.iterdir()}) == 5
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["#1 fan art", "null", "~", "a #b", "", "1.5", "a: b", "'a'", "[a", "*a", "- a", "---"],
+)
+def test_a_prompt_is_taken_as_it_is(monkeypatch, prompt: str) -> None:
+    taken = []
+    monkeypatch.setattr(decode_files, "decode_files", lambda *given: taken.append(given[-1]))
+    pid("decode", "a.png", f"--prompt={prompt}")
+    assert taken[0].prompt == prompt
 
 
 def test_a_comparison_overwrites_nothing(

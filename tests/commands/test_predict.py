@@ -234,3 +234,14 @@ def test_mistakes_are_told_before_any_file_is_decoded(tmp_path):
     with pytest.raises(ValueError, match=r"a\.txt"):
         predict(model, tmp_path, good)
     assert not (tmp_path / "predictions").exists()
+
+
+def test_the_rest_of_a_folder_is_predicted_whatever_one_file_does(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("a", "c", "long" * 62):
+        draw(folder / f"{name}.png", 16, 16)
+    (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:100])
+    with pytest.raises(Mistake, match=r"b\.png"):
+        predict(make_model(), tmp_path, folder)
+    assert len(list((tmp_path / "predictions").glob("*.png"))) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,7 @@ class PredictionInputs(Dataset[dict[str, str | int]]):
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.files: list[Path] = find_inputs(paths)
+        self.named: set[Path] = {Path(os.path.expanduser(path)) for path in paths}
         self.captions: list[str] = [caption_beside(file) or "" for file in self.files]
 
     def __len__(self) -> int:

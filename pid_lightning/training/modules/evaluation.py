@@ -162,3 +162,7 @@ class EvaluatedModule(LightningModule):
         if self.trainer.received_sigterm:  # Lightning asks in its other loops only
             raise SIGTERMException
         return self.writer.write(batch)
+
+    def on_predict_end(self) -> None:
+        """Tell of files that could not be decoded, now that the rest is."""
+        self.writer.failures.tell()
