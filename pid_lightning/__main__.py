@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from pid_lightning.checks import Mistake
+from pid_lightning.checks import Diverged, Mistake
 from pid_lightning.commands.parsing import sentence
 
 TRAINING = ("fit", "validate", "test", "predict")  # by `commands.fit`
@@ -32,7 +32,8 @@ HELP = """usage: pid COMMAND [options]; pid COMMAND --help lists them
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `pid`: commands that need no Lightning by their own module, the others by `fit`. A user's
-    mistake is one sentence and exit status 2; Ctrl-C is 130, and 1 where Lightning ends a fit."""
+    mistake is one sentence and exit status 2, a run whose numbers are no longer finite one and 1;
+    Ctrl-C is 130, and 1 where Lightning ends a fit."""
     given = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for consoles that lack letters
@@ -54,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\npid: stopped.", file=sys.stderr)
         sys.exit(130)
+    except Diverged as error:
+        print(f"pid: {error}", file=sys.stderr)
+        sys.exit(1)
     except Exception as error:
         told = sentence(error)
         if told is None:

@@ -27,6 +27,11 @@ class Mistake(ValueError):
         return f"{self.option}: {self.sentence}"
 
 
+class Diverged(ArithmeticError):
+    """A run whose numbers are no longer finite. The program `pid` prints it as one line and exits
+    with status 1."""
+
+
 def check_choice(option: str, value: object, accepted: Collection[object]) -> None:
     """Raise `Mistake` unless a value is accepted."""
     if value not in accepted:

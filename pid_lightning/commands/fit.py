@@ -27,7 +27,7 @@ from pid_lightning.files.tensors import read_torch_file
 from pid_lightning.training.callbacks.check_monitors import CheckMonitors
 from pid_lightning.training.callbacks.dmd2 import DMD2
 from pid_lightning.training.callbacks.last_checkpoint import LastCheckpoint, check_place
-from pid_lightning.training.checkpoints import AtomicCheckpointIO, read_run
+from pid_lightning.training.checkpoints import read_run
 from pid_lightning.training.modules.base import PiDModule
 from pid_lightning.training.strategies import check_strategy
 
@@ -160,15 +160,13 @@ class PiDCLI(LightningCLI):
                     callback.open_teacher(self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add `CheckMonitors`, `LastCheckpoint` (Ctrl-C too) and atomic checkpoint writing."""
+        """Add `CheckMonitors` and `LastCheckpoint` (Ctrl-C too)."""
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (RuntimeError, TypeError, ValueError) as error:  # of options that do not go together
             raise Mistake("trainer", str(error)) from error
         trainer.callbacks.insert(0, CheckMonitors())  # first, before others read their metrics
         trainer.callbacks.append(LastCheckpoint())  # last, so that EMA has followed the step
-        if type(trainer.strategy.checkpoint_io).__name__ == "TorchCheckpointIO":
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
 
     def before_fit(self) -> None:

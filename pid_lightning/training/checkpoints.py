@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
@@ -177,8 +179,25 @@ def forgive_frozen(module: nn.Module, incompatible: Any) -> None:
     incompatible.missing_keys[:] = kept
 
 
+def guard_checkpoints(trainer: Trainer) -> None:
+    """Give a trainer, its callbacks set up, an `AtomicCheckpointIO` in place of Lightning's own."""
+    if type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, AtomicCheckpointIO):
+        folders = [Path(saver.dirpath) for saver in trainer.checkpoint_callbacks if saver.dirpath]
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO(folders)
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoint I/O that never leaves a partial file and never unpickles code."""
+    """Checkpoint I/O that never leaves a partial file, never unpickles code and removes nothing but
+    checkpoint files of its own run.
+
+    Args:
+        folders: where this run keeps its checkpoints. Lightning removes what the state of
+            `ModelCheckpoint` names, which comes from the file that a run resumes.
+    """
+
+    def __init__(self, folders: Sequence[Path] = ()) -> None:
+        super().__init__()
+        self.folders = folders
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
@@ -198,6 +217,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 raise OSError(error) from error
             file.flush()
             os.fsync(file.fileno())
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint file that lies in `folders`; leave anything else, with a warning."""
+        path, resolved = Path(path), Path(path).resolve()
+        is_ours = any(resolved.is_relative_to(folder.resolve()) for folder in self.folders)
+        if path.suffix == ".ckpt" and resolved.is_file() and is_ours:
+            path.unlink()
+        elif path.exists():
+            rank_zero_warn(f"{path} is no checkpoint file of this run, so it is not removed.")
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True

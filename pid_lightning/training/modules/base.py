@@ -25,11 +25,13 @@ from pid_lightning.training.checkpoints import (
     TRAINING_KEY,
     check_resumes,
     forgive_frozen,
+    guard_checkpoints,
     optimizer_settings,
     read_run,
     read_start,
 )
 from pid_lightning.training.distillation import Distillation
+from pid_lightning.training.finite import FiniteGradients
 from pid_lightning.training.modules.evaluation import EvaluatedModule
 from pid_lightning.training.objective import FlowMatching, Objective
 from pid_lightning.training.optimizers import clip_gradients
@@ -100,6 +102,7 @@ class PiDModule(EvaluatedModule):
         self._num_past_steps: int | None = None  # of the last fit or checkpoint
         self._batch_end: float | None = None
         self._side_stream: SideStream | None = None  # on a GPU
+        self._finite = FiniteGradients()
         if init_from == "":
             raise Mistake("init_from", "an empty name; name a model, or leave it out.")
         check_text(self.text_encoder, denoiser, training.caption_dropout)
@@ -136,6 +139,7 @@ class PiDModule(EvaluatedModule):
             Mistake: see `prepare` and `check_strategy`.
         """
         check_strategy(self.trainer.strategy)
+        guard_checkpoints(self.trainer)
         self.prepare(self.trainer.datamodule, stage)
         if stage == "fit":
             self._drop_what_no_callback_keeps()
@@ -219,6 +223,7 @@ class PiDModule(EvaluatedModule):
 
     def on_fit_start(self) -> None:
         """Log description and settings as hyper-parameters; compile if requested."""
+        self._finite = FiniteGradients()
         if self.device.type == "cuda":
             self._side_stream = SideStream(self.device)
         if self.training_settings.compile:
@@ -237,7 +242,12 @@ class PiDModule(EvaluatedModule):
         return state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the model description in the checkpoint."""
+        """Store the model description in the checkpoint.
+
+        Raises:
+            Diverged: a gradient since the start was not finite, so that the weights are spoilt.
+        """
+        self._finite.check()
         checkpoint[weights.METADATA_KEY] = self.info.to_plain()
         checkpoint[TRAINING_KEY] = optimizer_settings(self.training_settings)
 
@@ -276,6 +286,8 @@ class PiDModule(EvaluatedModule):
         draw = partial(draw_sample, batch, "train", *networks, self.training_settings)
         sample = draw() if self._side_stream is None else self._side_stream.run(draw)
         loss, parts = self.objective.training_step(self, sample)
+        for name in parts.keys() & {"gradient_norm", "critics_gradient_norm"}:
+            self._watch(parts[name])
         self.log_dict({f"train/{k}": v for k, v in parts.items()}, batch_size=len(sample.x0))
         return loss
 
@@ -324,3 +336,12 @@ class PiDModule(EvaluatedModule):
         """Clip as the trainer is configured and log the norm; a distillation does so itself."""
         norm = clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self.log("train/gradient_norm", norm)
+        if self.trainer.precision != "16-mixed":  # whose scaler skips such steps
+            self._watch(norm)
+
+    def _watch(self, norm: Tensor) -> None:
+        """Stop where a gradient was not finite; looked at in logged steps and before saving."""
+        step = self.trainer.global_step
+        self._finite.see(norm, step)
+        if step % max(self.trainer.log_every_n_steps, 1) == 0:
+            self._finite.check()
