@@ -9,6 +9,7 @@ import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from pid_lightning.checks import Mistake, check_at_least, check_between
 from pid_lightning.commands.parsing import find_cause
+from pid_lightning.commands.run_folder import claim_version, hold
 from pid_lightning.decoding.memory import keep_freed_memory
 from pid_lightning.files.atomic import make_folder
 from pid_lightning.files.hub import find_last_checkpoint
@@ -75,6 +77,10 @@ class SaveConfig(SaveConfigCallback):
 class PiDCLI(LightningCLI):
     """A LightningCLI whose runs are never overwritten and are found by `--ckpt_path last`."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with ExitStack() as self._held:
+            super().__init__(*args, **kwargs)
+
     def add_arguments_to_parser(self, parser: Any) -> None:
         """Add the options that belong to neither model, data nor trainer."""
         parser.add_argument(
@@ -129,9 +135,9 @@ class PiDCLI(LightningCLI):
         if config.ckpt_path is not None:
             path = find_checkpoint(config.ckpt_path, folder)
             config.ckpt_path = str(path)
-            version = path.parent.parent
-            if folder is not None and version.parent.resolve() == folder.resolve():
-                logger.init_args.version = version.name
+            for version in path.parents:
+                if folder is not None and version.parent.resolve() == folder.resolve():
+                    logger.init_args.version = version.name
         elif self.subcommand != "fit" and not config.model.init_args.get("init_from"):
             raise Mistake(
                 "ckpt_path",
@@ -172,10 +178,18 @@ class PiDCLI(LightningCLI):
     def before_fit(self) -> None:
         """Find now what would fail later, or have replaced files by then: the place of checkpoints,
         and the pictures of a test after the fit."""
+        claim_version(self.trainer)
         requeued = self.trainer._checkpoint_connector._hpc_resume_path  # taken before any other
         check_place(self.trainer, requeued or self.config.fit.ckpt_path)
+        hold(self.trainer, self._held)
         if self.config.fit.test_after_fit and self.datamodule is not None:
             self.datamodule.setup("test")
+
+    def before_validate(self) -> None:
+        """Claim a folder for what is logged."""
+        claim_version(self.trainer)
+
+    before_test = before_predict = before_validate
 
     def after_fit(self) -> None:
         """Run the test where `test_after_fit` asks for it."""

@@ -86,10 +86,11 @@ def find_model(
 def find_last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint in the folder of a run, or of all versions of a run.
 
-    Normally that is a `last.ckpt`; after a kill it may be the last periodic checkpoint.
+    Normally that is a `last.ckpt`; after a kill it may be the last periodic checkpoint, in a folder
+    of its own where its name holds a metric with a slash.
     """
-    places = ("", "checkpoints/", "version_*/checkpoints/")
-    found = [path for place in places for path in folder.glob(f"{place}*.ckpt")]
+    places = ("", "checkpoints/**/", "version_*/checkpoints/**/")
+    found = {path for place in places for path in folder.glob(f"{place}*.ckpt")}
     return max(found, key=lambda path: (path.stat().st_mtime, path.name), default=None)
 
 

@@ -120,13 +120,21 @@ def save_model(
         description: free text for the file's metadata: training, data, licence.
 
     Raises:
-        Mistake: another suffix, or a network changed for inference (see `nn.changes`).
+        Mistake: another suffix, a network changed for inference (see `nn.changes`), or weights
+            that are not finite in `dtype`.
     """
     from safetensors.torch import save_file
 
     check_model_path(path)
     check_allowed(denoiser.changes, "save")
     state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in denoiser.state_dict().items()}
+    spoilt = [name for name, value in state.items() if not value.isfinite().all()]
+    if spoilt:
+        raise Mistake(
+            "weights",
+            f"{spoilt[0]!r} and {len(spoilt) - 1} more are not finite in {dtype}; take an earlier "
+            "checkpoint of the run, or another dtype.",
+        )
     metadata = {METADATA_KEY: json.dumps(info.to_plain())}
     if description:
         metadata["description"] = description

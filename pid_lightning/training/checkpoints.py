@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,12 +34,14 @@ class Found(NamedTuple):
         info: its description.
         is_averaged: whether an average is among the tensors.
         optimizer: settings that the state of its optimiser holds; empty if there is none.
+        resumes: whether it has the state of an optimiser.
     """
 
     state: dict[str, Tensor]
     info: ModelInfo
     is_averaged: bool
     optimizer: dict[str, Any]
+    resumes: bool = False
 
 
 def optimizer_settings(training: Training) -> dict[str, Any]:
@@ -76,7 +77,8 @@ def read_run(ours: ModelInfo, checkpoint: dict[str, Any]) -> Found:
         for name, v in checkpoint["state_dict"].items()
     }
     is_averaged = any(name.startswith(AVERAGE) for name in moved)
-    return Found(moved, theirs, is_averaged, checkpoint.get(TRAINING_KEY, {}))
+    optimizer, resumes = checkpoint.get(TRAINING_KEY, {}), "optimizer_states" in checkpoint
+    return Found(moved, theirs, is_averaged, optimizer, resumes)
 
 
 def check_resumes(
@@ -91,8 +93,15 @@ def check_resumes(
         averages: whether the fit averages its weights.
 
     Raises:
-        Mistake: its run had other callbacks, or other settings that its optimiser keeps.
+        Mistake: its run had other callbacks, or other settings that its optimiser keeps; or it
+            holds weights only.
     """
+    if not found.resumes:
+        raise Mistake(
+            "ckpt_path",
+            "this checkpoint was saved with save_weights_only, so no run can go on from it; start "
+            "a new one with --model.init_from.",
+        )
     theirs = found.info.student_times
     if theirs != student_times:
         if student_times is None:
@@ -208,8 +217,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             OSError: the disk is full or not writable.
         """
         path = Path(path)
-        for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            stale.unlink(missing_ok=True)  # left by a process that was killed while saving
         with replaced_file(path) as temporary, open(temporary, "wb") as file:
             try:
                 torch.save(checkpoint, file)

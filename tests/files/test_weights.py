@@ -223,6 +223,21 @@ def test_a_mistake_in_the_files_name_is_told_before_writing(tmp_path: Path) -> N
 # --------------------------------------------------------------------- checkpoints
 
 
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(torch.nan, torch.float32), (torch.inf, torch.bfloat16), (1e6, torch.half)]
+)
+def test_weights_that_are_not_finite_are_not_written(
+    tmp_path: Path, value: float, dtype: torch.dtype
+) -> None:
+    network = random_network()
+    with torch.no_grad():
+        network.out.weight[0, 0] = value
+    with pytest.raises(Mistake) as caught:
+        save_model(network, INFO, tmp_path / "model.safetensors", dtype)
+    assert caught.value.option == "weights"
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_checkpoint_is_a_model_too(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     torch.save(checkpoint(), path)

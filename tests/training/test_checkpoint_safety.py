@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from pid_lightning import EMA
-from pid_lightning.checks import Diverged
+from pid_lightning.checks import Diverged, Mistake
 
 
 def fit(folder: Path, steps: int, *callbacks: tiny.pl.Callback, resume: Path | None = None) -> None:
@@ -49,6 +49,17 @@ def test_a_checkpoint_removes_only_checkpoints_of_its_own_run(tmp_path: Path) ->
         fit(run, 2, resume=run / "hostile.ckpt")
         assert all(one.exists() for one in kept)
     assert not named.exists()  # Lightning's own course
+
+
+def test_a_checkpoint_of_weights_only_is_not_resumed(tmp_path: Path) -> None:
+    fit(tmp_path, 1)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    for part in ("optimizer_states", "lr_schedulers", "loops", "callbacks"):
+        del checkpoint[part]
+    torch.save(checkpoint, tmp_path / "weights.ckpt")
+    with pytest.raises(Mistake) as caught:
+        fit(tmp_path / "next", 2, resume=tmp_path / "weights.ckpt")
+    assert caught.value.option == "ckpt_path"
 
 
 class Spoil(tiny.pl.Callback):

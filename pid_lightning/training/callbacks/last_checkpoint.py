@@ -187,7 +187,7 @@ def check_place(trainer: Trainer, resumed: str | Path | None) -> None:
     if not path or not path.exists() or str(path) == trainer.checkpoint_callback.last_model_path:
         return
     is_requeued = resumed is not None and Path(resumed).name.startswith("hpc_ckpt_")
-    if is_requeued or (resumed and Path(resumed).resolve().parent == path.resolve().parent):
+    if is_requeued or (resumed and Path(resumed).resolve().is_relative_to(folder.resolve())):
         return
     raise Mistake(
         "ckpt_path",
