@@ -19,30 +19,44 @@ def export(arguments: Sequence[str]) -> None:
 
 
 def export_run(
-    run: str, out: str, *, dtype: Literal["bf16", "fp32"] = "bf16", description: str = ""
+    run: str,
+    out: str,
+    *,
+    layout: Literal["own", "published"] = "own",
+    dtype: Literal["bf16", "fp32"] = "bf16",
+    description: str = "",
 ) -> None:
-    """Write a run's network, its average where there is one, as one self-describing model file.
+    """Write a run's network, its average where there is one, as one model file.
 
     Args:
-        run: a run's folder (its newest checkpoint), or a .ckpt.
-        out: the .safetensors to write.
+        run: a run's folder (its newest checkpoint), a .ckpt or a model's .safetensors.
+        out: the .safetensors to write; in the published layout also a .pth.
+        layout: own describes itself; published is the authors', which programs with PiD read.
         dtype: of the weights.
-        description: text to store in the file.
+        description: text to store in the file; the published layout has no place for it.
     """
     from pid_lightning.files.atomic import make_folder
     from pid_lightning.files.hub import find_model
     from pid_lightning.files.models import DTYPES, check_model_path, load_model, save_model
+    from pid_lightning.files.published import export_released
 
-    check_model_path(out)
+    is_published = layout == "published"
+    if is_published and description:
+        raise Mistake("description", "the published layout holds none; leave it out.")
+    if not is_published:
+        check_model_path(out)
     _check_unused(out)
     if not os.path.exists(os.path.expanduser(run)):
         raise Mistake("run", f"{run} does not exist; name a run's folder or a .ckpt.")
     path = find_model(run)
     make_folder("out", Path(out).parent)
     denoiser, info = load_model(path)
-    save_model(denoiser, info, out, DTYPES[dtype], description)
-    kind = "teacher" if info.student_times is None else "student"
-    print(f"{out}: the {kind} of {path}, {info.family} on {info.latent_space} latents")
+    kind = f"{info.family} on {info.latent_space} latents"
+    if is_published:
+        kind = " ".join(export_released(denoiser, info, out, DTYPES[dtype]))
+    else:
+        save_model(denoiser, info, out, DTYPES[dtype], description)
+    print(f"{out}: the {'teacher' if info.student_times is None else 'student'} of {path}, {kind}")
 
 
 def import_(arguments: Sequence[str]) -> None:
@@ -63,7 +77,8 @@ def import_weights(
     """Convert published weights to one self-describing model file.
 
     Args:
-        released: the published .pth.
+        released: the published .pth or .safetensors; of PixelDiT's text-to-image weights, which
+            have no adapter, the model is one to start from, by init_from.
         out: the .safetensors to write.
         family: of the latents.
         version: of the weights.

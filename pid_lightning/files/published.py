@@ -1,4 +1,5 @@
-"""Convert published weights to a self-describing model file; nothing is guessed or executed."""
+"""Published weights and this package's model files: each from the other; nothing is guessed or
+executed."""
 
 from __future__ import annotations
 
@@ -12,14 +13,17 @@ from torch import Tensor
 
 from pid_lightning.checks import Mistake, check_choice
 from pid_lightning.diffusion.sampling import STUDENT_TIMES
-from pid_lightning.files.atomic import make_folder
+from pid_lightning.files.atomic import make_folder, replaced_file
 from pid_lightning.files.models import ModelInfo, check_model_path, save_model
-from pid_lightning.files.published_layout import first_names, from_released
-from pid_lightning.files.tensors import read_torch_file
-from pid_lightning.nn import AdapterConfig, Geometry, PiDConfig
+from pid_lightning.files.published_layout import first_names, from_released, to_released
+from pid_lightning.files.tensors import read_tensors, read_torch_file
+from pid_lightning.nn import AdapterConfig, Geometry, PiD, PiDConfig
+from pid_lightning.nn.changes import check_allowed
 
 NETWORK, AVERAGED = "net.", "net_ema."
-IGNORED = ("fake_score.", "discriminator.")
+BACKBONE = "core."  # of PixelDiT's text-to-image weights
+IGNORED = ("fake_score.", "discriminator.", "_repa_projector.")
+ADAPTER = ("lq_proj.", "pit_lq_gate.")
 
 VERSIONS = {
     "v1": PiDConfig(learned_null=False),
@@ -84,8 +88,11 @@ def import_released(
     """Write a model file from published weights, in their stored dtype (that of the patch
     embedding, should a file mix several).
 
+    PixelDiT's text-to-image weights, which have no adapter, get an untrained one: a teacher to
+    start a training from.
+
     Args:
-        path: the published ``.pth``: a flat dict of tensors.
+        path: the published ``.pth`` or ``.safetensors``: a flat dict of tensors.
         out: the ``.safetensors`` to write.
         family: latent family, one of `FAMILIES`.
         version: ``"v1"`` or ``"v1.5"``.
@@ -104,18 +111,95 @@ def import_released(
     released = read_released(path, AVERAGED if ema else NETWORK)
     _check_kind(released, family, version)
     make_folder("out", Path(out).parent)
+    is_backbone = not any(name.startswith(ADAPTER) for name in released)
     # Only some files hold the RGB head, which is used in training alone.
     with_rgb_head = any("lq_aux_rgb_head" in name for name in released)
     info = replace(
         released_info(family, version, with_rgb_head),
         image_size=image_size,
-        student_times=None if student_times is None else tuple(student_times),
+        student_times=None if is_backbone or student_times is None else tuple(student_times),
     )
+    if is_backbone:
+        released |= _untrained_adapter(info, next(iter(released.values())).dtype)
     with torch.device("meta"):
         denoiser = info.build()
     denoiser.load_state_dict(from_released(released, denoiser), assign=True)
     save_model(denoiser, info, out, denoiser.dtype)
     return info
+
+
+def _untrained_adapter(info: ModelInfo, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The adapter's tensors under the published names, equal for every run of this function."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        tensors = to_released(info.build())
+    return {name: w.to(dtype) for name, w in tensors.items() if name.startswith(ADAPTER)}
+
+
+def export_released(
+    denoiser: PiD, info: ModelInfo, path: str | Path, dtype: torch.dtype
+) -> tuple[str, str]:
+    """Write a network in the authors' layout, prefixed ``net.``, for programs that read theirs.
+
+    The file states neither family, version nor sampling times; its reader has to be told.
+
+    Args:
+        denoiser: the network.
+        info: its metadata.
+        path: destination, ending in ``.pth`` or ``.safetensors``.
+        dtype: type to store the weights in.
+
+    Returns:
+        The family and version to read it as.
+
+    Raises:
+        Mistake: another suffix, a network changed for inference, or one with anything that this
+            layout cannot hold.
+    """
+    from safetensors.torch import save_file
+
+    check_choice("suffix", Path(path).suffix, (".pth", ".safetensors"))
+    check_allowed(denoiser.changes, "save")
+    family, version = _published_as(info)
+    tensors = {
+        f"{NETWORK}{name}": tensor.detach().to("cpu", dtype).clone().contiguous()
+        for name, tensor in to_released(denoiser).items()
+    }
+    with replaced_file(path) as temporary:
+        save = torch.save if Path(path).suffix == ".pth" else save_file
+        save(tensors, temporary)
+    return family, version
+
+
+def _published_as(info: ModelInfo) -> tuple[str, str]:
+    """The published family and version that a network is one of."""
+    families = [k for k, known in FAMILIES.items() if known.latent_space == info.latent_space]
+    if not families:
+        raise Mistake(
+            "layout",
+            f"{info.latent_space} latents are of no published family ({', '.join(FAMILIES)}); "
+            "export without --layout.",
+        )
+    lacking = {}
+    for version in VERSIONS:
+        adapter = info.config.adapter
+        known = released_info(families[0], version, adapter.rgb_head)
+        # Where the training-only head reads is in no file, and changes no picture.
+        there = replace(known.config.adapter, rgb_head_block=adapter.rgb_head_block)
+        known = replace(known, config=replace(known.config, adapter=there))
+        lacking[version] = info.differences(known)
+    version = min(lacking, key=lambda version: len(lacking[version]))
+    if info.student_times not in (None, STUDENT_TIMES):
+        lacking[version].append(f"student_times: {STUDENT_TIMES}, here {info.student_times}")
+    if info.student_times is None and info.time_shift is not None:
+        lacking[version].append(f"time_shift: by the size, here {info.time_shift}")
+    if lacking[version]:
+        raise Mistake(
+            "layout",
+            f"that of {version} cannot hold this network ({'; '.join(lacking[version])}); train one "
+            "with its sizes and options, or export without --layout.",
+        )
+    return families[0], version
 
 
 def released_info(family: str, version: str, with_rgb_head: bool) -> ModelInfo:
@@ -128,15 +212,21 @@ def released_info(family: str, version: str, with_rgb_head: bool) -> ModelInfo:
 def read_released(path: str | Path, prefix: str) -> dict[str, Tensor]:
     """Read the tensors under a prefix, without it, of a published file, memory-mapped.
 
-    Tensors under no known prefix keep their names.
+    Tensors under no known prefix keep their names. Where there are none under ``net.``, those of
+    PixelDiT are taken.
 
     Raises:
         OSError: no such file.
         Mistake: the file holds no tensors under the prefix.
     """
-    held = read_torch_file(path)
+    is_safe = Path(path).suffix.lower() == ".safetensors"
+    held = read_tensors(path) if is_safe else read_torch_file(path)
     held = held if isinstance(held, dict) else {}
+    held = held["state_dict"] if isinstance(held.get("state_dict"), dict) else held
     held = {str(name): value for name, value in held.items() if isinstance(value, Tensor)}
+    found = {known for known in (NETWORK, BACKBONE) if any(k.startswith(known) for k in held)}
+    if prefix == NETWORK and found == {BACKBONE}:
+        prefix = BACKBONE
     if not any(name.startswith(prefix) for name in held):
         groups = sorted({name.split(".")[0] + "." for name in held})
         raise Mistake(

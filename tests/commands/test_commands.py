@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -20,7 +21,7 @@ import torch
 from decoders import make
 from PIL import Image
 from plain import plain_velocity, published_arguments, random_released, released_shapes
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -35,8 +36,14 @@ from pid_lightning.diffusion.sampling import STUDENT_TIMES, sample_few_steps
 from pid_lightning.encoders.text_cache import cache_captions
 from pid_lightning.files.hub import find_model
 from pid_lightning.files.models import ModelInfo, load_model
-from pid_lightning.files.published import FAMILIES, VERSIONS, import_released, released_info
-from pid_lightning.files.published_layout import from_released
+from pid_lightning.files.published import (
+    FAMILIES,
+    VERSIONS,
+    export_released,
+    import_released,
+    released_info,
+)
+from pid_lightning.files.published_layout import from_released, to_released
 from pid_lightning.pictures.files import read_picture
 from pid_lightning.pictures.inputs import output_stem
 
@@ -577,3 +584,71 @@ def test_import_offers_what_was_published(
     options = ("--family", "sdxl", "--version", "v1.5")
     assert "tensors missing" in refused(capsys, "import", path, out, *options)
     assert not out.exists()
+
+
+# ------------------------------------------------------------------- and back
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize(("family", "version"), [("flux", "v1"), ("flux2", "v1.5")])
+def test_published_weights_go_there_and_back(
+    small: None, tmp_path: Path, family: str, version: str, suffix: str
+) -> None:
+    """Equal bit for bit, under the same names, from both kinds of file."""
+    described = released_info(family, version, with_rgb_head=version == "v1.5")
+    tensors = release(tmp_path / "released.pth", described)
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / f"theirs.{suffix}"
+    options = ("--family", family, "--version", version)
+    pid("import", tmp_path / "released.pth", ours, *options)
+    pid("export", ours, theirs, "--layout", "published", "--dtype", "fp32")
+    held = load_file(theirs) if suffix == "safetensors" else torch.load(theirs, weights_only=True)
+    assert held.keys() == {f"net.{name}" for name in tensors}
+    assert all(torch.equal(held[f"net.{name}"], tensor) for name, tensor in tensors.items())
+    pid("import", theirs, tmp_path / "again.safetensors", *options)
+    assert (tmp_path / "again.safetensors").read_bytes() == ours.read_bytes()
+
+
+def test_what_the_published_layout_cannot_hold_is_named(small: None, tmp_path: Path) -> None:
+    known = released_info("flux", "v1", with_rgb_head=False)
+    adapter = known.config.adapter
+    changes = {
+        "learned_null: False, here True": {"learned_null": True},
+        "prediction: velocity, here x0": {"prediction": "x0"},
+        "width: 16, here 32": {"width": 32},
+        "adapter.padding: zeros, here replicate": {
+            "adapter": dataclasses.replace(adapter, padding="replicate")
+        },
+    }
+    others = {
+        told: dataclasses.replace(known, config=dataclasses.replace(known.config, **change))
+        for told, change in changes.items()
+    }
+    replace = partial(dataclasses.replace, known)
+    others["student_times"] = replace(student_times=(0.9, 0.5))
+    others["time_shift"] = replace(student_times=None, time_shift=3.0)
+    others["scale: 4, here 8"] = replace(geometry=dataclasses.replace(known.geometry, scale=8))
+    others["mine latents"] = replace(latent_space="mine")
+    for told, info in others.items():
+        with pytest.raises(Mistake) as error:
+            export_released(info.build(), info, tmp_path / "out.pth", torch.float32)
+        assert error.value.option == "layout"
+        assert told in error.value.sentence
+    assert not list(tmp_path.iterdir())
+    export_released(known.build(), known, tmp_path / "out.pth", torch.float32)
+
+
+def test_pixeldits_weights_begin_a_teacher(small: None, tmp_path: Path) -> None:
+    """Its file wraps the network and holds a projection of its training; the adapter is new."""
+    path = tmp_path / "pixeldit.pth"
+    tensors = release(path, released_info("flux", "v1", False))
+    backbone = {k: v for k, v in tensors.items() if not k.startswith("lq_proj.")}
+    held = {f"core.{k}": v for k, v in backbone.items()} | {"_repa_projector.0.bias": torch.ones(1)}
+    torch.save({"state_dict": held}, path)
+    for version in VERSIONS:
+        out = tmp_path / f"{version}.safetensors"
+        info = import_released(path, out, "flux", version)
+        assert info.student_times is None
+        denoiser, _ = load_model(out)
+        back = to_released(denoiser)
+        assert all(torch.equal(back[name], tensor) for name, tensor in backbone.items())
+        assert denoiser.adapter.heads.weight.count_nonzero() == 0
