@@ -11,13 +11,19 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 from pid_lightning.commands.fit import PiDCLI, main
 from pid_lightning.files import models as weights
+from pid_lightning.files.published import released_info
 from pid_lightning.training.modules.base import PiDModule
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-FULL_SIZE = sorted(CONFIGS.glob("*_[48]x.yaml"))
-DISTILLATIONS = sorted(CONFIGS.glob("*_[48]x_dmd2.yaml"))
+VERSIONS = ("", "_v1pt5")
+FULL_SIZE = sorted(c for v in VERSIONS for c in CONFIGS.glob(f"*_[48]x{v}.yaml"))
+DISTILLATIONS = sorted(c for v in VERSIONS for c in CONFIGS.glob(f"*_[48]x{v}_dmd2.yaml"))
 # The distillations below train the other half, and a discriminator beside it.
-NOT_DISTILLED = [c for c in FULL_SIZE if c.with_stem(f"{c.stem}_dmd2") not in DISTILLATIONS]
+NOT_DISTILLED = [
+    c
+    for c in FULL_SIZE
+    if "flux2" in c.stem or c.with_stem(f"{c.stem}_dmd2") not in DISTILLATIONS
+]
 OTHERS = sorted(set(CONFIGS.glob("*.yaml")) - {*FULL_SIZE, *DISTILLATIONS})
 SHRUNK = [
     "--data.path=bundled",
@@ -46,6 +52,7 @@ SHRUNK = [
     "--trainer.enable_model_summary=false",
 ]
 SMALL_ENCODERS = {
+    "flux2": ["--model.vae=taef2"],
     "vae": ["--model.vae=taef2"],
     "siglip": ["--model.model=vit_tiny_patch16_224", "--model.pretrained=false"],
     "dinov2": ["--model.model=vit_small_patch14_dinov2", "--model.pretrained=false"],
@@ -67,12 +74,13 @@ def parse(config: Path, *arguments: str) -> PiDCLI:
 
 def test_all_are_here() -> None:
     families = ("dinov2", "siglip", "vae")
-    assert [c.stem for c in FULL_SIZE] == [f"{f}_{s}x" for f in families for s in (4, 8)]
-    assert [c.stem for c in DISTILLATIONS] == [
-        "dinov2_8x_dmd2",
-        "siglip_8x_dmd2",
-        "vae_4x_dmd2",
-    ]
+    newer = ["flux2_4x_v1pt5", "vae_4x_v1pt5"]
+    assert [c.stem for c in FULL_SIZE] == sorted(
+        [f"{f}_{s}x" for f in families for s in (4, 8)] + newer
+    )
+    assert [c.stem for c in DISTILLATIONS] == sorted(
+        f"{stem}_dmd2" for stem in ("dinov2_8x", "siglip_8x", "vae_4x", *newer)
+    )
 
 
 @pytest.mark.parametrize("config", FULL_SIZE, ids=lambda path: path.stem)
@@ -81,9 +89,18 @@ def test_full_size_has_the_published_number_of_parameters(config: Path) -> None:
         cli = parse(config)
     denoiser = cli.model.denoiser
     num = sum(p.numel() for p in denoiser.parameters())
-    # 1.36 billion with 16-channel latents; wider latents widen the adapter's first convolution.
-    wider = (cli.model.encoder.latent_channels - 16) * 9 * denoiser.config.adapter.width
-    assert abs(num - wider - 1.363e9) < 0.001e9
+    # With 16-channel latents; wider latents widen the adapter's first convolution.
+    adapter = denoiser.config.adapter
+    channels = cli.model.encoder.latent_channels // adapter.unpack**2
+    wider = (channels - 16) * 9 * adapter.width
+    assert abs(num - wider - (1.4013e9 if "v1pt5" in config.stem else 1.363e9)) < 0.001e9
+    if "v1pt5" in config.stem:
+        injected = [*denoiser.adapter.parameters(), *denoiser.gates.parameters()]
+        assert sum(w.numel() for w in injected) - wider == pytest.approx(98.8e6, rel=1e-3)
+        # What trains is what the authors published, but for its learned null.
+        family = config.stem.partition("_")[0].replace("vae", "flux")
+        published = released_info(family, "v1.5", with_rgb_head=True)
+        assert cli.model.info.differences(published) == ["learned_null: False, here True"]
     assert cli.datamodule.image_size == 2048
     assert f"_{cli.model.scale}x" in config.stem
 
