@@ -193,11 +193,12 @@ def _published_as(info: ModelInfo) -> tuple[str, str]:
         lacking[version].append(f"student_times: {STUDENT_TIMES}, here {info.student_times}")
     if info.student_times is None and info.time_shift is not None:
         lacking[version].append(f"time_shift: by the size, here {info.time_shift}")
-    if lacking[version]:
+    differing = "; ".join(lacking[version])
+    if differing:
         raise Mistake(
             "layout",
-            f"that of {version} cannot hold this network ({'; '.join(lacking[version])}); train one "
-            "with its sizes and options, or export without --layout.",
+            f"that of {version} cannot hold this network ({differing}); train one with its sizes "
+            "and options, or export without --layout.",
         )
     return families[0], version
 

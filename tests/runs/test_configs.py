@@ -20,9 +20,7 @@ FULL_SIZE = sorted(c for v in VERSIONS for c in CONFIGS.glob(f"*_[48]x{v}.yaml")
 DISTILLATIONS = sorted(c for v in VERSIONS for c in CONFIGS.glob(f"*_[48]x{v}_dmd2.yaml"))
 # The distillations below train the other half, and a discriminator beside it.
 NOT_DISTILLED = [
-    c
-    for c in FULL_SIZE
-    if "flux2" in c.stem or c.with_stem(f"{c.stem}_dmd2") not in DISTILLATIONS
+    c for c in FULL_SIZE if "flux2" in c.stem or c.with_stem(f"{c.stem}_dmd2") not in DISTILLATIONS
 ]
 OTHERS = sorted(set(CONFIGS.glob("*.yaml")) - {*FULL_SIZE, *DISTILLATIONS})
 SHRUNK = [
