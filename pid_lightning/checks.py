@@ -32,6 +32,12 @@ class Diverged(ArithmeticError):
     with status 1."""
 
 
+def one_line(text: str) -> str:
+    """A text as one line that any console can show: names of files hold whatever they like."""
+    shown = " ".join(text.splitlines())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+
+
 def check_choice(option: str, value: object, accepted: Collection[object]) -> None:
     """Raise `Mistake` unless a value is accepted."""
     if value not in accepted:

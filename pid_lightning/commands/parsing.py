@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, auto_cli
 
-from pid_lightning.checks import Mistake
+from pid_lightning.checks import Mistake, one_line
 
 KEY = re.compile(r'Parser key "([^"]*)":')
 TYPE = re.compile(r"<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[(.*?)\]")
@@ -47,7 +47,7 @@ def sentence(error: BaseException) -> str | None:
     cause = find_cause(error, Mistake, OSError)
     if cause is None and isinstance(error, ArgumentError):
         return parser_sentence(str(error))
-    return None if cause is None else str(cause)
+    return None if cause is None else one_line(str(cause))
 
 
 def find_cause(error: BaseException | None, *kinds: type[BaseException]) -> BaseException | None:

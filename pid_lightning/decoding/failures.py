@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from pid_lightning.checks import Mistake
+from pid_lightning.checks import Mistake, one_line
 from pid_lightning.decoding.decoder import PiDDecoder
 from pid_lightning.decoding.files import read_input
 
@@ -47,7 +47,7 @@ class Failures:
     def show(self) -> None:
         """Print what has failed, if anything has."""
         if self.reasons:
-            tqdm.write(f"pid: {self}", file=sys.stderr)
+            tqdm.write(f"pid: {one_line(str(self))}", file=sys.stderr)
 
     def tell(self) -> None:
         """End what has decoded the rest.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,11 +17,11 @@ class Listing:
 
     Attributes:
         files: sorted by path.
-        left_out: how many others there are, by reason.
+        left_out: why others, and folders, are not read.
     """
 
     files: list[Path] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
+    left_out: dict[Path, str] = field(default_factory=dict)
 
 
 def list_files(folder: str | Path, deep: bool = True) -> Listing:
@@ -47,7 +47,7 @@ def list_files(folder: str | Path, deep: bool = True) -> Listing:
         except OSError:
             if not seen or current == os.fspath(folder):
                 raise
-            listing.left_out["unreadable folder"] += 1
+            listing.left_out[Path(current)] = "unreadable"
             continue
         for entry in entries:
             if _is(entry.is_dir):
@@ -56,13 +56,19 @@ def list_files(folder: str | Path, deep: bool = True) -> Listing:
             elif _is(entry.is_file):
                 paths.append(entry.path)
             else:
-                reason = "broken link" if entry.is_symlink() else "not a regular file"
-                listing.left_out[reason] += 1
+                is_there = os.path.exists(entry.path)
+                listing.left_out[Path(entry.path)] = "not regular" if is_there else "broken"
     listing.files = [Path(path) for path in sorted(paths, key=lambda path: path.split(os.sep))]
     return listing
 
 
-def _is(kind: object) -> bool:
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file only says which file Git LFS would fetch in its place."""
+    with open(file, "rb") as content:
+        return content.read(24) == b"version https://git-lfs."
+
+
+def _is(kind: Callable[[], bool]) -> bool:
     try:
         return kind()
     except OSError:  # links that lead to themselves

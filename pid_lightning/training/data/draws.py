@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from pid_lightning.diffusion.randomness import sample_generators
 from pid_lightning.pictures.pixels import UnusablePicture
+from pid_lightning.training.data.rows import check_picture
 from pid_lightning.training.data.samples import MAX_TRIES, Pictures
-from pid_lightning.training.data.sources import check_picture, fail_without_pictures
+from pid_lightning.training.data.splits import fail_without_pictures
 
 if TYPE_CHECKING:
     import datasets
@@ -91,7 +92,7 @@ class StreamedDraws(ShuffledDraws):
             row = {"name": f"{num_rows:06d}", **row}
             num_rows += 1
             try:
-                check_picture(row["image"], self.pictures.image_size)
+                check_picture(row, self.pictures.image_size)
             except UnusablePicture as reason:
                 self.pictures.skip(row["name"], reason)
                 if num_usable == 0 and num_rows == MAX_TRIES:
@@ -99,9 +100,11 @@ class StreamedDraws(ShuffledDraws):
                 continue
             num_usable += 1
             yield row
-        if num_usable == 0:  # held out, all of them, if there was no row
-            option = "data.path" if num_rows else "data.num_val"
-            fail_without_pictures(option, num_rows, self.pictures.image_size)
+        if num_usable == 0:
+            if num_rows:
+                self.pictures.fail()
+            # All of them were held out.
+            fail_without_pictures("data.num_val", 0, self.pictures.image_size)
 
 
 class ResumableLoader:

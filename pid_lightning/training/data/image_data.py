@@ -7,9 +7,10 @@ import os
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
-from pid_lightning.checks import Mistake, check_at_least, check_choice
+from pid_lightning.checks import Mistake, check_at_least, check_choice, one_line
 from pid_lightning.training.data.draws import (
     ResumableLoader,
     ShuffledDraws,
@@ -18,7 +19,8 @@ from pid_lightning.training.data.draws import (
 )
 from pid_lightning.training.data.prediction_inputs import PredictionInputs
 from pid_lightning.training.data.samples import Pictures, Resize
-from pid_lightning.training.data.sources import Source, Split
+from pid_lightning.training.data.sources import Source
+from pid_lightning.training.data.splits import Split
 
 
 class ImageData(LightningDataModule):
@@ -32,19 +34,22 @@ class ImageData(LightningDataModule):
     for any `num_workers` and any number of processes with the same global batch size. Validation
     and test use centre crops.
 
-    Splits are the source's own (sub-folders or splits named train, val or validation, test). If
-    only one of val and test exists, it serves as both; if neither does, `num_val` pictures of the
-    training split are held out for both. Unusable pictures (unreadable, smaller than `image_size`,
-    float pixels) are skipped with a warning: for a folder, one that lists them before training; for
-    other sources, as they are encountered.
+    Splits are the source's own: sub-folders, files or splits named train, val, test or the like
+    (see `name_splits`). If only one of val and test exists, it serves as both; if neither does,
+    `num_val` pictures of the training split are held out for both. Unusable pictures (unreadable,
+    smaller than `image_size`, float pixels) are skipped with a warning: for a folder, one that
+    lists them before training; for other sources, as they are encountered. `setup` says in a line a
+    split what it took: pictures, captions, and what was left out for which reason.
 
     Prediction lists only `inputs`, one file per batch, see `PredictionInputs`.
 
     Args:
-        path: a folder (searched recursively; captions are read from NAME.txt next to NAME.jpg, or
-            from metadata.jsonl as "file_name" and "text"), a parquet file or pattern, a folder of
-            parquet files, an owner/name data set of the Hugging Face hub, or "bundled" for the
-            photographs included in the package.
+        path: a folder (searched with its sub-folders and links, without hidden ones; captions are
+            read from NAME.txt next to NAME.jpg, or from metadata.jsonl or metadata.csv in it or
+            above it as "file_name" and "text" or "caption", see `find_captions`), a parquet file or
+            pattern, a folder of parquet files as a clone from the hub, a folder written by
+            `save_to_disk` of `datasets`, an owner/name data set of the Hugging Face hub, or
+            "bundled" for the photographs included in the package.
         image_size: side S of the crops in pixels.
         batch_size: pictures per batch in each process.
         num_workers: worker processes that decode pictures; 0 decodes in the training process.
@@ -57,12 +62,14 @@ class ImageData(LightningDataModule):
         flip: mirror half of the training crops.
         streaming: read parquet files or hub data as a stream. Every process reads all of it, and a
             resumed run rereads what it had seen: meant for data too large for the disk.
-        image_column, caption_column: columns of parquet files or hub data; None means no captions.
+        image_column: of tables: encoded pictures or paths of files, also in lists or structs.
+        caption_column: of tables, and of metadata in folders; None takes the usual names, as text
+            or caption.
         cache_bytes: cache a folder's decoded pixels in memory (one copy per process and split) if
             they fit in this many bytes; 0 disables the cache.
         seed: None uses the seed of `seed_everything`, or 0 if that was not called.
         inputs: what `pid predict` decodes: pictures, .safetensors files with one tensor "latents",
-            and folders of both; captions are read from NAME.txt next to them.
+            and folders of both; captions are read as those of a folder in `path`.
 
     Raises:
         Mistake: an argument is out of range; or, in `setup`, there is no usable picture to train,
@@ -140,6 +147,8 @@ class ImageData(LightningDataModule):
                 self._pictures[name] = split and Pictures(
                     split, self.image_size, name == "train", self.resize, self.flip, seed
                 )
+                if split is not None:
+                    rank_zero_info(one_line(f"{name}: {split}"))
 
     def train_dataloader(self) -> ResumableLoader:
         """Random crops; a resumed run continues after its last trained batch."""

@@ -19,8 +19,8 @@ from pid_lightning.files.atomic import replaced_file
 from pid_lightning.files.tensors import opened_safetensors
 from pid_lightning.pictures.resizing import reduce_picture
 from pid_lightning.training.data.image_data import ImageData
+from pid_lightning.training.data.rows import decode
 from pid_lightning.training.data.samples import Pictures, centre_crop_to
-from pid_lightning.training.data.sources import decode
 
 
 class LatentCrops(ImageData):
@@ -189,7 +189,7 @@ def resized_photographs(
     for index in range(len(pictures)):
         cached = pictures.split.pixels
         if cached is None:
-            pixels = decode(pictures.split.rows[index]["image"], pictures.image_size)
+            pixels = decode(pictures.split.rows[index], pictures.image_size)
         else:
             pixels = cached[index]
         sides = sorted({min(side, *pixels.shape[1:]) for side in shorter_sides})

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from pid_lightning.pictures.inputs import find_inputs
-from pid_lightning.training.data.sources import caption_beside
+from pid_lightning.training.data.captions import captions_beside
 
 
 class PredictionInputs(Dataset[dict[str, str | int]]):
@@ -29,7 +29,7 @@ class PredictionInputs(Dataset[dict[str, str | int]]):
     def __init__(self, paths: Sequence[str]) -> None:
         self.files: list[Path] = find_inputs(paths)
         self.named: set[Path] = {Path(os.path.expanduser(path)) for path in paths}
-        self.captions: list[str] = [caption_beside(file) or "" for file in self.files]
+        self.captions: list[str] = captions_beside(self.files)
 
     def __len__(self) -> int:
         return len(self.files)

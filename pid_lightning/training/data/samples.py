@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 
 from pid_lightning.diffusion.randomness import sample_generators
 from pid_lightning.pictures.pixels import UnusablePicture
-from pid_lightning.training.data.sources import Split, decode, fail_without_pictures
+from pid_lightning.training.data.rows import decode, first_text
+from pid_lightning.training.data.splits import Split, fail_without_pictures
 
 MAX_TRIES = 1000  # consecutive unusable pictures before a source is rejected
 Resize = Literal["none", "random"]
@@ -71,6 +72,7 @@ class Pictures(Dataset[dict[str, Any] | None]):
         self.flip = flip
         self.seed = seed
         self.num_skipped: int = 0
+        self.last_reason: str = ""
 
     def __len__(self) -> int:
         return len(self.split.rows)
@@ -85,13 +87,13 @@ class Pictures(Dataset[dict[str, Any] | None]):
             sample = self._sample({"name": f"{index:06d}", **self.split.rows[index]}, pixels, draw)
             if sample is not None:
                 return sample
-        fail_without_pictures("data.path", self.num_skipped, self.image_size)
+        self.fail()
 
     def _sample(
         self, row: dict[str, Any], pixels: Tensor | None, draw: int
     ) -> dict[str, Any] | None:
         try:
-            picture = decode(row["image"], self.image_size) if pixels is None else pixels
+            picture = decode(row, self.image_size) if pixels is None else pixels
         except UnusablePicture as reason:
             self.skip(row["name"], reason)
             return None
@@ -100,24 +102,32 @@ class Pictures(Dataset[dict[str, Any] | None]):
             picture = random_crop(picture, self.image_size, self.resize, self.flip, generator)
         else:
             picture = centre_crop(picture, self.image_size)
-        caption = row.get("caption") or ""
-        caption = caption if isinstance(caption, str) else caption[0] or ""
-        image = picture.float() / 127.5 - 1
+        image, caption = picture.float() / 127.5 - 1, first_text(row.get("caption"))
         return {"image": image, "caption": caption, "name": row["name"], "number": draw}
 
     def skip(self, name: str, reason: UnusablePicture) -> None:
         """Count a skipped picture and warn at the 1st, 10th, 100th, ..."""
         self.num_skipped += 1
+        self.last_reason = str(reason)
         if math.log10(self.num_skipped).is_integer():
             rank_zero_warn(
                 f"{self.num_skipped} picture(s) skipped so far, most recently {name}: {reason}."
             )
 
+    def fail(self) -> NoReturn:
+        """Tell that no picture is usable, and why the last one is not.
+
+        Raises:
+            Mistake: always.
+        """
+        size = self.image_size
+        fail_without_pictures("data.path", self.num_skipped, size, self.last_reason)
+
     def collate(self, samples: list[dict[str, Any] | None]) -> dict[str, Any]:
         """Samples to a batch, see `ImageData`."""
         usable = [sample for sample in samples if sample is not None]
         if not usable:
-            fail_without_pictures("data.path", self.num_skipped, self.image_size)
+            self.fail()
         batch = {key: [sample[key] for sample in usable] for key in usable[0]}
         image, number = torch.stack(batch["image"]), torch.tensor(batch["number"])
         return {**batch, "image": image, "number": number}
