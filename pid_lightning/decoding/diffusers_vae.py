@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -31,9 +32,9 @@ class PiDAutoencoder:
     dtype: a pipeline in half precision does not change PiD's precision.
 
     Args:
-        vae: `AutoencoderKL` (SD3, FLUX.1, SDXL, Z-Image), `AutoencoderKLFlux2` or
-            `AutoencoderKLQwenImage`.
-        decoder: a decoder for the same latent space.
+        vae: one of the `latent_spaces.SUPPORTED_CLASSES`.
+        decoder: a decoder for the same latent space. Of an `AutoencoderTiny`, which does not state
+            its own, only the geometry is compared.
         prompt, steps, seed, tile, guidance_scale, negative_prompt: arguments of
             `PiDDecoder.decode`, kept as attributes that can be changed between calls; prompts given
             as words are encoded now. A pipeline passes neither a prompt nor a generator to
@@ -64,6 +65,8 @@ class PiDAutoencoder:
     ) -> None:
         native = vae.native if isinstance(vae, PiDAutoencoder) else vae
         space = space_of(native)
+        if space.name.startswith("tiny-"):
+            space = replace(space, name=decoder.latent_space)
         _check_same_space(type(native).__name__, space, decoder)
         info = decoder.info
         check_options(decoder.denoiser, info.student_times, steps, tile, prompt, guidance_scale)
@@ -105,12 +108,12 @@ class PiDAutoencoder:
 
         Args:
             z: raw latents, as `encode` returns them: (B, C, h, w), or (B, C, 1, h, w) for
-                Qwen-Image.
+                autoencoders of videos.
             return_dict: return a `DecoderOutput` instead of a tuple with one element.
             generator: generator of PiD's noise; None uses `seed`.
 
         Returns:
-            fp32 pictures (B, 3, H, W), or (B, 3, 1, H, W) for Qwen-Image, in [-1, 1] on z's device,
+            fp32 pictures (B, 3, H, W), or (B, 3, 1, H, W) for videos', in [-1, 1] on z's device,
             `pid_decoder.scale` times as large as the autoencoder's own.
         """
         from diffusers.models.autoencoders.vae import DecoderOutput

@@ -21,8 +21,20 @@ from pid_lightning.nn.geometry import pack, unpack
 # normalisation is more likely than an unusual picture; small pictures reach 2.
 PLAUSIBLE_STD = (0.4, 2.2)
 
-# diffusers autoencoders whose latent space is known.
-SUPPORTED_CLASSES = ("AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLQwenImage")
+# diffusers autoencoders whose latent space is known: of videos, with the prefix of spaces without a
+# name of their own, and of pictures.
+VIDEO_CLASSES = {
+    "AutoencoderKLQwenImage": "qwen",
+    "AutoencoderKLWan": "wan",
+    "AutoencoderKLQwenImage21": "qwen21",
+}
+SUPPORTED_CLASSES = (
+    "AutoencoderKL",
+    "AutoencoderKLFlux2",
+    "AutoencoderTiny",
+    "AutoencoderDC",
+    *VIDEO_CLASSES,
+)
 
 
 @dataclass(frozen=True)
@@ -129,7 +141,7 @@ def flux2_space(
 STATISTICS: Mapping[str, Mapping[str, Sequence[float]]] = json.loads(
     (ASSETS / "latent_statistics.json").read_text(encoding="utf-8")
 )
-FLUX2, QWEN = STATISTICS["flux2"], STATISTICS["qwen"]
+FLUX2, QWEN, QWEN21 = (STATISTICS[name] for name in ("flux2", "qwen", "qwen21"))
 
 KNOWN_SPACES: Mapping[str, LatentSpace] = {
     "sd3": LatentSpace("sd3", 16, 8, shift=(0.0609,), scale=(1.5305,)),
@@ -137,9 +149,13 @@ KNOWN_SPACES: Mapping[str, LatentSpace] = {
     "sdxl": LatentSpace("sdxl", 4, 8, scale=(0.13025,)),
     # FLUX.2, klein, FLUX.3, ERNIE-Image, Ideogram 4, Bria FIBO 2
     "flux2": flux2_space(FLUX2["mean"], FLUX2["variance"]),
-    "qwen": LatentSpace(
+    "qwen": LatentSpace(  # also Wan 2.1
         "qwen", 16, 8, shift=tuple(QWEN["mean"]), scale=tuple(1 / s for s in QWEN["std"])
     ),
+    "qwen21": LatentSpace(
+        "qwen21", 64, 16, shift=tuple(QWEN21["mean"]), scale=tuple(1 / s for s in QWEN21["std"])
+    ),
+    "dc": LatentSpace("dc", 32, 32, scale=(0.41407,)),  # SANA
 }
 
 
@@ -162,21 +178,24 @@ def autoencoder_kl_space(config: Mapping[str, Any]) -> LatentSpace:
     return _named(channels, stride, shift, scale, prefix="kl")
 
 
-def qwen_space(config: Mapping[str, Any]) -> LatentSpace:
-    """The space that a diffusers `AutoencoderKLQwenImage` configuration describes."""
+def qwen_space(config: Mapping[str, Any], prefix: str = "qwen") -> LatentSpace:
+    """The space that the configuration of one of the `VIDEO_CLASSES` describes; what is missing is
+    Qwen-Image's. The prefix is that of a space without a name of its own."""
     channels = config.get("z_dim", 16)
     stride = 2 ** len(config.get("temperal_downsample", (False, True, True)))  # diffusers' spelling
+    stride *= config.get("patch_size") or 1
     shift = tuple(config.get("latents_mean", QWEN["mean"]))
     scale = tuple(1 / s for s in config.get("latents_std", QWEN["std"]))
-    return _named(channels, stride, shift, scale, prefix="qwen")
+    return _named(channels, stride, shift, scale, prefix)
 
 
 def space_of(vae: nn.Module) -> LatentSpace:
     """The latent space of a diffusers autoencoder.
 
     Args:
-        vae: `AutoencoderKL`, `AutoencoderKLFlux2` or `AutoencoderKLQwenImage`. FLUX.2's statistics
-            are read from its weights; on the meta device they are 0 and 1, with correct geometry.
+        vae: one of the `SUPPORTED_CLASSES`. FLUX.2's statistics are read from its weights; on the
+            meta device they are 0 and 1, with correct geometry. An `AutoencoderTiny` does not state
+            which autoencoder's latents it shares.
 
     Raises:
         Mistake: the autoencoder's class is not supported.
@@ -184,19 +203,33 @@ def space_of(vae: nn.Module) -> LatentSpace:
     name = type(vae).__name__
     if name == "AutoencoderKL":
         return autoencoder_kl_space(vae.config)
-    if name == "AutoencoderKLQwenImage":
-        return qwen_space(vae.config)
+    if name in VIDEO_CLASSES:
+        return qwen_space(vae.config, VIDEO_CLASSES[name])
+    if name in ("AutoencoderTiny", "AutoencoderDC"):
+        config = vae.config
+        stride = 2 ** (len(config.encoder_block_out_channels) - 1)
+        shift, scale = (config.get("shift_factor", 0.0),), (config.scaling_factor,)
+        prefix = name.removeprefix("Autoencoder").lower()
+        return _named(config.latent_channels, stride, shift, scale, prefix)
     if name == "AutoencoderKLFlux2":
         stride = 2 ** len(vae.config.block_out_channels)  # one more halving, by the packing
         mean, var = vae.bn.running_mean, vae.bn.running_var
         if mean.is_meta:
             mean, var = [0.0] * len(mean), [1.0] * len(mean)
+        elif _by_cell(mean):
+            mean, var = (numbers.unflatten(0, (4, -1)).T.flatten() for numbers in (mean, var))
         return flux2_space(mean, var, vae.config.batch_norm_eps, stride)
     raise Mistake(
         "vae",
         f"class {name} is not supported because its latent space is unknown; use one of "
         f"{', '.join(SUPPORTED_CLASSES)}.",
     )
+
+
+def _by_cell(mean: Tensor) -> bool:
+    """Whether these are FLUX.2's statistics in the order of Ideogram 4: row, column, channel."""
+    known = torch.tensor(FLUX2["mean"], device=mean.device).unflatten(0, (-1, 4)).T.flatten()
+    return mean.shape == known.shape and torch.allclose(mean.float(), known, atol=1e-3)
 
 
 def warn_if_not_normalised(latents: Tensor, space: str = "", stacklevel: int = 2) -> None:

@@ -1,16 +1,18 @@
-"""Autoencoder family: diffusers' KL autoencoders, and TAEF2."""
+"""Autoencoder family: diffusers' autoencoders, and TAEF2."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pid_lightning.checks import Mistake
 from pid_lightning.encoders.base import Encoder
-from pid_lightning.encoders.latent_spaces import LatentSpace, space_of
+from pid_lightning.encoders.latent_spaces import VIDEO_CLASSES, LatentSpace, space_of
 from pid_lightning.encoders.pretrained import building, reaching
 from pid_lightning.encoders.taef2 import TAEF2
 from pid_lightning.encoders.vae_sources import KNOWN_VAES, VAESource, find_vae
@@ -39,13 +41,15 @@ def build_vae_encoder(vae: str = "taef2", pretrained: bool = True) -> Encoder:
 
 
 class VAEEncoder(Encoder):
-    """A diffusers `AutoencoderKL`, `AutoencoderKLFlux2` or `AutoencoderKLQwenImage`.
+    """A diffusers autoencoder of one of the `latent_spaces.SUPPORTED_CLASSES`.
 
-    Latents are the posterior's mode, normalised by `space`.
+    Latents are the posterior's mode, where there is one, normalised by `space`. Those of videos see
+    a picture as a frame, and one with transparency as an opaque picture.
 
     Args:
-        vae: ``"sd3"``, ``"flux"``, ``"sdxl"``, ``"flux2"`` or ``"qwen"`` (built offline), a hub id,
-            or a local folder: of a diffusers autoencoder, or of a pipeline with one in ``vae/``.
+        vae: ``"sd3"``, ``"flux"``, ``"sdxl"``, ``"flux2"``, ``"qwen"``, or the distilled
+            ``"taesd3"``, ``"taef1"``, ``"taesdxl"`` (built offline), a hub id, or a local folder:
+            of a diffusers autoencoder, or of a pipeline with one in ``vae/``.
         pretrained: whether `load` gets weights; until then the network is on the meta device.
             False builds random weights at once, and warns.
 
@@ -59,8 +63,8 @@ class VAEEncoder(Encoder):
         self.source: VAESource = find_vae(vae)
         with building(f"autoencoder {vae!r}", pretrained):
             self.network: nn.Module = _build(self.source.config)
-        self._is_video = type(self.network).__name__ == "AutoencoderKLQwenImage"
-        self._space = space_of(self.network)
+        self._is_video = type(self.network).__name__ in VIDEO_CLASSES
+        self._space = self._space_of(self.network)
         self.latent_channels: int = self._space.channels
         self.latent_stride: int = self._space.stride
         self.latent_space: str = self._space.name
@@ -81,7 +85,7 @@ class VAEEncoder(Encoder):
         """
         if self.loaded:
             return
-        location, subfolder, _ = self.source
+        location, subfolder, *_ = self.source
         with reaching(
             f"autoencoder {self.vae!r} ({location})",
             "set vae: a local diffusers folder (config.json and its .safetensors, or a pipeline "
@@ -96,7 +100,11 @@ class VAEEncoder(Encoder):
         wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
         check_fit(wrong, location, "get the folder again")
         self.network = network.requires_grad_(False).eval()
-        self._space = space_of(network)  # now: a bfloat16 encoder keeps float32 statistics
+        self._space = self._space_of(network)  # now: a bfloat16 encoder keeps float32 statistics
+
+    def _space_of(self, network: nn.Module) -> LatentSpace:
+        space = space_of(network)
+        return space if self.source.space is None else replace(space, name=self.source.space)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -109,9 +117,12 @@ class VAEEncoder(Encoder):
         """
         self.check_images(images)
         pixels = images.to(self.dtype)
+        if self.network.config.get("in_channels", 3) == 4:
+            pixels = F.pad(pixels, (0, 0, 0, 0, 0, 1), value=1.0)  # opaque
         if self._is_video:
             pixels = pixels[:, :, None]  # (B, 3, 1, H, W)
-        raw = self.network.encode(pixels).latent_dist.mode()
+        raw = self.network.encode(pixels, return_dict=False)[0]
+        raw = raw if isinstance(raw, Tensor) else raw.mode()
         return self.space.normalise(raw.to(images.dtype))
 
     @torch.no_grad()
@@ -123,7 +134,7 @@ class VAEEncoder(Encoder):
         self.check_loaded(latents)
         raw = self.space.denormalise(latents).to(self.dtype)
         if self._is_video:
-            return self.network.decode(raw[:, :, None]).sample[:, :, 0].to(latents.dtype)
+            return self.network.decode(raw[:, :, None]).sample[:, :3, 0].to(latents.dtype)
         return self.network.decode(raw).sample.to(latents.dtype)
 
 

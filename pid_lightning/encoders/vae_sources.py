@@ -19,6 +19,7 @@ class VAESource(NamedTuple):
     location: str  # hub id or local folder
     subfolder: str | None
     config: Mapping[str, Any]
+    space: str | None = None  # whose latents a distilled one shares, which it does not state
 
 
 def _kl(space: LatentSpace, quant_conv: bool) -> dict[str, Any]:
@@ -54,6 +55,16 @@ KNOWN_VAES: Mapping[str, VAESource] = {
     ),
     "qwen": VAESource("Qwen/Qwen-Image", "vae", {"_class_name": "AutoencoderKLQwenImage"}),
 }
+# Distilled autoencoders of a few million parameters.
+TINY_VAES: Mapping[str, VAESource] = {
+    name: VAESource(
+        f"madebyollin/{name}",
+        None,
+        {"_class_name": "AutoencoderTiny", "latent_channels": KNOWN_SPACES[space].channels},
+        space,
+    )
+    for name, space in (("taesdxl", "sdxl"), ("taesd3", "sd3"), ("taef1", "flux"))
+}
 
 
 def find_vae(vae: str) -> VAESource:
@@ -62,8 +73,9 @@ def find_vae(vae: str) -> VAESource:
     Raises:
         Mistake: it names no autoencoder whose latent space is known.
     """
-    if vae in KNOWN_VAES:
-        return KNOWN_VAES[vae]
+    known = KNOWN_VAES.get(vae) or TINY_VAES.get(vae.removeprefix("madebyollin/"))
+    if known is not None:
+        return known
     if vae == "bundled" or vae.endswith(".safetensors"):
         raise Mistake("vae", f"{vae!r} names {REMOVED}")
     location, reason = os.path.expanduser(vae), ""
@@ -83,5 +95,5 @@ def find_vae(vae: str) -> VAESource:
         "vae",
         f"{vae!r} leads to no {', '.join(SUPPORTED_CLASSES)} ({reason or 'no such folder'}); give "
         "the local folder or hub id (owner/name) of one or of its pipeline, or one of taef2, "
-        f"{', '.join(KNOWN_VAES)}.",
+        f"{', '.join((*KNOWN_VAES, *TINY_VAES))}.",
     )

@@ -10,11 +10,12 @@ from pid_lightning.training.settings import Evaluation, Training
 
 
 class VAEPiD(PiDModule):
-    """PiD on the latents of a KL autoencoder.
+    """PiD on the latents of an autoencoder.
 
     Args:
         vae: ``"taef2"`` (bundled, FLUX.2's latents), ``"sd3"``, ``"flux"``, ``"sdxl"``,
-            ``"flux2"``, ``"qwen"``, a hub id, or a local folder.
+            ``"flux2"``, ``"qwen"``, ``"taesd3"``, ``"taef1"``, ``"taesdxl"``, a hub id, or a local
+            folder; see `VAEEncoder`.
         pretrained: False uses random weights and warns.
         scale: output side divided by the side of the encoder's input.
         denoiser: sizes of the network.
