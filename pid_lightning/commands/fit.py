@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from pid_lightning.checks import Mistake, check_at_least, check_between
 from pid_lightning.commands.parsing import find_cause
 from pid_lightning.commands.run_folder import claim_version, hold
+from pid_lightning.commands.yaml_limits import limit_yaml
 from pid_lightning.decoding.memory import keep_freed_memory
 from pid_lightning.files.atomic import make_folder
 from pid_lightning.files.hub import find_last_checkpoint
@@ -237,6 +238,7 @@ def _move_baseline(config: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     keep_freed_memory()
+    limit_yaml()
     for message in EXPECTED:
         warnings.filterwarnings("ignore", message)
     advertises = logging.getLogger("lightning.pytorch.utilities.rank_zero")
