@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from pid_lightning.checks import Mistake, check_at_least, check_between, check_whole
+from pid_lightning.checks import (
+    Mistake,
+    check_at_least,
+    check_between,
+    check_choice,
+    check_whole,
+)
 from pid_lightning.decoding.diffusers_vae import PiDAutoencoder
 
 # Schedulers by the form of their latents between steps, at noise level `sigma` of their schedule.
-FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+FLOW = (
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+    "FlowMapEulerDiscreteScheduler",
+    "LTXEulerAncestralRFScheduler",
+    "MiniMaxH3Scheduler",
+)
 EXPLODING = (
     "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler",
@@ -24,21 +38,26 @@ VARIANCE_PRESERVING = (
     "UniPCMultistepScheduler",
 )
 DISCRETE = ("DDIMScheduler", "DDPMScheduler")  # variance-preserving, without a table of sigmas
+ROUNDING = 1e-6  # of a schedule's levels
 KNOWN_SCHEDULERS = (*FLOW, *EXPLODING, *VARIANCE_PRESERVING, *DISCRETE)
 
 
 class EarlyStop:
-    """A `callback_on_step_end` that ends the loop after `at_step` steps; see `stop_early`.
+    """A `callback_on_step_end` that ends the loop while latents are noisy; see `stop_early`.
 
     Attributes:
-        at_step: number of steps to run.
+        at_step: number of steps to run; None goes by `sigmas`.
+        sigmas: noise levels to stop at, or at the next lower ones of the schedule.
         latent_sigma: noise level, in the decoder's frame, of the latents that the last pipeline
             call passed on; None before.
+        levels: the latents of that call at each level, in the pipeline's own layout.
     """
 
-    def __init__(self, at_step: int) -> None:
+    def __init__(self, at_step: int | None, sigmas: Sequence[float] = ()) -> None:
         self.at_step = at_step
+        self.sigmas = tuple(sigmas)
         self.latent_sigma: float | None = None
+        self.levels: dict[float, Tensor] = {}
 
     def __call__(
         self, pipe: Any, step: int, timestep: Tensor, callback_kwargs: dict[str, Any]
@@ -46,20 +65,43 @@ class EarlyStop:
         """Called by the pipeline after each step; returns the tensors to continue with."""
         if step == 0:
             self._begin(pipe, callback_kwargs)
-        if step + 1 != self.at_step:
+        if self.at_step not in (None, step + 1):
             return callback_kwargs
         signal, noise = signal_and_noise(pipe.scheduler, timestep)
         frame = pipe.vae.pid_decoder.info.noise_frame
-        latents, self.latent_sigma = to_frame(callback_kwargs["latents"], signal, noise, frame)
-        pipe.vae.expect_noise(self.latent_sigma, lambda: pipe.interrupt)
+        latents, level = to_frame(callback_kwargs["latents"], signal, noise, frame)
+        ahead = [sigma for sigma in self.sigmas if level > sigma + ROUNDING]
+        if self.at_step is None and len(ahead) == self._num_ahead:
+            return callback_kwargs
+        self._num_ahead, self.levels[level] = len(ahead), latents
+        if ahead:
+            return callback_kwargs
+        return self._stop(pipe, level, callback_kwargs)
+
+    def at(self, level: float) -> Callable[..., dict[str, Any]]:
+        """A callback for another call of the same pipeline, with the same arguments, that ends it
+        after its first step with the latents of one of `levels`."""
+        check_choice("level", level, self.levels)
+
+        def callback(
+            pipe: Any, step: int, timestep: Tensor, callback_kwargs: dict[str, Any]
+        ) -> dict[str, Any]:
+            return self._stop(pipe, level, callback_kwargs)
+
+        return callback
+
+    def _stop(self, pipe: Any, level: float, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+        self.latent_sigma = level
+        pipe.vae.expect_noise(level, lambda: pipe.interrupt)
         pipe._interrupt = True  # diffusers' documented way to stop from a callback
-        return {**callback_kwargs, "latents": latents}
+        return {**callback_kwargs, "latents": self.levels[level]}
 
     def _begin(self, pipe: Any, callback_kwargs: dict[str, Any]) -> None:
-        self.latent_sigma = None
+        self.latent_sigma, self.levels, self._num_ahead = None, {}, len(self.sigmas)
         _check_pipeline(pipe)
         _check_spacing(pipe.scheduler)
-        check_between("at_step", self.at_step, 1, pipe.num_timesteps)
+        if self.at_step is not None:
+            check_between("at_step", self.at_step, 1, pipe.num_timesteps)
         if "latents" not in callback_kwargs:
             raise Mistake(
                 "callback_on_step_end_tensor_inputs",
@@ -68,14 +110,18 @@ class EarlyStop:
             )
 
 
-def stop_early(pipe: Any, at_step: int = 24) -> EarlyStop:
-    """End a pipeline's loop after `at_step` steps and decode the still noisy latents with PiD.
+def stop_early(
+    pipe: Any, at_step: int | None = None, sigma: float | Sequence[float] | None = None
+) -> EarlyStop:
+    """End a pipeline's loop early and decode the still noisy latents with PiD.
 
     ::
 
         pipe.vae = PiDAutoencoder(pipe.vae, decoder)
-        picture = pipe(prompt, num_inference_steps=28,
-                       callback_on_step_end=stop_early(pipe, 24)).images[0]
+        early = stop_early(pipe, sigma=[0.4, 0.2])
+        picture = pipe(prompt, callback_on_step_end=early).images[0]  # of the lowest level
+        for level in early.levels:  # one step of the diffusion each
+            another = pipe(prompt, callback_on_step_end=early.at(level)).images[0]
 
     PiD receives the remaining noise level, which is the sigma of the next step. Latents in a
     different frame than the decoder was trained in (SDXL's `z + sigma eps`) are converted. With
@@ -85,20 +131,32 @@ def stop_early(pipe: Any, at_step: int = 24) -> EarlyStop:
 
     Args:
         pipe: a diffusers pipeline whose `vae` is a `PiDAutoencoder`.
-        at_step: number of steps to run, at most the number of steps of the call.
+        at_step: number of steps to run, at most the number of steps of the call; 24 where neither
+            this nor `sigma` is given.
+        sigma: instead of it, a noise level in [0, 1) in the decoder's frame: the loop ends after
+            the first step that leaves as much or less. Of several, the loop ends at the lowest.
 
     Returns:
         The callback, which can be used for any number of calls.
 
     Raises:
         Mistake: `vae` is not a `PiDAutoencoder`, the pipeline cannot be interrupted, the noise
-            levels of its scheduler are not known, or `at_step` is less than 1. At the first step:
-            `at_step` exceeds the call's steps, or DDIM's steps are uneven.
+            levels of its scheduler are not known, `at_step` is less than 1, or `sigma` is no such
+            level. At the first step: `at_step` exceeds the call's steps, or DDIM's steps are
+            uneven.
     """
-    check_whole("at_step", at_step)
-    check_at_least("at_step", at_step, 1)
+    if at_step is not None and sigma is not None:
+        raise Mistake("sigma", f"{sigma} with at_step {at_step}; give one of them.")
     _check_pipeline(pipe)
-    return EarlyStop(at_step)
+    if sigma is None:
+        at_step = 24 if at_step is None else at_step
+        check_whole("at_step", at_step)
+        check_at_least("at_step", at_step, 1)
+        return EarlyStop(at_step)
+    sigmas = list(sigma) if isinstance(sigma, Sequence) else [sigma]
+    if not sigmas or not all(0 <= level < 1 for level in sigmas):
+        raise Mistake("sigma", f"{sigma} must be levels from 0 (clean) to below 1 (noise).")
+    return EarlyStop(None, sigmas)
 
 
 def signal_and_noise(scheduler: Any, timestep: Tensor | int) -> tuple[float, float]:

@@ -146,6 +146,8 @@ SCHEDULERS = {
     ),
     "flow_euler": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     "flow_heun": lambda: diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0),
+    "flow_map": lambda: diffusers.FlowMapEulerDiscreteScheduler(shift=3.0),
+    "flow_ltx": lambda: diffusers.LTXEulerAncestralRFScheduler(eta=0.0),
     "dpm_flow": lambda: diffusers.DPMSolverMultistepScheduler(**FLOW_SIGMAS),
     "unipc_flow": lambda: diffusers.UniPCMultistepScheduler(**FLOW_SIGMAS),
 }
@@ -159,6 +161,8 @@ def test_every_step_of_every_scheduler(name: str) -> None:
     is_flow = "flow" in name
     if is_flow:
         scheduler.set_timesteps(7)
+        if name == "flow_map":
+            scheduler.set_begin_index(0)
         sigma = scheduler.sigmas[0]
         latents = (1 - sigma) * z + sigma * eps
     else:
@@ -197,6 +201,33 @@ def test_schedulers_that_draw_fresh_noise(scheduler: Any) -> None:
         ).prev_sample
         _, noise = signal_and_noise(scheduler, timestep)
         assert float(latents.std()) == pytest.approx(noise, rel=0.02, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [diffusers.FlowMatchLCMScheduler(shift=3.0), diffusers.LTXEulerAncestralRFScheduler()],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_flow_schedulers_that_draw_fresh_noise(scheduler: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scheduler.set_timesteps(STEPS)
+    latents = scheduler.sigmas[0] * torch.randn(1, 4, 128, 128, generator=generator)
+    for i, timestep in enumerate(scheduler.timesteps):
+        eps = latents / scheduler.sigmas[i]  # z is 0
+        latents = scheduler.step(eps, timestep, latents, generator=generator).prev_sample
+        _, noise = signal_and_noise(scheduler, timestep)
+        assert float(latents.std()) == pytest.approx(noise, rel=0.02, abs=1e-3)
+
+
+def test_minimax_h3_predicts_towards_the_data() -> None:
+    scheduler = diffusers.MiniMaxH3Scheduler()
+    z, eps = random_tensor(1, 4, 4, 4), random_tensor(1, 4, 4, 4, seed=1)
+    scheduler.set_timesteps(7)
+    latents = eps
+    for timestep in scheduler.timesteps:
+        latents = scheduler.step(z - eps, timestep, latents).prev_sample
+        signal, noise = signal_and_noise(scheduler, timestep)
+        torch.testing.assert_close(latents, signal * z + noise * eps, atol=5e-5, rtol=0)
 
 
 def test_frames_agree_with_the_formulas() -> None:
@@ -254,6 +285,39 @@ def test_latents_are_returned_in_the_decoders_frame() -> None:
     torch.testing.assert_close(picture, by_hand / 2 + 0.5, atol=1e-4, rtol=0)
 
 
+def test_a_level_ends_the_loop_at_the_first_step_at_or_below_it() -> None:
+    tiny = with_pid(tiny_pipelines.sd3())
+    call(tiny, STEPS)
+    sigmas = tiny.pipe.scheduler.sigmas.tolist()
+    for i in range(1, STEPS + 1):
+        for level in (sigmas[i], (sigmas[i] + sigmas[i - 1]) / 2):
+            stop = stop_early(tiny.pipe, sigma=level)
+            picture = call(tiny, STEPS, callback_on_step_end=stop)
+            assert stop.latent_sigma == pytest.approx(sigmas[i])
+            by_step = call(tiny, STEPS, callback_on_step_end=stop_early(tiny.pipe, i))
+            assert torch.equal(picture, by_step)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux2", "sdxl"])
+def test_several_levels_of_one_run(name: str) -> None:
+    """Each is the picture of a run of its own; two levels of one step are one."""
+    tiny = with_pid(PIPELINES[name]())
+    call(tiny, STEPS)
+    levels = []
+    for step in (2, 3, 4):
+        one = stop_early(tiny.pipe, step)
+        levels.append((one, call(tiny, STEPS, callback_on_step_end=one)))
+    sigmas = [one.latent_sigma for one, _ in levels]
+    stop = stop_early(tiny.pipe, sigma=[sigmas[0], sigmas[2], sigmas[0] + 1e-4, sigmas[1]])
+    last = call(tiny, STEPS, callback_on_step_end=stop)
+    assert torch.equal(last, levels[-1][1])
+    assert list(stop.levels) == pytest.approx(sigmas)
+    for level, (_, picture) in zip(stop.levels, levels, strict=True):
+        again = call(tiny, STEPS, callback_on_step_end=stop.at(level))
+        assert torch.equal(again, picture)
+        assert stop.latent_sigma == level
+
+
 # ------------------------------------------------------------------- refused
 
 
@@ -273,6 +337,13 @@ def test_steps_out_of_range_are_refused() -> None:
         stop_early(tiny.pipe, 0)
     with refused("at_step"):
         call(tiny, callback_on_step_end=stop_early(tiny.pipe))
+    for level in (1, -0.1, [], [0.2, 1.5]):
+        with refused("sigma"):
+            stop_early(tiny.pipe, sigma=level)
+    with refused("sigma"):
+        stop_early(tiny.pipe, 2, sigma=0.2)
+    with refused("level"):
+        stop_early(tiny.pipe, sigma=0.2).at(0.2)
     with refused("callback_on_step_end_tensor_inputs"):
         call(
             tiny,
@@ -281,8 +352,17 @@ def test_steps_out_of_range_are_refused() -> None:
         )
 
 
-def test_an_unknown_scheduler_is_refused() -> None:
-    tiny = with_pid(tiny_pipelines.sdxl(diffusers.KDPM2DiscreteScheduler(**XL)))
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda: diffusers.KDPM2DiscreteScheduler(**XL),
+        diffusers.SCMScheduler,
+        diffusers.HeliosScheduler,
+    ],
+)
+def test_an_unknown_scheduler_is_refused(scheduler: Any) -> None:
+    tiny = with_pid(tiny_pipelines.sdxl())
+    tiny.pipe.scheduler = scheduler()
     with refused("scheduler"):
         stop_early(tiny.pipe)
 
