@@ -223,3 +223,16 @@ def test_other_tables_are_told(tmp_path: Path, make: Callable[[Path], object], o
         source(tmp_path).read("train")
     assert told.value.option == option
     assert "\n" not in told.value.sentence
+
+
+def test_a_stream_that_ends_in_damage_is_told(tmp_path: Path) -> None:
+    path, content = tmp_path / "t.parquet", b"".join(PNGS)
+    write(path, pa.array([content + bytes([i]) for i in range(90)]))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200] + bytes(2000) + whole[2200:])
+    options = {"streaming": True, "samples_per_epoch": 90, "num_val": 0}
+    data = ImageData(str(path), image_size=16, batch_size=9, **options)
+    data.setup("fit")
+    with pytest.raises(Mistake) as told:
+        list(data.train_dataloader())
+    assert told.value.option == "data.path"

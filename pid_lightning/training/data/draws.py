@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
+from pid_lightning.checks import Mistake
 from pid_lightning.diffusion.randomness import sample_generators
 from pid_lightning.pictures.pixels import UnusablePicture
 from pid_lightning.training.data.rows import check_picture
@@ -88,7 +89,7 @@ class StreamedDraws(ShuffledDraws):
 
     def _usable(self, rows: datasets.IterableDataset) -> Iterator[dict[str, Any]]:
         num_rows = num_usable = 0
-        for row in rows:
+        for row in _intact(rows):
             row = {"name": f"{num_rows:06d}", **row}
             num_rows += 1
             try:
@@ -105,6 +106,15 @@ class StreamedDraws(ShuffledDraws):
                 self.pictures.fail()
             # All of them were held out.
             fail_without_pictures("data.num_val", 0, self.pictures.image_size)
+
+
+def _intact(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    try:
+        yield from rows
+    except (OSError, ValueError) as error:  # what damaged parquet leads to, and a lost network
+        raise Mistake(
+            "data.path", f"the stream broke off ({error}); check its files, or the network."
+        ) from error
 
 
 class ResumableLoader:
