@@ -154,9 +154,14 @@ def stop_early(
         check_at_least("at_step", at_step, 1)
         return EarlyStop(at_step)
     sigmas = list(sigma) if isinstance(sigma, Sequence) else [sigma]
-    if not sigmas or not all(0 <= level < 1 for level in sigmas):
-        raise Mistake("sigma", f"{sigma} must be levels from 0 (clean) to below 1 (noise).")
+    check_levels("sigma", sigmas)
     return EarlyStop(None, sigmas)
+
+
+def check_levels(option: str, sigmas: Sequence[float]) -> None:
+    """Raise `Mistake` unless these are noise levels to stop at, at least one."""
+    if not sigmas or not all(0 <= level < 1 for level in sigmas):
+        raise Mistake(option, f"{sigmas} must be levels from 0 (clean) to below 1 (noise).")
 
 
 def signal_and_noise(scheduler: Any, timestep: Tensor | int) -> tuple[float, float]:
