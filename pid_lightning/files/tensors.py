@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +17,16 @@ from torch import Tensor, nn
 from pid_lightning.checks import Mistake
 
 
+def check_regular(path: str | Path) -> None:
+    """Raise `Mistake` for a folder, a pipe or a device, which would be waited for without end.
+
+    Raises:
+        OSError: no such file.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise Mistake("path", f"{path} is no regular file; name one.")
+
+
 def read_torch_file(path: str | Path, mapped: bool = True) -> Any:
     """Read what `torch.save` wrote to the CPU; only tensors and plain values are unpickled.
 
@@ -26,6 +38,7 @@ def read_torch_file(path: str | Path, mapped: bool = True) -> Any:
         OSError: no such file.
         Mistake: the file is truncated, is not a torch file, or asks for code to be run.
     """
+    check_regular(path)
     with open(path, "rb") as file:
         mapped = mapped and zipfile.is_zipfile(file)  # torch's older format cannot be mapped
     try:
@@ -46,6 +59,7 @@ def opened_safetensors(path: str | Path) -> Iterator[safe_open]:
         OSError: no such file.
         Mistake: the file is damaged.
     """
+    check_regular(path)
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             yield file

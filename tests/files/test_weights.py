@@ -24,6 +24,7 @@ from pid_lightning.files.models import (
     read_checkpoint,
     save_model,
 )
+from pid_lightning.files.tensors import read_tensors
 from pid_lightning.nn import AdapterConfig, Geometry, PiD, PiDConfig
 
 CONFIG = PiDConfig(
@@ -160,6 +161,16 @@ def test_no_such_file(tmp_path: Path) -> None:
     for name in ("none.safetensors", "none.ckpt"):
         with pytest.raises(FileNotFoundError, match=name):
             load_model(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["pipe.safetensors", "pipe.ckpt", "a_folder.safetensors"])
+def test_what_is_no_regular_file_is_not_opened(tmp_path: Path, name: str) -> None:
+    if name.startswith("pipe"):
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).mkdir()
+    with pytest.raises(Mistake, match="no regular file"):
+        read_tensors(tmp_path / name)
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.999])

@@ -165,6 +165,7 @@ def test_a_key_may_be_named(tmp_path: Path) -> None:
         ("metadata.jsonl", '{"file_name": {}, "text": "a"}'),
         ("metadata.csv", "title,year\nMona Lisa,1503\n"),
         ("metadata.csv", "file_name,text\np0.png," + "a" * 200_000),
+        ("p0.txt", "a" * 2_000_000),
     ],
 )
 def test_what_is_no_entry_is_told(tmp_path: Path, name: str, content: str) -> None:

@@ -20,6 +20,7 @@ CAPTION_KEYS = ("text", "caption", "captions", "prompt", "description")
 FILE_KEYS = ("file_name", "filename", "file", "image", "path", "image_path", "filepath", "img")
 METADATA = ("metadata.jsonl", "metadata.csv")
 TEXT_SUFFIXES = (".caption", ".txt")
+MAX_BYTES = 2**20  # of a text
 OTHER_TEXTS = ("readme", "license", "licence", "notice", "requirements")  # no captions
 
 
@@ -97,6 +98,8 @@ def _text_of(picture: Path, texts: dict[str, Path]) -> Path | None:
 
 def _read_text(file: Path) -> str:
     try:
+        if file.stat().st_size > MAX_BYTES:
+            raise Mistake("caption", f"{file} is too long for a caption; shorten or rename it.")
         return file.read_text("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise Mistake("caption", f"{file} is not UTF-8 text; save it as UTF-8.") from error
@@ -107,7 +110,8 @@ def _of_metadata(
 ) -> tuple[dict[Path, str], list[str], list[str]]:
     """Captions, sentences about metadata without any, and entries that match no picture."""
     inside = [file for file in files if file.name.lower() in METADATA]
-    above = [root.parent / name for name in METADATA if (root.parent / name).is_file()]
+    above = [root.parent / name for name in METADATA]
+    above = [file for file in above if file.is_file() and os.access(file, os.R_OK)]
     captions: dict[Path, str] = {}
     notes, unmatched = [], []
     index = _index(pictures) if inside or above else {}
