@@ -21,7 +21,7 @@ def freeze_untrained(denoiser: PiD, train: str, reads_null: bool) -> None:
     denoise = None if adapter.native is None else adapter.native.denoise
     parts = ["all", "adapter"]
     parts += ["rgb_head"] * (adapter.rgb_head is not None) + ["latents"] * (denoise is not None)
-    check_choice("training.train", train, parts)
+    check_choice("model.training.train", train, parts)
     if train == "all":
         denoiser.requires_grad_(True)
         for block in denoiser.patch_blocks:

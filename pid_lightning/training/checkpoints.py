@@ -154,11 +154,11 @@ def read_start(path: str, ours: ModelInfo, denoiser: nn.Module, fits: bool) -> F
     if mismatched:
         details = "; ".join(differences) or mismatched[0]
         raise Mistake(
-            "init_from", f"{path} is a different network ({details}); use its model.denoiser."
+            "model.init_from", f"{path} is a different network ({details}); use its model.denoiser."
         )
     if not is_same and not fits:
         raise Mistake(
-            "init_from",
+            "model.init_from",
             f"{path} is for another latent space or scale ({'; '.join(differences)}), so its "
             "adapter is not used and this one's is untrained; fit first, or use the config of its "
             "family and scale.",
@@ -169,12 +169,12 @@ def read_start(path: str, ours: ModelInfo, denoiser: nn.Module, fits: bool) -> F
     if not fits and theirs.student_times is None and theirs.time_shift != ours.time_shift:
         told.append(f"time_shift: {theirs.time_shift}, here {ours.time_shift}")
     if told:
-        rank_zero_warn(f"init_from: {path} was trained with another {'; '.join(told)}")
+        rank_zero_warn(f"model.init_from: {path} was trained with another {'; '.join(told)}")
     parts, rest = "backbone, adapter and gates", "nothing is new"
     if not is_same:
         parts = "backbone"
         rest = f"{num_tensors - len(taken)} tensors are new (adapter and gates)"
-    rank_zero_info(f"init_from {found}: loaded {len(taken)} tensors ({parts}), {rest}")
+    rank_zero_info(f"model.init_from {found}: loaded {len(taken)} tensors ({parts}), {rest}")
     return Found(taken, theirs, is_averaged=False, optimizer={})
 
 

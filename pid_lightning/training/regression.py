@@ -28,7 +28,7 @@ CRITIC_OPTIMIZER = {"lr": 4e-4, "betas": (0.5, 0.99), "weight_decay": 0.0}
 class RegressionSettings:
     """Times and losses of a student that is trained directly.
 
-    Attributes:
+    Args:
         student_times: pixel times of the student's steps, from noise to clean.
         last_share: fraction of the batches that train the last step; the others share the rest.
         pixel_weight: weight of the mean absolute error.
@@ -36,8 +36,9 @@ class RegressionSettings:
         vgg_weight: weight of LPIPS with VGG16.
         vgg: ``.safetensors`` file of the weights of LPIPS with VGG16, which is not bundled.
         vgg_size: side of the random part of each picture that VGG16 sees, since it costs more than
-            a small denoiser; None is all of it.
-        latent_weight: weight of the error of the adapter's estimate of the clean latents.
+            a small denoiser; null is all of it.
+        latent_weight: weight of the error of the adapter's estimate of the clean latents, which
+            is frozen at 0.
         adversarial_weight: weight of the verdict of a `PictureDiscriminator`, which learns beside
             the student and brings texture; 0 is without one.
 
@@ -58,14 +59,17 @@ class RegressionSettings:
     def __post_init__(self) -> None:
         times = self.student_times
         if not times or list(times) != sorted(set(times), reverse=True):
-            raise Mistake("student_times", f"{times} must decrease, for example [0.999, 0.5].")
-        check_between("student_times", times[0], 0, 1)
-        check_between("last_share", self.last_share, 0, 1)
+            raise Mistake(
+                "Regression student_times", f"{times} must decrease, for example [0.999, 0.5]."
+            )
+        check_between("Regression student_times", times[0], 0, 1)
+        check_between("Regression last_share", self.last_share, 0, 1)
         for name in ("pixel", "alex", "vgg", "latent", "adversarial"):
-            check_at_least(f"{name}_weight", getattr(self, f"{name}_weight"), 0)
+            check_at_least(f"Regression {name}_weight", getattr(self, f"{name}_weight"), 0)
         if self.vgg_weight and self.vgg is None:
             raise Mistake(
-                "vgg", "is not given; name the file of LPIPS with VGG16, or set vgg_weight to 0."
+                "Regression vgg",
+                "is not given; name the file of LPIPS with VGG16, or set vgg_weight to 0.",
             )
 
 

@@ -42,7 +42,7 @@ def read_baseline(evaluation: Evaluation, encoder: Encoder) -> Upscaler | None:
         return None
     if not encoder.has_decoder:
         raise Mistake(
-            "evaluation.baseline",
+            "model.evaluation.baseline",
             f"{encoder.latent_space} latents have no native decoder whose pictures the upscaler "
             "could enlarge; leave the baseline out.",
         )
@@ -62,7 +62,7 @@ def check_evaluation(evaluation: Evaluation, encoder: Encoder, denoiser: PiD, st
     scale, samples = evaluation.guidance_scale, stage != "validate"
     if scale != 1 and samples and denoiser.text_embedding is None:
         raise Mistake(
-            "evaluation.guidance_scale",
+            "model.evaluation.guidance_scale",
             f"{scale} guides by text, but this network has no text stream; set it to 1.",
         )
     if stage in ("fit", "test"):

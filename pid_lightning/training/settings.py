@@ -70,28 +70,28 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choice("training.train", self.train, get_args(TrainedPart))
-        check_choice("training.optimizer", self.optimizer, get_args(OptimizerName))
-        check_choice("training.noise_frame", self.noise_frame, get_args(Frame))
+        check_choice("model.training.train", self.train, get_args(TrainedPart))
+        check_choice("model.training.optimizer", self.optimizer, get_args(OptimizerName))
+        check_choice("model.training.noise_frame", self.noise_frame, get_args(Frame))
         for name in ("learning_rate", "weight_decay", "warmup_steps", "rgb_loss_weight"):
-            check_at_least(f"training.{name}", getattr(self, name), 0)
+            check_at_least(f"model.training.{name}", getattr(self, name), 0)
         for name in ("latent_sigma_max", "latent_sigma_probability"):
-            check_between(f"training.{name}", getattr(self, name), 0, 1)
+            check_between(f"model.training.{name}", getattr(self, name), 0, 1)
         for name in ("caption_dropout", "latent_dropout"):
-            check_between(f"training.{name}", getattr(self, name), 0, 1)
+            check_between(f"model.training.{name}", getattr(self, name), 0, 1)
         for name in ("time_std", "time_shift"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise Mistake(f"training.{name}", f"{value} must be above 0.")
+                raise Mistake(f"model.training.{name}", f"{value} must be above 0.")
         if self.compile and self.train in ("rgb_head", "latents"):
             raise Mistake(
-                "training.compile",
-                f"with training.train {self.train} the backbone, the only compiled part, is not "
-                "run; set compile to false.",
+                "model.training.compile",
+                f"with train {self.train} the backbone, the only compiled part, is not run; set "
+                "compile to false.",
             )
         if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
             raise Mistake(
-                "training.decay_steps",
+                "model.training.decay_steps",
                 f"{self.decay_steps} must be above warmup_steps ({self.warmup_steps}), or null "
                 "for a constant learning rate.",
             )
@@ -124,12 +124,12 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         if not self.latent_sigmas:
-            raise Mistake("evaluation.latent_sigmas", "none are given; give at least one.")
+            raise Mistake("model.evaluation.latent_sigmas", "none are given; give at least one.")
         for sigma in self.latent_sigmas:
-            check_between("evaluation.latent_sigmas", sigma, 0, 1)
-        check_between("evaluation.predict_sigma", self.predict_sigma, 0, 1)
+            check_between("model.evaluation.latent_sigmas", sigma, 0, 1)
+        check_between("model.evaluation.predict_sigma", self.predict_sigma, 0, 1)
         if self.steps is not None:
-            check_at_least("evaluation.steps", self.steps, 1)
+            check_at_least("model.evaluation.steps", self.steps, 1)
 
 
 @dataclass(frozen=True)

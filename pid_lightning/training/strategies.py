@@ -19,7 +19,7 @@ def check_strategy(strategy: Strategy) -> None:
             "trainer.strategy",
             "FSDP is not supported, since it would cut the network and its average at different "
             "places, and takes no frozen encoder in bf16; use ddp, with "
-            "training.activation_checkpointing if memory is short.",
+            "model.training.activation_checkpointing if memory is short.",
         )
 
 

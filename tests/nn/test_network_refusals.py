@@ -73,8 +73,8 @@ REFUSALS: list[tuple[str, Callable[[], object]]] = [
     ("window", lambda: network().attend_in_windows(64.0)),
     ("fix_times", lambda: fix_times(network(), None)),
     ("cuda_graphs", lambda: compile_for_inference(network(), cuda_graphs=True)),
-    ("training.train", lambda: freeze_untrained(network(), "rgb_head", True)),
-    ("training.train", lambda: freeze_untrained(network(), "gates", True)),
+    ("model.training.train", lambda: freeze_untrained(network(), "rgb_head", True)),
+    ("model.training.train", lambda: freeze_untrained(network(), "gates", True)),
 ]  # fmt: skip
 
 

@@ -97,10 +97,13 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         # What the classes refuse when they are built.
         ("--model.scale=3", "patch_size"),
         ("--model.denoiser.adapter.gate=y0", "model.denoiser.adapter.gate"),
-        ("--model.training.time_shift=0", "training.time_shift"),
+        ("--model.training.time_shift=0", "model.training.time_shift"),
         ("--model.vae=foo", "vae"),
         ("--data.batch_size=0", "data.batch_size"),
-        ("--trainer.callbacks=PictureGrids --trainer.callbacks.num_pictures=0", "num_pictures"),
+        (
+            "--trainer.callbacks=PictureGrids --trainer.callbacks.num_pictures=0",
+            "PictureGrids num_pictures",
+        ),
         # What is found before the data is opened.
         ("--trainer.logger.save_dir=a_file", "trainer.logger.save_dir"),
         ("--ckpt_path=nowhere.ckpt", "ckpt_path"),

@@ -476,9 +476,9 @@ def set_(module: tiny.VAEPiD, **values: object) -> tiny.VAEPiD:
             {"discriminator_depth": 3},
             lambda: set_(tiny.module(), image_size=64),
         ),
-        ("init_from", {}, lambda: set_(tiny.module(), init_from="another.safetensors")),
+        ("model.init_from", {}, lambda: set_(tiny.module(), init_from="another.safetensors")),
         (
-            "training.train",
+            "model.training.train",
             {},
             lambda: tiny.module(
                 Training(train="rgb_head"),

@@ -263,4 +263,4 @@ def test_an_adversarial_run_resumes_exactly(tmp_path):
 def test_mistakes_are_named(arguments, option):
     with pytest.raises(Mistake) as mistake:
         Regression(**arguments)
-    assert mistake.value.option == option
+    assert mistake.value.option == f"Regression {option}"

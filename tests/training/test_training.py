@@ -350,7 +350,7 @@ def test_a_start_at_another_scale_takes_the_backbone(
     tiny.assert_equal_states(found.state, {k: v for k, v in source.items() if k not in kept})
     (sentence,) = said
     assert f"loaded {len(names) - len(kept)} tensors (backbone), {len(kept)} tensors" in sentence
-    with refused("init_from"):  # nothing would train the rest
+    with refused("model.init_from"):  # nothing would train the rest
         read_start(str(run), ours.info, ours.denoiser, fits=False)
 
 
@@ -494,17 +494,17 @@ def test_a_report_keeps_no_more_than_its_grid_shows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "make"),
     [
-        ("training.train", lambda: Training(train="head")),
-        ("training.optimizer", lambda: Training(optimizer="lion")),
-        ("training.time_std", lambda: Training(time_std=0.0)),
-        ("training.caption_dropout", lambda: Training(caption_dropout=1.5)),
-        ("training.decay_steps", lambda: Training(warmup_steps=5, decay_steps=5)),
-        ("training.compile", lambda: Training(compile=True, train="rgb_head")),
-        ("training.train", lambda: tiny.module(Training(train="rgb_head"))),  # without a head
-        ("evaluation.latent_sigmas", lambda: Evaluation(latent_sigmas=[])),
-        ("evaluation.steps", lambda: Evaluation(steps=0)),
+        ("model.training.train", lambda: Training(train="head")),
+        ("model.training.optimizer", lambda: Training(optimizer="lion")),
+        ("model.training.time_std", lambda: Training(time_std=0.0)),
+        ("model.training.caption_dropout", lambda: Training(caption_dropout=1.5)),
+        ("model.training.decay_steps", lambda: Training(warmup_steps=5, decay_steps=5)),
+        ("model.training.compile", lambda: Training(compile=True, train="rgb_head")),
+        ("model.training.train", lambda: tiny.module(Training(train="rgb_head"))),  # without a head
+        ("model.evaluation.latent_sigmas", lambda: Evaluation(latent_sigmas=[])),
+        ("model.evaluation.steps", lambda: Evaluation(steps=0)),
         ("EMA power", lambda: EMA(power=0.0)),
-        ("init_from", lambda: VAEPiD(denoiser=tiny.config(), init_from="")),
+        ("model.init_from", lambda: VAEPiD(denoiser=tiny.config(), init_from="")),
         ("trainer.strategy", lambda: check_strategy(object.__new__(FSDPStrategy))),
     ],
 )
@@ -519,7 +519,7 @@ def test_what_a_network_cannot_do_is_refused_before_data_is_read() -> None:
     with pytest.raises(ValueError, match="100 x 100 is not a multiple of 64"):
         module.prepare(data, "fit")
     module.evaluation = Evaluation(guidance_scale=2.0)
-    with refused("evaluation.guidance_scale"):
+    with refused("model.evaluation.guidance_scale"):
         module.prepare(None, "test")
 
 
@@ -530,7 +530,7 @@ def test_another_network_is_refused(run: Path) -> None:
     with refused("ckpt_path"):
         read_run(tiny.module().info, {"state_dict": {}})
     wider = tiny.module(width=64)
-    with refused("init_from"):
+    with refused("model.init_from"):
         read_start(str(run), wider.info, wider.denoiser, fits=True)
 
 

@@ -141,10 +141,12 @@ class DMD2(Callback):
         """
         train = module.training_settings.train
         if train in ("rgb_head", "latents"):
-            raise Mistake("training.train", f"{train} makes no pictures to distil; set it to all.")
+            raise Mistake(
+                "model.training.train", f"{train} makes no pictures to distil; set it to all."
+            )
         if module.init_from is not None and not module.has_own_weights:
             raise Mistake(
-                "init_from",
+                "model.init_from",
                 f"{module.init_from} is not used, since DMD2 starts the student from its teacher "
                 f"({self.teacher}); leave it out.",
             )

@@ -41,9 +41,9 @@ class PictureGrids(Callback):
         latent_sigmas: tuple[float, ...] = (0.0, 0.4, 0.8),
         steps: int | None = None,
     ) -> None:
-        check_at_least("num_pictures", num_pictures, 1)
+        check_at_least("PictureGrids num_pictures", num_pictures, 1)
         for sigma in latent_sigmas:
-            check_between("latent_sigmas", sigma, 0, 1)
+            check_between("PictureGrids latent_sigmas", sigma, 0, 1)
         self.num_pictures = num_pictures
         self.latent_sigmas = latent_sigmas
         self.steps = steps
@@ -138,7 +138,7 @@ class DistillationGrids(PictureGrids):
     def __init__(self, num_pictures: int = 2, student_steps: tuple[int, ...] = (4, 2, 1)) -> None:
         super().__init__(num_pictures)
         for steps in student_steps:
-            check_at_least("student_steps", steps, 1)
+            check_at_least("DistillationGrids student_steps", steps, 1)
         self.student_steps = student_steps
 
     def on_fit_start(self, trainer: Trainer, pl_module: PiDModule) -> None:

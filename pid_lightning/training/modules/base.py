@@ -104,7 +104,7 @@ class PiDModule(EvaluatedModule):
         self._side_stream: SideStream | None = None  # on a GPU
         self._finite = FiniteGradients()
         if init_from == "":
-            raise Mistake("init_from", "an empty name; name a model, or leave it out.")
+            raise Mistake("model.init_from", "an empty name; name a model, or leave it out.")
         check_text(self.text_encoder, denoiser, training.caption_dropout)
         self._freeze_untrained()
         self.register_load_state_dict_post_hook(forgive_frozen)
