@@ -18,7 +18,7 @@ SHORT = 200  # characters, in which no limit can be passed
 
 def limit_yaml() -> None:
     """Have jsonargparse refuse YAML beyond the limits."""
-    set_loader("yaml", load)
+    set_loader("yaml", load, (yaml.YAMLError,))
 
 
 def load(text: str) -> Any:
