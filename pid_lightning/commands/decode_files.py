@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from pid_lightning.files.atomic import make_folder
 from pid_lightning.files.hub import DEFAULT_MODEL
 from pid_lightning.files.models import DTYPES
 from pid_lightning.pictures.inputs import find_inputs, output_stem
+from pid_lightning.training.data.captions import captions_beside
 
 
 def decode_files(
@@ -41,22 +42,36 @@ def decode_files(
         OSError: no such model, or `folder` cannot be written to.
     """
     files = find_inputs(inputs)
-    paths = {file: folder / f"{output_stem(file)}.{settings.format}" for file in files}
+    paths = {
+        (file, sigma): folder / f"{output_stem(file)}{end}.{settings.format}"
+        for file in files
+        for sigma, end in _endings(settings).items()
+    }
     _check_paths(files, list(paths.values()), settings)
-    of_files = open_model(DEFAULT_MODEL if model is None else model, settings)
+    captions = dict(zip(files, captions_beside(files), strict=True)) if settings.captions else None
+    of_files = open_model(DEFAULT_MODEL if model is None else model, settings, captions)
     named = {Path(os.path.expanduser(name)) for name in inputs}
     failures = find_unreadable(of_files.decoder, files, named)
     make_folder("output", folder)
     written = []
-    with tqdm([file for file in files if file not in failures.reasons], unit="picture") as bar:
-        for file in bar:
+    readable = [work for work in paths if work[0] not in failures.reasons]
+    with tqdm(readable, unit="picture") as bar:
+        for file, sigma in bar:
+            if file in failures.reasons:  # at another noise level
+                continue
             bar.set_description(file.name)
             with failures.of(file):
-                of_files.decode(file, paths[file])
-                written.append(paths[file])
+                of_files.decode(file, paths[file, sigma], sigma)
+                written.append(paths[file, sigma])
     print(f"{len(written)} pictures in {folder}")
     failures.tell()
     return written
+
+
+def _endings(settings: DecodeSettings) -> dict[float, str]:
+    """How the names of results end at each noise level."""
+    several = len(settings.sigmas) > 1
+    return {sigma: f"_sigma{sigma:g}" if several else "" for sigma in settings.sigmas}
 
 
 def _check_paths(files: list[Path], paths: list[Path], settings: DecodeSettings) -> None:
@@ -69,6 +84,8 @@ def _check_paths(files: list[Path], paths: list[Path], settings: DecodeSettings)
     own = {path.resolve() for path in results} & {file.resolve() for file in files}
     if own:
         raise Mistake("output", f"{own.pop()} would overwrite an input; give another folder.")
+    if len(set(paths)) < len(paths):
+        raise Mistake("sigma", "two results would have one name; rename an input, or give others.")
     twice = set(paths) & set(comparisons)
     if twice:
         raise Mistake(
@@ -78,9 +95,11 @@ def _check_paths(files: list[Path], paths: list[Path], settings: DecodeSettings)
         )
 
 
-def open_model(model: str, settings: DecodeSettings) -> FileDecoder:
-    """Load the model onto its device, encode the prompt, free the language model, and change the
-    weights as asked for.
+def open_model(
+    model: str, settings: DecodeSettings, captions: Mapping[Path, str] | None = None
+) -> FileDecoder:
+    """Load the model onto its device, encode the prompt or captions, free the language model, and
+    change the weights as asked for.
 
     Raises:
         Mistake: one of the settings does not fit the model.
@@ -96,7 +115,7 @@ def open_model(model: str, settings: DecodeSettings) -> FileDecoder:
             length=decoder.info.config.text_length,
             text_width=decoder.info.config.text_width,
         )
-    of_files = FileDecoder(decoder, settings, describe(decoder, model))
+    of_files = FileDecoder(decoder, settings, describe(decoder, model), captions=captions)
     decoder.text_encoder = None
     if decoder.info.student_times is not None:
         decoder.fix_times()

@@ -50,7 +50,6 @@ class PiDDecoder:
         encoder: encodes pictures to its latents; None builds the one named by `info` on first use.
 
     Attributes:
-        denoiser, info: as given.
         text_encoder: for prompts given as words; None until set, since model files do not name it.
 
     Raises:
@@ -262,6 +261,7 @@ class PiDDecoder:
         progress: bool = True,
         guidance_scale: float = 1.0,
         negative_prompt: str | list[str] | Tensor | None = None,
+        deterministic: bool = False,
     ) -> Tensor:
         """Decode normalised latents to pictures.
 
@@ -282,6 +282,7 @@ class PiDDecoder:
             guidance_scale: strength of a teacher's text guidance; 1 turns it off.
             negative_prompt: what guidance leads away from, like `prompt`; None is the learned null,
                 or "" for a model that has none.
+            deterministic: whether a student adds no fresh noise between its steps.
 
         Returns:
             (B, 3, H, W) in [-1, 1], fp32, on the network's device.
@@ -295,23 +296,22 @@ class PiDDecoder:
         batch_size = len(latents)
         noise = noise_source(generator, seed, batch_size)
         sigma = noise_levels(latent_sigma, batch_size, info.latent_sigma_max).to(self.device)
-        size = self.output_size(latents)
         plan = Plan.of(
             self.denoiser,
             latents,
             student_times=info.student_times,
             time_shift=info.time_shift,
             steps=steps,
-            tile=choose_tile(self.denoiser, info, *size, tile, batch_size),
+            tile=choose_tile(self.denoiser, info, *self.output_size(latents), tile, batch_size),
             guidance_scale=guidance_scale,
+            deterministic=deterministic,
         )
         if guidance_scale != 1 and not info.config.learned_null and negative_prompt is None:
             negative_prompt = ""
         text, null_text = (self._features(p, batch_size) for p in (prompt, negative_prompt))
         latents = latents.to(self.device)
-        with tqdm(
-            total=plan.num_forwards, desc=str(plan), disable=not progress, leave=False
-        ) as bar:
+        bar = tqdm(total=plan.num_forwards, desc=str(plan), disable=not progress, leave=False)
+        with bar:
             pictures = decode_latents(
                 self.denoiser, plan, latents, sigma, text, null_text, noise, bar.update
             )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from tqdm.auto import tqdm
 from pid_lightning.checks import Mistake
 from pid_lightning.decoding.arguments import check_options
 from pid_lightning.decoding.decoder import PiDDecoder
+from pid_lightning.decoding.plan import check_deterministic
 from pid_lightning.decoding.settings import DecodeSettings
 from pid_lightning.diffusion.noising import add_latent_noise
 from pid_lightning.diffusion.randomness import draw_noise, sample_generators
@@ -29,13 +32,14 @@ class FileDecoder:
     """Decodes files with one model and one set of settings.
 
     A picture depends on the content of its file, the model and the settings, which hold the seed of
-    all noise: not on the file's name, nor on other files. The prompt is encoded once, here.
+    all noise: not on the file's name, nor on other files. Captions are encoded once, here.
 
     Args:
         decoder: the model.
         settings: how to decode; its dtype, device, format and overwrite are the caller's.
         description: plain values stored beside each picture, as from `describe`.
         progress: whether to show a progress bar per file.
+        captions: of files, in place of the settings' prompt for all.
 
     Raises:
         Mistake: one of the settings does not fit the model.
@@ -48,11 +52,14 @@ class FileDecoder:
         settings: DecodeSettings,
         description: dict[str, Any],
         progress: bool = True,
+        captions: Mapping[Path, str] | None = None,
     ) -> None:
         config, guided = decoder.info.config, settings.guidance_scale != 1
         student_times = decoder.info.student_times
-        options = (settings.steps, settings.tile, settings.prompt, settings.guidance_scale)
+        prompt = settings.prompt if captions is None else ""
+        options = (settings.steps, settings.tile, prompt, settings.guidance_scale)
         check_options(decoder.denoiser, student_times, *options)
+        check_deterministic(student_times, settings.deterministic)
         if (settings.compare or settings.match_colour) and not decoder.encoder.has_decoder:
             raise Mistake(
                 "compare and match_colour",
@@ -62,40 +69,56 @@ class FileDecoder:
         self.decoder = decoder
         self.settings = settings
         self.progress = progress
-        self.description: dict[str, Any] = {**description, "settings": asdict(settings)}
+        self.description = description
+        self._captions, self._cache = captions, settings.text_cache
         self._prompt = self._negative_prompt = None
+        if captions is not None and self._cache is None:  # those of many files are large
+            self._temporary = tempfile.TemporaryDirectory()
+            self._cache = self._temporary.name
+        for caption in sorted({*(captions or {}).values()}):
+            decoder.encode_prompt(caption, self._cache)
         if settings.prompt is not None:
-            self._prompt = decoder.encode_prompt(settings.prompt, settings.text_cache)
-            if guided and not config.learned_null:
-                self._negative_prompt = decoder.encode_prompt("", settings.text_cache)
+            self._prompt = decoder.encode_prompt(settings.prompt, self._cache)
+        if prompt is not None and guided and not config.learned_null:
+            self._negative_prompt = decoder.encode_prompt("", self._cache)
 
-    def decode(self, file: Path, path: Path) -> None:
+    def decode(self, file: Path, path: Path, sigma: float | None = None) -> None:
         """Decode one file; write its picture, its JSON and, if asked for, the comparison.
 
         Args:
             file: a picture, or latents in .safetensors.
             path: of the new picture.
+            sigma: noise level of the latents; None is the settings' only one.
         """
+        if sigma is None:
+            (sigma,) = self.settings.sigmas
         decoder, settings = self.decoder, self.settings
         source, size = read_input(decoder, file)
         is_latents = _holds_latents(file)
-        latents = source.to(decoder.device) if is_latents else self._encode(source)
+        latents = source.to(decoder.device) if is_latents else self._encode(source, sigma)
+        text, caption = self._prompt, settings.prompt
+        if self._captions is not None:
+            caption = self._captions[file]
+            text = decoder.encode_prompt(caption, self._cache)
         tile = decoder.choose_tile(*decoder.output_size(latents), settings.tile)
         with warnings.catch_warnings():  # `choose_tile` has warned already
             warnings.filterwarnings("ignore", "The network sees")
             picture = decoder.decode(
                 latents,
-                settings.sigma,
-                self._prompt,
+                sigma,
+                text,
                 settings.steps,
                 seed=settings.seed,
                 tile=tile,
                 progress=self.progress,
                 guidance_scale=settings.guidance_scale,
                 negative_prompt=self._negative_prompt,
+                deterministic=settings.deterministic,
             )[0]
         height, width = (side * decoder.scale for side in size)
-        metadata = {"input": str(file), **self.description, "tile": tile, "size": [height, width]}
+        told = asdict(settings) | {"sigma": sigma, "prompt": caption, "captions": False}
+        metadata = {"input": str(file), **self.description, "settings": told, "tile": tile}
+        metadata["size"] = [height, width]
         if settings.compare or settings.match_colour:
             native = decoder.encoder.decode(latents.float())[0]
             shift = colour_shift(picture, native)
@@ -110,15 +133,15 @@ class FileDecoder:
                 write_picture(grid, comparison(path), metadata)
         write_picture(picture[:, :height, :width], path, metadata)
 
-    def _encode(self, image: Tensor) -> Tensor:
+    def _encode(self, image: Tensor, sigma: float) -> Tensor:
         """Latents of a picture, noised from a random stream of its own."""
-        latents, settings = self.decoder.encode(image), self.settings
-        if settings.sigma == 0:
+        latents = self.decoder.encode(image)
+        if sigma == 0:
             return latents
-        generators = sample_generators(settings.seed, "latents", [0])
+        generators = sample_generators(self.settings.seed, "latents", [0])
         eps = draw_noise(latents.shape, generators, latents.device)
-        sigma = torch.full((1,), settings.sigma)
-        return add_latent_noise(latents, eps, sigma, self.decoder.info.noise_frame)
+        level = torch.full((1,), sigma)
+        return add_latent_noise(latents, eps, level, self.decoder.info.noise_frame)
 
 
 def read_input(decoder: PiDDecoder, file: Path) -> tuple[Tensor, tuple[int, int]]:

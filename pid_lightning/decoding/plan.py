@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pid_lightning.checks import check_at_least
+from pid_lightning.checks import Mistake, check_at_least
 from pid_lightning.diffusion import flow
 from pid_lightning.diffusion.randomness import Generators, draw_noise
 from pid_lightning.diffusion.sampling import (
@@ -34,6 +34,7 @@ class Plan:
         shift: of the times of the teacher's solver.
         steps: sampling steps.
         guidance_scale: strength of the text guidance; 1 turns it off.
+        deterministic: whether a student's steps add no fresh noise.
     """
 
     height: int
@@ -43,6 +44,7 @@ class Plan:
     shift: float
     steps: int
     guidance_scale: float
+    deterministic: bool
 
     @classmethod
     def of(
@@ -55,6 +57,7 @@ class Plan:
         steps: int | None = None,
         tile: int | None = None,
         guidance_scale: float = 1.0,
+        deterministic: bool = False,
     ) -> Plan:
         """Plan a decode.
 
@@ -66,11 +69,12 @@ class Plan:
                 that the network sees.
             steps: None is all of a student's times, or 25 for a teacher.
             tile: side of the tiles in output pixels, see `tiling.Tiles`; None is no tiles.
-            guidance_scale: as above.
+            guidance_scale, deterministic: as above.
 
         Raises:
-            Mistake: the size, the tile or the steps do not fit the network.
+            Mistake: the size, the tile, the steps or the sampler do not fit the network.
         """
+        check_deterministic(student_times, deterministic)
         height, width = denoiser.geometry.output_size(latents)
         denoiser.check_size(height, width)
         tiles = None if tile is None else Tiles(height, width, tile, denoiser.alignment)
@@ -79,7 +83,8 @@ class Plan:
         seen = (height, width) if tiles is None else tiles.shape
         shift = flow.resolution_shift(*seen) if time_shift is None else time_shift
         steps = num_sampling_steps(student_times, steps)
-        return cls(height, width, tiles, student_times, shift, steps, guidance_scale)
+        sampler = (student_times, shift, steps, guidance_scale, deterministic)
+        return cls(height, width, tiles, *sampler)
 
     @property
     def seen(self) -> tuple[int, int]:
@@ -128,6 +133,15 @@ class Plan:
             self.steps,
             generator,
             student_times=self.student_times,
+            stochastic=not self.deterministic,
+        )
+
+
+def check_deterministic(student_times: Sequence[float] | None, deterministic: bool) -> None:
+    """Raise `Mistake` if a teacher is asked for what its solver is anyway."""
+    if deterministic and student_times is None:
+        raise Mistake(
+            "deterministic", "a teacher's solver adds no noise in any case; leave it out."
         )
 
 

@@ -16,7 +16,7 @@ from pid_lightning.pictures.pixels import PICTURE_SUFFIXES
 
 LATENTS_SUFFIX = ".safetensors"
 NAME_BYTES = 255  # of a file's name, on most file systems
-LONGEST_END = "_compare.json"  # of the outputs of a file
+LONGEST_END = "_sigma0.123456_compare.json"  # of the outputs of a file
 
 
 def find_inputs(paths: Iterable[str | Path]) -> list[Path]:

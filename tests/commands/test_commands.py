@@ -131,6 +131,12 @@ def test_latents_decode_to_what_their_picture_does(tmp_path: Path, model: Path) 
         ("--prompt hi --text_model none", "prompt: this model was trained without text"),
         ("--prompt caf\udce9", "prompt: 'caf\\udce9' is not UTF-8 text"),
         ("--text_model none", "text_model: only used with a prompt"),
+        ("--captions --text_model none", "prompt: this model was trained without text"),
+        ("--captions --prompt hi", "captions: not together with a prompt"),
+        ("--sigma 1.5", "sigma: 1.5 must lie between 0 and 1"),
+        ("--sigma [0.2,-1]", "sigma: -1.0 must lie between 0 and 1"),
+        ("--sigma []", "sigma: an empty list"),
+        ("--sigma [0.2,0.2000000001]", "sigma: two results would have one name"),
         ("--device gpu", "device: 'gpu' is not available on this machine"),
         ("--device hpu", "device: 'hpu' is not available on this machine (No module named"),
         ("--device xpu", "device: 'xpu' is not available on this machine"),
@@ -221,6 +227,71 @@ def test_a_prompt_is_encoded_by_the_model_that_is_named(
     latents = decoder.encode(read_picture(source)[None])
     (expected,) = decoder.decode(latents, prompt="a fox", seed=0, progress=False)
     assert (read_picture(tmp_path / "out" / "a.png") - expected).abs().max() <= 1.01 / 255
+
+
+def test_captions_lie_beside_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture is the one that its caption gives as a prompt, and the JSON states it."""
+    make(
+        latent_channels=128, latent_stride=16, sizes={"text_width": 6, "text_length": 3}
+    ).save_pretrained(tmp_path / "model")
+    text = tiny.Text()
+    monkeypatch.setattr(decode_files, "LanguageModelText", lambda *given, **more: text)
+    for name in "abc":
+        draw(tmp_path / f"{name}.png", 16, 16)
+    (tmp_path / "a.txt").write_text("a fox")
+    (tmp_path / "b.txt").write_text("a lemur")
+    options = ("--model", tmp_path / "model", "--text_model", "words")
+    pid("decode", tmp_path, *options, "--captions", "--output", tmp_path / "all")
+    assert sorted(text.asked) == ["", "a fox", "a lemur"]
+    for name, caption in {"a": "a fox", "b": "a lemur", "c": ""}.items():
+        one = tmp_path / f"one_{name}"
+        given = (f"--prompt={caption}", "--output", one)
+        pid("decode", tmp_path / f"{name}.png", *options, *given)
+        both = [read_picture(folder / f"{name}.png") for folder in (one, tmp_path / "all")]
+        assert torch.equal(*both)
+        told = json.loads((tmp_path / "all" / f"{name}.json").read_text())["settings"]
+        assert told == json.loads((one / f"{name}.json").read_text())["settings"]
+    assert len({(tmp_path / "all" / f"{name}.png").read_bytes() for name in "abc"}) > 1
+
+
+def test_several_noise_levels_in_one_call(tmp_path: Path, model: Path) -> None:
+    """Each picture is that of a call of its own."""
+    source, out = draw(tmp_path / "p.png", 16, 16), tmp_path / "out"
+    options = ("--model", model, "--steps", 1)
+    pid("decode", source, *options, "--output", out, "--sigma", "[0,0.2,0.4]")
+    for sigma in (0, 0.2, 0.4):
+        one = tmp_path / f"{sigma}"
+        pid("decode", source, *options, "--output", one, "--sigma", sigma)
+        expected = json.loads((one / "p.json").read_text())
+        assert json.loads((out / f"p_sigma{sigma:g}.json").read_text()) == expected
+        assert torch.equal(read_picture(out / f"p_sigma{sigma:g}.png"), read_picture(one / "p.png"))
+    assert len(list(out.iterdir())) == 6
+
+
+def test_the_deterministic_sampler(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """It is the sampler's own, without fresh noise."""
+    source, out = draw(tmp_path / "p.png", 16, 16), tmp_path / "out"
+    pid("decode", source, "--model", model, "--output", out, "--deterministic")
+    decoder = PiDDecoder.from_pretrained(model)
+    latents = decoder.encode(read_picture(source)[None])
+    condition = decoder.denoiser.condition(latents, torch.zeros(1))
+    with torch.no_grad():
+        expected = sample_few_steps(
+            lambda x, t: decoder.denoiser(x, t, condition),
+            draw_noise((1, 3, 64, 64), sample_generators(0, "decode", [0]), "cpu"),
+            student_times=decoder.info.student_times,
+            stochastic=False,
+        ).clamp(-1, 1)
+    assert (read_picture(out / "p.png") - expected[0]).abs().max() <= 1.01 / 255
+    noisy = decoder.decode(latents, seed=0, progress=False)
+    assert (noisy - expected).abs().mean() > 1e-3
+    make(latent_channels=128, latent_stride=16, student_times=None).save_pretrained(tmp_path / "t")
+    options = ("--model", tmp_path / "t", "--output", tmp_path / "other")
+    assert "deterministic: a teacher" in refused(
+        capsys, "decode", source, *options, "--deterministic"
+    )
 
 
 def test_comparison_and_colour(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture) -> None:
