@@ -90,13 +90,11 @@ class Split:
 
     def __str__(self) -> str:
         """What was taken, in a line."""
-        has_captions = "caption" in (self.rows.column_names or ())
         if self.is_stream:
-            told = f"pictures {self.origin.of}, with{'' if has_captions else 'out'} captions"
+            told = f"pictures {self.origin.of}"
         else:
-            number = self._num_captions() if has_captions else 0
-            pictures = count(len(self.rows), "picture")
-            told = f"{pictures} {self.origin.of}, {number or 'none'} with captions"
+            number = self._num_captions() or "none"
+            told = f"{count(len(self.rows), 'picture')} {self.origin.of}, {number} with captions"
         reasons = self.origin.left_out.most_common()
         listed = [f"{number} {reason}" for reason, number in reasons[:MAX_REASONS]]
         if len(reasons) > MAX_REASONS:
@@ -105,6 +103,8 @@ class Split:
         return f"{told}{left_out}; from {self.origin.where}"
 
     def _num_captions(self) -> int:
+        if "caption" not in self.rows.column_names:
+            return 0
         table = self.rows.select_columns(["caption"]).with_format("arrow")[:]
         chunks = table["caption"].chunks
         return sum(bool(first_text(value)) for chunk in chunks for value in chunk.to_pylist())

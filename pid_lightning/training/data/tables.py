@@ -62,7 +62,9 @@ class Table:
             rows = rows.cast_column(image_column, _undecoded(kinds[image_column]))
         rows = rows.select_columns(list(names))
         rows = rows.rename_columns({old: new for old, new in names.items() if old != new})
-        of = f"of {count(len(rows), 'row')}" if hasattr(rows, "select") else "of a stream"
+        of = f"of a stream, with{'' if caption_column else 'out'} captions"
+        if hasattr(rows, "select"):
+            of = f"of {count(len(rows), 'row')}"
         return Split(rows, Origin(of, self.where, self.left_out))
 
 
