@@ -48,7 +48,7 @@ P = {"p0.png": "", "p1.png": "", "p2.png": ""}
         (P | {"metadata.jsonl": "\ufeff" + entries(text="a")}, "a - -"),
         (P | {"metadata.csv": "file_name,text\np0.png,a\n\np2.png,c\n"}, "a - c"),
         (P | {"metadata.csv": '\ufeffcaption;File_Name\r\n"a";p0.png\r\nb;p1.png'}, "a b -"),
-        (P | {"metadata.csv": "image\tcaption\np0.png\ta,1\n"}, "a,1 - -"),
+        (P | {"metadata.csv": "image\tcaption\np0.png\ta,1\n\t\n"}, "a,1 - -"),
         (P | {"metadata.csv": 'file_name,text\np0.png,"a\nb"\np1.png,c\n'}, "a\nb c -"),
         (P | {"p0.txt": "a\n", "p1.png.txt": "b", "p2.caption": "c"}, "a b c"),
         (P | {"p0.TXT": "a", "p1.txt": "b", "p1.caption": "other"}, "a b -"),

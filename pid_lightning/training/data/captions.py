@@ -196,7 +196,8 @@ def _csv_records(file: Path) -> Iterator[tuple[int, Any]]:
         delimiter = next((mark for mark in ",\t;" if mark in head), ",")
         reader = csv.DictReader(text, delimiter=delimiter)
         for record in reader:
-            yield reader.line_num, record
+            if any(record.values()):  # spreadsheets write empty rows
+                yield reader.line_num, record
     except (UnicodeDecodeError, csv.Error):
         yield 1, None
 
