@@ -61,7 +61,7 @@ def decode_files(
                 continue
             bar.set_description(file.name)
             with failures.of(file):
-                of_files.decode(file, paths[file, sigma], sigma)
+                of_files.at(sigma).decode(file, paths[file, sigma])
                 written.append(paths[file, sigma])
     print(f"{len(written)} pictures in {folder}")
     failures.tell()

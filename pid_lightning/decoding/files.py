@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,20 +83,23 @@ class FileDecoder:
         if prompt is not None and guided and not config.learned_null:
             self._negative_prompt = decoder.encode_prompt("", self._cache)
 
-    def decode(self, file: Path, path: Path, sigma: float | None = None) -> None:
+    def at(self, sigma: float) -> FileDecoder:
+        """The same at one noise level, such as one of several in the settings."""
+        other = copy.copy(self)
+        other.settings = replace(self.settings, sigma=sigma)
+        return other
+
+    def decode(self, file: Path, path: Path) -> None:
         """Decode one file; write its picture, its JSON and, if asked for, the comparison.
 
         Args:
             file: a picture, or latents in .safetensors.
             path: of the new picture.
-            sigma: noise level of the latents; None is the settings' only one.
         """
-        if sigma is None:
-            (sigma,) = self.settings.sigmas
         decoder, settings = self.decoder, self.settings
         source, size = read_input(decoder, file)
         is_latents = _holds_latents(file)
-        latents = source.to(decoder.device) if is_latents else self._encode(source, sigma)
+        latents = source.to(decoder.device) if is_latents else self._encode(source)
         text, caption = self._prompt, settings.prompt
         if self._captions is not None:
             caption = self._captions[file]
@@ -105,7 +109,7 @@ class FileDecoder:
             warnings.filterwarnings("ignore", "The network sees")
             picture = decoder.decode(
                 latents,
-                sigma,
+                settings.sigma,
                 text,
                 settings.steps,
                 seed=settings.seed,
@@ -116,7 +120,7 @@ class FileDecoder:
                 deterministic=settings.deterministic,
             )[0]
         height, width = (side * decoder.scale for side in size)
-        told = asdict(settings) | {"sigma": sigma, "prompt": caption, "captions": False}
+        told = asdict(settings) | {"prompt": caption, "captions": False}
         metadata = {"input": str(file), **self.description, "settings": told, "tile": tile}
         metadata["size"] = [height, width]
         if settings.compare or settings.match_colour:
@@ -133,15 +137,15 @@ class FileDecoder:
                 write_picture(grid, comparison(path), metadata)
         write_picture(picture[:, :height, :width], path, metadata)
 
-    def _encode(self, image: Tensor, sigma: float) -> Tensor:
+    def _encode(self, image: Tensor) -> Tensor:
         """Latents of a picture, noised from a random stream of its own."""
-        latents = self.decoder.encode(image)
-        if sigma == 0:
+        latents, settings = self.decoder.encode(image), self.settings
+        if settings.sigma == 0:
             return latents
-        generators = sample_generators(self.settings.seed, "latents", [0])
+        generators = sample_generators(settings.seed, "latents", [0])
         eps = draw_noise(latents.shape, generators, latents.device)
-        level = torch.full((1,), sigma)
-        return add_latent_noise(latents, eps, level, self.decoder.info.noise_frame)
+        sigma = torch.full((1,), settings.sigma)
+        return add_latent_noise(latents, eps, sigma, self.decoder.info.noise_frame)
 
 
 def read_input(decoder: PiDDecoder, file: Path) -> tuple[Tensor, tuple[int, int]]:
