@@ -67,8 +67,7 @@ class PiDDecoder:
         self.info = info
         self.text_encoder: TextEncoder | None = None
         self._encoder = encoder
-
-    # Files and the hub.
+        self._source: Path | None = None
 
     @classmethod
     def from_pretrained(
@@ -88,7 +87,9 @@ class PiDDecoder:
                 `save_pretrained`, a bundled name (left out, the bundled model for FLUX.2's
                 latents), or a hub id ``owner/name``.
             dtype: dtype to compute in; None is the dtype of the stored weights.
-            revision, token, cache_dir, local_files_only: options of the hub download.
+            revision: branch, tag or commit of the hub; a commit never changes.
+            token, cache_dir, local_files_only: of the hub download, kept in `cache_dir`, or where
+                HF_HOME says; with `local_files_only`, or HF_HUB_OFFLINE, nothing is asked for.
 
         Raises:
             FileNotFoundError: there is no such model on this machine.
@@ -105,11 +106,14 @@ class PiDDecoder:
             local_files_only=local_files_only,
         )
         denoiser, info = load_model(path)
-        return cls(denoiser.requires_grad_(False).to(dtype=dtype), info)
+        decoder = cls(denoiser.requires_grad_(False).to(dtype=dtype), info)
+        decoder._source = path
+        return decoder
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model, its description and a model card, for `from_pretrained`."""
-        hub.save_folder(self.denoiser, self.info, folder, self.dtype)
+    def save_pretrained(self, folder: str | Path, license: str = "other") -> None:
+        """Write the model, its description and a model card, for `from_pretrained`; see
+        `card.model_card`, which tells of the run where the model is one's checkpoint."""
+        hub.save_folder(self.denoiser, self.info, folder, self.dtype, license, self._source)
 
     def push_to_hub(
         self,
@@ -118,11 +122,12 @@ class PiDDecoder:
         private: bool | None = None,
         token: str | bool | None = None,
         commit_message: str = "Upload a PiD decoder",
+        license: str = "other",
     ) -> str:
         """Upload what `save_pretrained` writes to ``owner/name``, created if missing, and return
         the URL of the commit."""
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+            self.save_pretrained(folder, license)
             return hub.upload_folder(folder, repo_id, private, token, commit_message)
 
     @property
@@ -160,9 +165,8 @@ class PiDDecoder:
         if dtype is not None:
             check_allowed(self.denoiser.changes, "dtype")
         self.denoiser.to(device=device, dtype=dtype)
-        for other in (self._encoder, self.text_encoder):
-            if other is not None:
-                other.to(device=device)
+        for other in filter(None, (self._encoder, self.text_encoder)):
+            other.to(device=device)
         return self
 
     def compile(self, freeze: bool = False, cuda_graphs: bool = False) -> PiDDecoder:
@@ -200,8 +204,6 @@ class PiDDecoder:
         if device.type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.empty_cache()
-
-    # Encoding pictures and prompts.
 
     @property
     def encoder(self) -> Encoder:
@@ -245,8 +247,6 @@ class PiDDecoder:
             raise Mistake("prompt", f"{prompt!r} must be words or a list of words, one per sample.")
         width = self.info.config.text_width
         return encode_prompts(self.text_encoder, prompts, width, cache, self.device).to(self.device)
-
-    # Decoding.
 
     @torch.no_grad()
     def decode(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from pid_lightning.checks import Mistake
 from pid_lightning.encoders.latent_spaces import KNOWN_SPACES, SUPPORTED_CLASSES, LatentSpace
 from pid_lightning.encoders.pretrained import first_line
+from pid_lightning.files.card import BASE_MODELS
 from pid_lightning.files.models import REMOVED
 
 
@@ -47,13 +48,11 @@ SDXL = _kl(KNOWN_SPACES["sdxl"], quant_conv=True)
 # Configurations of the known names, so that building a network downloads nothing. Those of FLUX.2
 # and Qwen-Image are diffusers' defaults.
 KNOWN_VAES: Mapping[str, VAESource] = {
-    "sd3": VAESource("stabilityai/stable-diffusion-3-medium-diffusers", "vae", SD3),
-    "flux": VAESource("black-forest-labs/FLUX.1-schnell", "vae", FLUX),
-    "sdxl": VAESource("stabilityai/sdxl-vae", None, SDXL),
-    "flux2": VAESource(
-        "black-forest-labs/FLUX.2-klein-4B", "vae", {"_class_name": "AutoencoderKLFlux2"}
-    ),
-    "qwen": VAESource("Qwen/Qwen-Image", "vae", {"_class_name": "AutoencoderKLQwenImage"}),
+    "sd3": VAESource(BASE_MODELS["sd3"], "vae", SD3),
+    "flux": VAESource(BASE_MODELS["flux"], "vae", FLUX),
+    "sdxl": VAESource(BASE_MODELS["sdxl"], None, SDXL),
+    "flux2": VAESource(BASE_MODELS["flux2"], "vae", {"_class_name": "AutoencoderKLFlux2"}),
+    "qwen": VAESource(BASE_MODELS["qwen"], "vae", {"_class_name": "AutoencoderKLQwenImage"}),
 }
 # Distilled autoencoders of a few million parameters.
 TINY_VAES: Mapping[str, VAESource] = {

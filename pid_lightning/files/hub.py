@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 
 import torch
 
 from pid_lightning.files import ASSETS
 from pid_lightning.files.atomic import make_folder, replaced_file
+from pid_lightning.files.card import HUB_ID, model_card
 from pid_lightning.files.models import ModelInfo, save_model
 from pid_lightning.nn import PiD
 
@@ -51,7 +51,7 @@ def find_model(
         file = file if file.is_file() else find_last_checkpoint(path)
         if file is not None:
             return file
-    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) and not path.is_dir()
+    is_hub_id = HUB_ID.fullmatch(str(name)) and not path.is_dir()
     if not is_hub_id or path.suffix in MODEL_SUFFIXES:
         raise FileNotFoundError(
             f"model {str(name)!r} was not found: give a {' or '.join(MODEL_SUFFIXES)} file, a "
@@ -94,8 +94,15 @@ def find_last_checkpoint(folder: Path) -> Path | None:
     return max(found, key=lambda path: (path.stat().st_mtime, path.name), default=None)
 
 
-def save_folder(denoiser: PiD, info: ModelInfo, folder: str | Path, dtype: torch.dtype) -> None:
-    """Write the model file, its metadata as ``config.json``, and a model card.
+def save_folder(
+    denoiser: PiD,
+    info: ModelInfo,
+    folder: str | Path,
+    dtype: torch.dtype,
+    license: str = "other",
+    source: Path | None = None,
+) -> None:
+    """Write the model file, its metadata as ``config.json``, and a model card; see `model_card`.
 
     Raises:
         OSError: the folder cannot be made or written to.
@@ -107,7 +114,7 @@ def save_folder(denoiser: PiD, info: ModelInfo, folder: str | Path, dtype: torch
     with replaced_file(folder / CONFIG_FILE) as temporary:
         temporary.write_text(json.dumps(info.to_plain(), indent=2) + "\n", encoding="utf-8")
     with replaced_file(folder / CARD_FILE) as temporary:
-        temporary.write_text(model_card(denoiser, info), encoding="utf-8")
+        temporary.write_text(model_card(denoiser, info, license, source), encoding="utf-8")
 
 
 def upload_folder(
@@ -119,40 +126,3 @@ def upload_folder(
     api = HfApi(token=token, library_name="pid_lightning")
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
-
-
-def model_card(denoiser: PiD, info: ModelInfo) -> str:
-    """Model card in the hub's format, filled from the model's metadata."""
-    millions = sum(weight.numel() for weight in denoiser.parameters()) / 1e6
-    geometry, kind = info.geometry, "a teacher, sampled by a solver"
-    if info.student_times is not None:
-        kind = f"a student of {len(info.student_times)} steps"
-    size = "not recorded" if info.image_size is None else f"{info.image_size} x {info.image_size}"
-    return f"""---
-library_name: pid_lightning
-pipeline_tag: image-to-image
-tags:
-- pixel-diffusion-decoder
-- {info.latent_space}
----
-# A pixel diffusion decoder for {info.latent_space} latents
-
-Decodes normalised `{info.latent_space}` latents to pictures {geometry.scale} times as large as the
-native decoder's, by pixel diffusion (PiD, arXiv 2605.23902).
-
-| | |
-|---|---|
-| parameters | {millions:.1f} million |
-| sampling | {kind} |
-| latents | {geometry.latent_channels} channels, {geometry.latent_stride} pixels a cell |
-| scale | {geometry.scale} |
-| trained output size | {size} |
-| noise levels of the latents | 0 to {info.latent_sigma_max:g} ({info.noise_frame}) |
-
-```python
-from pid_lightning import PiDDecoder
-
-decoder = PiDDecoder.from_pretrained("this/repository")
-pictures = decoder.decode(latents)  # (B, 3, H, W) in [-1, 1]
-```
-"""

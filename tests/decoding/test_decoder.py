@@ -6,12 +6,14 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from decoders import decode, decode_by, make, make_info
 from torch import Tensor
 
@@ -28,6 +30,7 @@ from pid_lightning.files import hub
 from pid_lightning.files.models import ModelInfo
 
 ROOT = Path(__file__).parents[2]
+RUN = ROOT / "tests/data/saved_run"
 
 
 def noise(*shape: int, seed: int = 1) -> Tensor:
@@ -206,6 +209,32 @@ def test_saved_models_come_back_by_every_name(tmp_path: Path, monkeypatch) -> No
     card = (tmp_path / "folder" / hub.CARD_FILE).read_text()
     assert card.startswith("---\nlibrary_name: pid_lightning\n")
     assert "a student of 4 steps" in card
+    fields = yaml.safe_load(card.split("---")[1])
+    assert fields["base_model"] == "black-forest-labs/FLUX.2-klein-4B"
+    assert (fields["license"], fields["pipeline_tag"]) == ("other", "image-to-image")
+
+
+def test_a_runs_card_tells_of_its_data_and_its_test(tmp_path: Path) -> None:
+    """Of the newest test; folders of this machine are named by their last part only."""
+    run = shutil.copytree(RUN, tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["init_args"]["path"] = "/home/somebody/photographs"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    for i, psnr in enumerate((20.0, 24.123456)):
+        table = run / f"test_metrics_{i}.csv"
+        table.write_text(f"method,latent_sigma,psnr\nPiD,0.2,{psnr}\n")
+        os.utime(table, (i, i))
+    decoder = PiDDecoder.from_pretrained(run)
+    decoder.save_pretrained(tmp_path / "model", license="cc-by-4.0")
+    card = (tmp_path / "model" / hub.CARD_FILE).read_text()
+    assert "license: cc-by-4.0\n" in card
+    assert "| data | photographs |" in card
+    assert "somebody" not in card
+    assert f"| steps | {config['trainer']['max_steps']} |" in card
+    assert "| PiD | 0.2 | 24.12 |" in card
+    file = tmp_path / "model" / hub.MODEL_FILE
+    PiDDecoder.from_pretrained(file).save_pretrained(tmp_path / "again")
+    assert "## Test" not in (tmp_path / "again" / hub.CARD_FILE).read_text()
 
 
 def test_a_home_folder_is_meant_where_it_is_named(tmp_path: Path, monkeypatch) -> None:
