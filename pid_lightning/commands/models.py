@@ -38,7 +38,7 @@ def export_run(
     from pid_lightning.files.atomic import make_folder
     from pid_lightning.files.hub import find_model
     from pid_lightning.files.models import DTYPES, check_model_path, load_model, save_model
-    from pid_lightning.files.published import export_released
+    from pid_lightning.files.published import export_published
 
     is_published = layout == "published"
     if is_published and description:
@@ -53,7 +53,7 @@ def export_run(
     denoiser, info = load_model(path)
     kind = f"{info.family} on {info.latent_space} latents"
     if is_published:
-        kind = " ".join(export_released(denoiser, info, out, DTYPES[dtype]))
+        kind = " ".join(export_published(denoiser, info, out, DTYPES[dtype]))
     else:
         save_model(denoiser, info, out, DTYPES[dtype], description)
     print(f"{out}: the {'teacher' if info.student_times is None else 'student'} of {path}, {kind}")
@@ -65,7 +65,7 @@ def import_(arguments: Sequence[str]) -> None:
 
 
 def import_weights(
-    released: str,
+    published: str,
     out: str,
     *,
     family: Family,
@@ -77,7 +77,7 @@ def import_weights(
     """Convert published weights to one self-describing model file.
 
     Args:
-        released: the published .pth or .safetensors; of PixelDiT's text-to-image weights, which
+        published: the published .pth or .safetensors; of PixelDiT's text-to-image weights, which
             have no adapter, the model is one to start from, by init_from.
         out: the .safetensors to write.
         family: of the latents.
@@ -87,12 +87,12 @@ def import_weights(
         image_size: side of the training outputs in pixels.
     """
     from pid_lightning.diffusion.sampling import STUDENT_TIMES
-    from pid_lightning.files.published import import_released
+    from pid_lightning.files.published import import_published
 
     check_at_least("image_size", image_size, 1)
     _check_unused(out)
-    info = import_released(
-        os.path.expanduser(released),
+    info = import_published(
+        os.path.expanduser(published),
         out,
         family,
         version,

@@ -122,7 +122,7 @@ def flux2_space(
     """FLUX.2's space from the running statistics of its autoencoder's batch norm.
 
     Args:
-        running_mean: (C,) for the packed latents; C is 128 in the released autoencoder.
+        running_mean: (C,) for the packed latents; C is 128 in the published autoencoder.
         running_var: (C,), likewise.
         eps: added to the variance before the square root.
         stride: pixels per packed cell.

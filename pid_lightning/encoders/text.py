@@ -104,7 +104,7 @@ class LanguageModelText(TextEncoder):
 
     Args:
         model: hub id or local folder of a decoder-only transformers model with its tokenizer; the
-            released PiD weights were trained with google/gemma-2-2b-it. The language modelling
+            published PiD weights were trained with google/gemma-2-2b-it. The language modelling
             head is not loaded.
         prefix: instruction in front of every caption.
         length: number of features L per caption.

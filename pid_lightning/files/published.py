@@ -15,7 +15,7 @@ from pid_lightning.checks import Mistake, check_choice
 from pid_lightning.diffusion.sampling import STUDENT_TIMES
 from pid_lightning.files.atomic import make_folder, replaced_file
 from pid_lightning.files.models import ModelInfo, check_model_path, save_model
-from pid_lightning.files.published_layout import first_names, from_released, to_released
+from pid_lightning.files.published_layout import first_names, from_published, to_published
 from pid_lightning.files.tensors import read_tensors, read_torch_file
 from pid_lightning.nn import AdapterConfig, Geometry, PiD, PiDConfig
 from pid_lightning.nn.changes import check_allowed
@@ -51,7 +51,7 @@ def _vae(name: str, geometry: Geometry, **changes: Any) -> ModelInfo:
     return replace(FLUX, encoder=encoder, latent_space=name, geometry=geometry, **changes)
 
 
-# The latent families that weights were released for; the shapes of tensors do not identify them.
+# The latent families that weights were published for; the shapes of tensors do not identify them.
 FAMILIES: dict[str, ModelInfo] = {
     "flux": FLUX,
     "sd3": _vae("sd3", FLUX.geometry),
@@ -75,7 +75,7 @@ FAMILIES: dict[str, ModelInfo] = {
 }
 
 
-def import_released(
+def import_published(
     path: str | Path,
     out: str | Path,
     family: str,
@@ -108,22 +108,22 @@ def import_released(
     check_choice("family", family, FAMILIES)
     check_choice("version", version, VERSIONS)
     check_model_path(out)
-    released = read_released(path, AVERAGED if ema else NETWORK)
-    _check_kind(released, family, version)
+    published = read_published(path, AVERAGED if ema else NETWORK)
+    _check_kind(published, family, version)
     make_folder("out", Path(out).parent)
-    is_backbone = not any(name.startswith(ADAPTER) for name in released)
+    is_backbone = not any(name.startswith(ADAPTER) for name in published)
     # Only some files hold the RGB head, which is used in training alone.
-    with_rgb_head = any("lq_aux_rgb_head" in name for name in released)
+    with_rgb_head = any("lq_aux_rgb_head" in name for name in published)
     info = replace(
-        released_info(family, version, with_rgb_head),
+        published_info(family, version, with_rgb_head),
         image_size=image_size,
         student_times=None if is_backbone or student_times is None else tuple(student_times),
     )
     if is_backbone:
-        released |= _untrained_adapter(info, next(iter(released.values())).dtype)
+        published |= _untrained_adapter(info, next(iter(published.values())).dtype)
     with torch.device("meta"):
         denoiser = info.build()
-    denoiser.load_state_dict(from_released(released, denoiser), assign=True)
+    denoiser.load_state_dict(from_published(published, denoiser), assign=True)
     save_model(denoiser, info, out, denoiser.dtype)
     return info
 
@@ -132,11 +132,11 @@ def _untrained_adapter(info: ModelInfo, dtype: torch.dtype) -> dict[str, Tensor]
     """The adapter's tensors under the published names, equal for every run of this function."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        tensors = to_released(info.build())
+        tensors = to_published(info.build())
     return {name: w.to(dtype) for name, w in tensors.items() if name.startswith(ADAPTER)}
 
 
-def export_released(
+def export_published(
     denoiser: PiD, info: ModelInfo, path: str | Path, dtype: torch.dtype
 ) -> tuple[str, str]:
     """Write a network in the authors' layout, prefixed ``net.``, for programs that read theirs.
@@ -163,7 +163,7 @@ def export_released(
     family, version = _published_as(info)
     tensors = {
         f"{NETWORK}{name}": tensor.detach().to("cpu", dtype).clone().contiguous()
-        for name, tensor in to_released(denoiser).items()
+        for name, tensor in to_published(denoiser).items()
     }
     with replaced_file(path) as temporary:
         save = torch.save if Path(path).suffix == ".pth" else save_file
@@ -183,7 +183,7 @@ def _published_as(info: ModelInfo) -> tuple[str, str]:
     lacking = {}
     for version in VERSIONS:
         adapter = info.config.adapter
-        known = released_info(families[0], version, adapter.rgb_head)
+        known = published_info(families[0], version, adapter.rgb_head)
         # Where the training-only head reads is in no file, and changes no picture.
         there = replace(known.config.adapter, rgb_head_block=adapter.rgb_head_block)
         known = replace(known, config=replace(known.config, adapter=there))
@@ -203,14 +203,14 @@ def _published_as(info: ModelInfo) -> tuple[str, str]:
     return families[0], version
 
 
-def released_info(family: str, version: str, with_rgb_head: bool) -> ModelInfo:
-    """The description of released students."""
+def published_info(family: str, version: str, with_rgb_head: bool) -> ModelInfo:
+    """The description of published students."""
     config = VERSIONS[version]
     adapter = replace(config.adapter, unpack=_unpack(family, version), rgb_head=with_rgb_head)
     return replace(FAMILIES[family], config=replace(config, adapter=adapter))
 
 
-def read_released(path: str | Path, prefix: str) -> dict[str, Tensor]:
+def read_published(path: str | Path, prefix: str) -> dict[str, Tensor]:
     """Read the tensors under a prefix, without it, of a published file, memory-mapped.
 
     Tensors under no known prefix keep their names. Where there are none under ``net.``, those of
@@ -231,7 +231,7 @@ def read_released(path: str | Path, prefix: str) -> dict[str, Tensor]:
     if not any(name.startswith(prefix) for name in held):
         groups = sorted({name.split(".")[0] + "." for name in held})
         raise Mistake(
-            "released",
+            "published",
             f"{path} holds no tensors under {prefix}, only under {first_names(groups)}; take the "
             "published .pth, and add or drop --ema.",
         )
@@ -240,10 +240,10 @@ def read_released(path: str | Path, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in kept.items()}
 
 
-def _check_kind(released: Mapping[str, Tensor], family: str, version: str) -> None:
+def _check_kind(published: Mapping[str, Tensor], family: str, version: str) -> None:
     """Refuse a version or family that the tensors' shapes contradict, naming the right ones."""
-    gate = released.get("lq_proj.gate_modules.0.content_proj.weight")
-    stem = released.get("lq_proj.latent_proj.0.weight")
+    gate = published.get("lq_proj.gate_modules.0.content_proj.weight")
+    stem = published.get("lq_proj.latent_proj.0.weight")
     if gate is None or stem is None:
         return  # a network of another kind, told by its names
     found = "v1.5" if gate.shape[0] == 1 else "v1"

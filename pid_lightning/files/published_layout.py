@@ -49,11 +49,11 @@ def _move(
     return dict(zip(targets, cut, strict=True))
 
 
-def from_released(released: Mapping[str, Tensor], denoiser: PiD) -> dict[str, Tensor]:
-    """Convert released tensors, named without prefix, to the state dict of `denoiser`.
+def from_published(published: Mapping[str, Tensor], denoiser: PiD) -> dict[str, Tensor]:
+    """Convert published tensors, named without prefix, to the state dict of `denoiser`.
 
     Args:
-        released: tensors under the published key names.
+        published: tensors under the published key names.
         denoiser: the network to convert for; not modified, and may be on the meta device.
 
     Returns:
@@ -67,13 +67,13 @@ def from_released(released: Mapping[str, Tensor], denoiser: PiD) -> dict[str, Te
     empty = {name: tensor.to("meta") for name, tensor in denoiser.state_dict().items()}
     expected = {k: v for entry in table for k, v in entry.to_published(empty).items()}
     misshapen = [
-        f"{name} {tuple(released[name].shape)} instead of {tuple(tensor.shape)}"
+        f"{name} {tuple(published[name].shape)} instead of {tuple(tensor.shape)}"
         for name, tensor in expected.items()
-        if name in released and released[name].shape != tensor.shape
+        if name in published and published[name].shape != tensor.shape
     ]
     wrong = {
-        "missing": sorted(expected.keys() - released.keys()),
-        "unknown": sorted(released.keys() - expected.keys()),
+        "missing": sorted(expected.keys() - published.keys()),
+        "unknown": sorted(published.keys() - expected.keys()),
         "of another shape": misshapen,
     }
     if any(wrong.values()):
@@ -83,14 +83,14 @@ def from_released(released: Mapping[str, Tensor], denoiser: PiD) -> dict[str, Te
             if names
         ]
         raise Mistake(
-            "released",
+            "published",
             f"the weights do not match this network: {', '.join(told)}; use the family, version "
             "and sizes that they were trained with.",
         )
-    return {k: v for entry in table for k, v in entry.to_ours(released).items()}
+    return {k: v for entry in table for k, v in entry.to_ours(published).items()}
 
 
-def to_released(denoiser: PiD) -> dict[str, Tensor]:
+def to_published(denoiser: PiD) -> dict[str, Tensor]:
     """Convert a network's weights to tensors under the published names, without prefix.
 
     Raises:

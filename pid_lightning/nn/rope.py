@@ -2,7 +2,7 @@
 
 Published weights rotate the channel pairs (2i, 2i+1) of a head; here pair i is (i, i + d/2), which
 rotates whole contiguous halves. Attention does not depend on the order of a head's channels, so
-`released.py` permutes the rows of q and k once and every dot product stays the same.
+`published_layout.py` permutes the rows of q and k once and every dot product stays the same.
 """
 
 from __future__ import annotations

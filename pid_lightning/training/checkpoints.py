@@ -121,8 +121,8 @@ def check_resumes(
         if stored != ours[name]:
             raise Mistake(
                 "ckpt_path",
-                f"training.{name} of this run is {stored}, here {ours[name]}; set it to {stored} "
-                "to resume, or start a new run with --model.init_from.",
+                f"model.training.{name} of this run is {stored}, here {ours[name]}; set it to "
+                f"{stored} to resume, or start a new run with --model.init_from.",
             )
 
 

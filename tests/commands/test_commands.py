@@ -20,7 +20,7 @@ import tiny
 import torch
 from decoders import make
 from PIL import Image
-from plain import plain_velocity, published_arguments, random_released, released_shapes
+from plain import plain_velocity, published_arguments, published_shapes, random_published
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -39,11 +39,11 @@ from pid_lightning.files.models import ModelInfo, load_model
 from pid_lightning.files.published import (
     FAMILIES,
     VERSIONS,
-    export_released,
-    import_released,
-    released_info,
+    export_published,
+    import_published,
+    published_info,
 )
-from pid_lightning.files.published_layout import from_released, to_released
+from pid_lightning.files.published_layout import from_published, to_published
 from pid_lightning.pictures.files import read_picture
 from pid_lightning.pictures.inputs import output_stem
 
@@ -486,7 +486,7 @@ def test_a_run_is_exported_averaged(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the released versions small."""
+    """Makes the published versions small."""
     sizes = {"width": 16, "num_heads": 2, "num_blocks": 3, "text_width": 6, "text_length": 5}
     sizes |= {"pixel_width": 4, "pixel_attention_width": 24, "pixel_num_heads": 3}
     for version, config in VERSIONS.items():
@@ -495,11 +495,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(VERSIONS, version, changed)
 
 
-def release(
+def publish(
     path: Path, info: ModelInfo, prefix: str = "net.", **others: Tensor
 ) -> dict[str, Tensor]:
-    """A released file of random weights; returns its tensors without prefix."""
-    tensors = random_released(published_arguments(info), torch.Generator().manual_seed(0))
+    """A published file of random weights; returns its tensors without prefix."""
+    tensors = random_published(published_arguments(info), torch.Generator().manual_seed(0))
     torch.save({f"{prefix}{k}": v for k, v in tensors.items()} | others, path)
     return tensors
 
@@ -533,7 +533,7 @@ def test_the_published_numbers_are_these() -> None:
     for name in FAMILIES:
         for version in VERSIONS:
             unpack = 2 if (name, version) == ("flux2", "v1.5") else 1
-            assert released_info(name, version, False).config.adapter.unpack == unpack
+            assert published_info(name, version, False).config.adapter.unpack == unpack
     paddings = {version: config.adapter.padding for version, config in VERSIONS.items()}
     assert paddings == {"v1": "zeros", "v1.5": "replicate"}
 
@@ -552,14 +552,14 @@ def some_slow(families: Iterable[str], quick: list[str]) -> list[Any]:
     ("family", "version"), some_slow(FAMILIES, ["flux2-v1.5", "siglip-v1", "dinov2-v1.5"])
 )
 def test_full_size_shapes_convert(family: str, version: str) -> None:
-    """456 tensors of v1 and 461 of v1.5, as released, on the meta device."""
+    """456 tensors of v1 and 461 of v1.5, as published, on the meta device."""
     with torch.device("meta"):
-        described = released_info(family, version, with_rgb_head=False)
+        described = published_info(family, version, with_rgb_head=False)
         denoiser = described.build()
-        shapes = released_shapes(published_arguments(described))
-        released = {name: torch.empty(shape) for name, shape in shapes}
-    assert len(released) == {"v1": 456, "v1.5": 461}[version]
-    denoiser.load_state_dict(from_released(released, denoiser), assign=True)
+        shapes = published_shapes(published_arguments(described))
+        published = {name: torch.empty(shape) for name, shape in shapes}
+    assert len(published) == {"v1": 456, "v1.5": 461}[version]
+    denoiser.load_state_dict(from_published(published, denoiser), assign=True)
     if family == "flux":
         # The published 98.8 million of v1.5 count the head that only training reads, too.
         parts = (denoiser.adapter, denoiser.gates)
@@ -572,15 +572,15 @@ def test_full_size_shapes_convert(family: str, version: str) -> None:
     ("family", "version"),
     some_slow(["flux", "flux2", "sdxl", "siglip"], ["flux2-v1.5", "siglip-v1"]),
 )
-def test_released_weights_decode_as_the_plain_method_does(
+def test_published_weights_decode_as_the_plain_method_does(
     small: None, tmp_path: Path, family: str, version: str
 ) -> None:
-    described = released_info(family, version, with_rgb_head=version == "v1.5")
+    described = published_info(family, version, with_rgb_head=version == "v1.5")
     arguments = published_arguments(described)
-    path, out = tmp_path / "released.pth", tmp_path / "ours.safetensors"
+    path, out = tmp_path / "published.pth", tmp_path / "ours.safetensors"
     ignored = {"fake_score.a": torch.zeros(1), "discriminator.b": torch.zeros(1)}
-    tensors = release(path, described, **ignored)
-    info = import_released(path, out, family, version)
+    tensors = publish(path, described, **ignored)
+    info = import_published(path, out, family, version)
     decoder = PiDDecoder.from_pretrained(out)
     assert decoder.info == info
     assert info.student_times == (0.999, 0.866, 0.634, 0.342)
@@ -604,40 +604,40 @@ def test_released_weights_decode_as_the_plain_method_does(
 
 
 def test_the_average_is_taken_when_asked(small: None, tmp_path: Path) -> None:
-    path, out = tmp_path / "released.pth", tmp_path / "ours.safetensors"
-    release(path, released_info("flux", "v1", False), "net_ema.")
-    info = import_released(path, out, "flux", "v1", ema=True, student_times=None)
+    path, out = tmp_path / "published.pth", tmp_path / "ours.safetensors"
+    publish(path, published_info("flux", "v1", False), "net_ema.")
+    info = import_published(path, out, "flux", "v1", ema=True, student_times=None)
     assert info.student_times is None
     with pytest.raises(Mistake) as told:
-        import_released(path, out, "flux", "v1")
-    assert told.value.option == "released"
+        import_published(path, out, "flux", "v1")
+    assert told.value.option == "published"
     assert "net_ema." in told.value.sentence
 
 
-def test_what_is_not_exactly_the_released_network_is_refused(small: None, tmp_path: Path) -> None:
-    path, out = tmp_path / "released.pth", tmp_path / "ours.safetensors"
+def test_what_is_not_exactly_the_published_network_is_refused(small: None, tmp_path: Path) -> None:
+    path, out = tmp_path / "published.pth", tmp_path / "ours.safetensors"
 
     def told(option: str, family: str, version: str) -> str:
         with pytest.raises(Mistake) as error:
-            import_released(path, out, family, version)
+            import_published(path, out, family, version)
         assert error.value.option == option
         assert "\n" not in str(error.value)
         assert not out.exists()
         return error.value.sentence
 
-    flux = released_info("flux", "v1", False)
-    tensors = release(path, flux)
+    flux = published_info("flux", "v1", False)
+    tensors = publish(path, flux)
     assert "flux or sd3 or qwen v1, not flux v1.5" in told("version", "flux", "v1.5")
     assert "flux or sd3 or qwen v1, not sdxl v1" in told("family", "sdxl", "v1")
     assert "flux or sd3 or qwen v1, not flux2 v1" in told("family", "flux2", "v1")
     torch.save({f"net.{k}": v for k, v in tensors.items() if k != "y_pos_embedding"}, path)
-    assert "1 tensors missing (y_pos_embedding)" in told("released", "flux", "v1")
+    assert "1 tensors missing (y_pos_embedding)" in told("published", "flux", "v1")
     for name, unknown in (("net.extra", "extra"), ("other.extra", "other.extra")):
-        release(path, flux, **{name: torch.zeros(1)})
-        assert f"1 tensors unknown ({unknown})" in told("released", "flux", "v1")
+        publish(path, flux, **{name: torch.zeros(1)})
+        assert f"1 tensors unknown ({unknown})" in told("published", "flux", "v1")
     torch.save({"net.a": {"b": 1}}, path)
-    told("released", "flux", "v1")
-    release(path, released_info("flux", "v1.5", False))
+    told("published", "flux", "v1")
+    publish(path, published_info("flux", "v1.5", False))
     told("version", "flux", "v1")
     path.write_bytes(path.read_bytes()[:1000])
     told("path", "flux", "v1.5")
@@ -649,8 +649,8 @@ def test_import_offers_what_was_published(
     parameters = get_type_hints(import_weights)
     assert get_args(parameters["family"]) == tuple(FAMILIES)
     assert get_args(parameters["version"]) == tuple(VERSIONS)
-    path, out = tmp_path / "released.pth", tmp_path / "out.safetensors"
-    network = released_info("sdxl", "v1.5", with_rgb_head=True).build()
+    path, out = tmp_path / "published.pth", tmp_path / "out.safetensors"
+    network = published_info("sdxl", "v1.5", with_rgb_head=True).build()
     torch.save({f"net.{k}": v for k, v in network.state_dict().items()}, path)
     options = ("--family", "sdxl", "--version", "v1.5")
     assert "tensors missing" in refused(capsys, "import", path, out, *options)
@@ -666,11 +666,11 @@ def test_published_weights_go_there_and_back(
     small: None, tmp_path: Path, family: str, version: str, suffix: str
 ) -> None:
     """Equal bit for bit, under the same names, from both kinds of file."""
-    described = released_info(family, version, with_rgb_head=version == "v1.5")
-    tensors = release(tmp_path / "released.pth", described)
+    described = published_info(family, version, with_rgb_head=version == "v1.5")
+    tensors = publish(tmp_path / "published.pth", described)
     ours, theirs = tmp_path / "ours.safetensors", tmp_path / f"theirs.{suffix}"
     options = ("--family", family, "--version", version)
-    pid("import", tmp_path / "released.pth", ours, *options)
+    pid("import", tmp_path / "published.pth", ours, *options)
     pid("export", ours, theirs, "--layout", "published", "--dtype", "fp32")
     held = load_file(theirs) if suffix == "safetensors" else torch.load(theirs, weights_only=True)
     assert held.keys() == {f"net.{name}" for name in tensors}
@@ -680,7 +680,7 @@ def test_published_weights_go_there_and_back(
 
 
 def test_what_the_published_layout_cannot_hold_is_named(small: None, tmp_path: Path) -> None:
-    known = released_info("flux", "v1", with_rgb_head=False)
+    known = published_info("flux", "v1", with_rgb_head=False)
     adapter = known.config.adapter
     changes = {
         "learned_null: False, here True": {"learned_null": True},
@@ -701,25 +701,25 @@ def test_what_the_published_layout_cannot_hold_is_named(small: None, tmp_path: P
     others["mine latents"] = replace(latent_space="mine")
     for told, info in others.items():
         with pytest.raises(Mistake) as error:
-            export_released(info.build(), info, tmp_path / "out.pth", torch.float32)
+            export_published(info.build(), info, tmp_path / "out.pth", torch.float32)
         assert error.value.option == "layout"
         assert told in error.value.sentence
     assert not list(tmp_path.iterdir())
-    export_released(known.build(), known, tmp_path / "out.pth", torch.float32)
+    export_published(known.build(), known, tmp_path / "out.pth", torch.float32)
 
 
 def test_pixeldits_weights_begin_a_teacher(small: None, tmp_path: Path) -> None:
     """Its file wraps the network and holds a projection of its training; the adapter is new."""
     path = tmp_path / "pixeldit.pth"
-    tensors = release(path, released_info("flux", "v1", False))
+    tensors = publish(path, published_info("flux", "v1", False))
     backbone = {k: v for k, v in tensors.items() if not k.startswith("lq_proj.")}
     held = {f"core.{k}": v for k, v in backbone.items()} | {"_repa_projector.0.bias": torch.ones(1)}
     torch.save({"state_dict": held}, path)
     for version in VERSIONS:
         out = tmp_path / f"{version}.safetensors"
-        info = import_released(path, out, "flux", version)
+        info = import_published(path, out, "flux", version)
         assert info.student_times is None
         denoiser, _ = load_model(out)
-        back = to_released(denoiser)
+        back = to_published(denoiser)
         assert all(torch.equal(back[name], tensor) for name, tensor in backbone.items())
         assert denoiser.adapter.heads.weight.count_nonzero() == 0

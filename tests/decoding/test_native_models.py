@@ -15,7 +15,7 @@ from pid_lightning.checks import Mistake
 from pid_lightning.encoders.taef2 import decoder_weights
 from pid_lightning.encoders.vae import VAEEncoder
 from pid_lightning.files import models
-from pid_lightning.files.published_layout import to_released
+from pid_lightning.files.published_layout import to_published
 from pid_lightning.pictures.metrics import psnr
 from pid_lightning.pictures.resizing import enlarge_picture
 
@@ -105,4 +105,4 @@ def test_it_stands_in_a_pipeline_that_stops_early(path, name, monkeypatch):
 def test_the_published_layout_has_no_place_for_it(path):
     decoder = PiDDecoder.from_pretrained(path)
     with pytest.raises(Mistake):
-        to_released(decoder.denoiser)
+        to_published(decoder.denoiser)

@@ -12,13 +12,20 @@ from typing import Any
 import pytest
 import torch
 from conftest import VECTORS
-from plain import PlainPiD, plain_features, plain_rgb, plain_tokens, plain_velocity, random_released
+from plain import (
+    PlainPiD,
+    plain_features,
+    plain_rgb,
+    plain_tokens,
+    plain_velocity,
+    random_published,
+)
 from published import build_from_arguments
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pid_lightning.files.published_layout import from_released
+from pid_lightning.files.published_layout import from_published
 from pid_lightning.nn import Geometry, PiD, PiDConfig
 from pid_lightning.nn.positions import MAX_CACHED_SIZES
 
@@ -105,12 +112,12 @@ class Case:
     """One configuration with random weights and inputs, in fp32."""
 
     arguments: dict[str, Any]
-    released: dict[str, Tensor]
+    published: dict[str, Tensor]
     inputs: dict[str, Tensor]
 
     def network(self, dtype: torch.dtype) -> PiD:
         network = build_from_arguments(self.arguments)
-        network.load_state_dict(from_released(self.released, network))
+        network.load_state_dict(from_published(self.published, network))
         return network.to(dtype)
 
     def ours(self, dtype: torch.dtype, network: PiD | None = None) -> Tensor:
@@ -122,7 +129,7 @@ class Case:
         return plain_velocity(self.weights(dtype), self.arguments, *self.typed(dtype))
 
     def weights(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {k: v.to(dtype) for k, v in self.released.items()}
+        return {k: v.to(dtype) for k, v in self.published.items()}
 
     def typed(self, dtype: torch.dtype) -> list[Tensor]:
         """x_t, t, text, latents, latent_sigma: in fp64, else in fp32 as callers pass them."""
@@ -131,15 +138,15 @@ class Case:
 
     def rounded(self) -> Case:
         """The same case with weights that bf16 represents exactly."""
-        released = {k: v.bfloat16().float() for k, v in self.released.items()}
-        return dataclasses.replace(self, released=released)
+        published = {k: v.bfloat16().float() for k, v in self.published.items()}
+        return dataclasses.replace(self, published=published)
 
 
 def make_case(name: str) -> Case:
     changes, (h, w), batch_size, text_length = CASES[name]
     arguments = {**SMALL, **changes}
     g = torch.Generator().manual_seed(sum(name.encode()))
-    released = random_released(arguments, g)
+    published = random_published(arguments, g)
     cell = arguments["sr_scale"] * arguments["latent_spatial_down_factor"]
     inputs = {
         "x_t": torch.randn(batch_size, 3, h * cell, w * cell, generator=g),
@@ -148,7 +155,7 @@ def make_case(name: str) -> Case:
         "latents": torch.randn(batch_size, arguments["lq_latent_channels"], h, w, generator=g),
         "latent_sigma": torch.rand(batch_size, generator=g),
     }
-    return Case(arguments, released, inputs)
+    return Case(arguments, published, inputs)
 
 
 @pytest.fixture(params=CASES)
@@ -170,12 +177,12 @@ def test_plain_transcription_is_the_published_network(name: str) -> None:
     tensors = load_file(VECTORS / f"{name}.safetensors")
     with safe_open(VECTORS / f"{name}.safetensors", "pt") as opened:
         arguments = json.loads(opened.metadata()["config"])
-    released = {k.removeprefix("param."): v for k, v in tensors.items() if k.startswith("param.")}
+    published = {k.removeprefix("param."): v for k, v in tensors.items() if k.startswith("param.")}
     inputs = [tensors[f"in.{k}"] for k in ("x", "t", "text", "latent", "sigma")]
-    velocity = plain_velocity(released, arguments, *inputs)
+    velocity = plain_velocity(published, arguments, *inputs)
     assert relative_error(velocity, tensors["out.velocity"]) < 1e-5
     if "out.aux_rgb" in tensors:
-        rgb = plain_rgb(released, arguments, tensors["in.latent"])
+        rgb = plain_rgb(published, arguments, tensors["in.latent"])
         assert relative_error(rgb, tensors["out.aux_rgb"]) < 1e-5
 
 
@@ -229,9 +236,9 @@ def test_gradients_equal_plain_in_fp64(case: Case) -> None:
     for computed, expected in zip(ours, plain, strict=True):
         assert torch.allclose(computed, expected, rtol=1e-8, atol=1e-10 * float(along.norm()))
 
-    # The conversion from released names only moves numbers, so it works for gradients too.
-    released = {k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in weights.items()}
-    expected = from_released(released, network)
+    # The conversion from published names only moves numbers, so it works for gradients too.
+    published = {k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in weights.items()}
+    expected = from_published(published, network)
     norm = torch.cat([v.flatten() for v in expected.values()]).norm()
     for name, parameter in network.named_parameters():
         computed = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -273,7 +280,7 @@ def test_features_equal_plain_tokens(case: Case) -> None:
 
 def test_plain_module_learns_and_keeps_fp32() -> None:
     case = make_case("v15")
-    module = PlainPiD({k: v.bfloat16() for k, v in case.released.items()}, case.arguments)
+    module = PlainPiD({k: v.bfloat16() for k, v in case.published.items()}, case.arguments)
     assert {p.dtype for p in module.parameters()} == {torch.float32}
     x_t, t, text, latents, latent_sigma = case.typed(torch.float32)
     velocity = module(x_t, t, module.condition(latents, latent_sigma, text))
@@ -486,7 +493,7 @@ def test_bf16_autocast_is_close_to_fp32(name: str) -> None:
     case = make_case(name)
     network = case.network(torch.float32)
     exact = case.ours(torch.float32, network)
-    module = PlainPiD(case.released, case.arguments)
+    module = PlainPiD(case.published, case.arguments)
     with torch.autocast("cpu", torch.bfloat16):
         velocity = case.ours(torch.float32, network)
         x_t, t, text, latents, latent_sigma = case.typed(torch.float32)
@@ -508,12 +515,12 @@ def tiny_config() -> PiDConfig:
 
 def with_null(case: Case) -> PiD:
     """The network of a case plus a random learned null, in fp64."""
-    released = case.network(torch.float64)
-    config = dataclasses.replace(released.config, learned_null=True)
-    network = PiD(config, released.geometry)
+    published = case.network(torch.float64)
+    config = dataclasses.replace(published.config, learned_null=True)
+    network = PiD(config, published.geometry)
     network = network.double()
     null = torch.randn(1, config.text_length, config.text_width, dtype=torch.float64)
-    network.load_state_dict({**released.state_dict(), "text_embedding.null": null})
+    network.load_state_dict({**published.state_dict(), "text_embedding.null": null})
     return network
 
 

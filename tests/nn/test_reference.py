@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pid_lightning.diffusion import flow, losses, sampling
-from pid_lightning.files.published_layout import from_released
+from pid_lightning.files.published_layout import from_published
 from pid_lightning.nn import Discriminator, PiD
 
 TOLERANCE, GUIDED_TOLERANCE = 1e-4, 2e-3
@@ -45,7 +45,7 @@ class Vectors:
         if "uses" in self.metadata:
             return Vectors(self.file.parent / self.metadata["uses"]).network()
         denoiser = build_from_arguments(json.loads(self.metadata["config"])).eval()
-        denoiser.load_state_dict(from_released(self.parameters, denoiser))
+        denoiser.load_state_dict(from_published(self.parameters, denoiser))
         return denoiser
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 from pid_lightning.commands.fit import PiDCLI, main
 from pid_lightning.files import models as weights
-from pid_lightning.files.published import released_info
+from pid_lightning.files.published import published_info
 from pid_lightning.training.modules.base import PiDModule
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -97,7 +97,7 @@ def test_full_size_has_the_published_number_of_parameters(config: Path) -> None:
         assert sum(w.numel() for w in injected) - wider == pytest.approx(98.8e6, rel=1e-3)
         # What trains is what the authors published, but for its learned null.
         family = config.stem.partition("_")[0].replace("vae", "flux")
-        published = released_info(family, "v1.5", with_rgb_head=True)
+        published = published_info(family, "v1.5", with_rgb_head=True)
         assert cli.model.info.differences(published) == ["learned_null: False, here True"]
     assert cli.datamodule.image_size == 2048
     assert f"_{cli.model.scale}x" in config.stem

@@ -425,10 +425,10 @@ def _pixel_positions(height: int, width: int, channels: int, device: torch.devic
 # ------------------------------------------------------------ random weights
 
 
-def random_released(arguments: Arguments, generator: torch.Generator) -> dict[str, Tensor]:
+def random_published(arguments: Arguments, generator: torch.Generator) -> dict[str, Tensor]:
     """Random fp32 weights, none of them zero, under the published names."""
     made = {}
-    for name, shape in released_shapes(arguments):
+    for name, shape in published_shapes(arguments):
         values = torch.randn(shape, generator=generator)
         if name.endswith("log_alpha"):
             values = math.log(5) + 0.3 * values
@@ -442,7 +442,7 @@ def random_released(arguments: Arguments, generator: torch.Generator) -> dict[st
     return made
 
 
-def released_shapes(arguments: Arguments) -> Iterator[tuple[str, tuple[int, ...]]]:
+def published_shapes(arguments: Arguments) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield every published name and its shape."""
     d, patch, c = (arguments[k] for k in ("hidden_size", "patch_size", "pixel_hidden_size"))
     heads, text_length = arguments["num_groups"], arguments["txt_max_length"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pid_lightning.checks import Mistake
 from pid_lightning.files.models import ModelInfo
 from pid_lightning.files.published import FLUX, VERSIONS
-from pid_lightning.files.published_layout import from_released
+from pid_lightning.files.published_layout import from_published
 from pid_lightning.nn import AdapterConfig, PiD, PiDConfig
 from pid_lightning.training.sample import Sample
 
@@ -78,9 +78,9 @@ def build(info: ModelInfo, with_plain: bool) -> dict[str, nn.Module]:
     plain = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(plain)
     arguments = plain.published_arguments(info)
-    released = plain.random_released(arguments, generator)
-    denoiser.load_state_dict(denoiser.state_dict() | from_released(released, denoiser))
-    return {"eager": denoiser, "plain": plain.PlainPiD(released, arguments, info.config)}
+    published = plain.random_published(arguments, generator)
+    denoiser.load_state_dict(denoiser.state_dict() | from_published(published, denoiser))
+    return {"eager": denoiser, "plain": plain.PlainPiD(published, arguments, info.config)}
 
 
 def random_sample(info: ModelInfo, size: int, batch_size: int, device: torch.device) -> Sample:

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from plain import random_released, released_shapes
+from plain import published_shapes, random_published
 from published import build_from_arguments
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pid_lightning.checks import Mistake
-from pid_lightning.files.published_layout import from_released, to_released
+from pid_lightning.files.published_layout import from_published, to_published
 from pid_lightning.nn import PiD
 
 VECTORS = Path(__file__).parents[1] / "vectors"
@@ -50,8 +50,8 @@ both = pytest.mark.parametrize("arguments", [V1, V15], ids=["v1", "v15"])
 
 
 def make(arguments: dict[str, Any]) -> tuple[dict[str, Tensor], PiD]:
-    released = random_released(arguments, torch.Generator().manual_seed(0))
-    return released, build_from_arguments(arguments)
+    published = random_published(arguments, torch.Generator().manual_seed(0))
+    return published, build_from_arguments(arguments)
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
@@ -66,80 +66,82 @@ def test_the_authors_weights_go_there_and_back(name: str) -> None:
     with safe_open(file, "pt") as opened:
         arguments = json.loads(opened.metadata()["config"])
     given = load_file(file).items()
-    released = {k.removeprefix("param."): v for k, v in given if k.startswith("param.")}
+    published = {k.removeprefix("param."): v for k, v in given if k.startswith("param.")}
     denoiser = build_from_arguments(arguments)
-    denoiser.load_state_dict(from_released(released, denoiser))
-    back = to_released(denoiser)
-    assert_same(back, released)
-    assert_same(from_released(back, denoiser), denoiser.state_dict())
+    denoiser.load_state_dict(from_published(published, denoiser))
+    back = to_published(denoiser)
+    assert_same(back, published)
+    assert_same(from_published(back, denoiser), denoiser.state_dict())
 
 
 @both
 def test_every_number_arrives_exactly_once(arguments: dict[str, Any]) -> None:
     """Released values are made unique; the converted network must hold exactly the same values."""
-    released, count = {}, 0
-    for name, shape in released_shapes(arguments):
+    published, count = {}, 0
+    for name, shape in published_shapes(arguments):
         size = torch.Size(shape).numel()
-        released[name] = torch.arange(count, count + size, dtype=torch.float64).view(shape)
+        published[name] = torch.arange(count, count + size, dtype=torch.float64).view(shape)
         count += size
     denoiser = build_from_arguments(arguments).double()
-    state = from_released(released, denoiser)
+    state = from_published(published, denoiser)
     denoiser.load_state_dict(state, strict=True)
     numbers = torch.cat([v.flatten() for v in denoiser.state_dict().values()]).sort().values
     assert torch.equal(numbers, torch.arange(count, dtype=torch.float64))
-    assert_same(to_released(denoiser), released)
+    assert_same(to_published(denoiser), published)
 
 
 @both
 def test_conversion_only_moves_values(arguments: dict[str, Any]) -> None:
     """So it is linear, keeps bf16, changes nothing it is given, and needs no more than shapes."""
-    released, denoiser = make(arguments)
-    before = {k: v.clone() for k, v in released.items()}
+    published, denoiser = make(arguments)
+    before = {k: v.clone() for k, v in published.items()}
     fresh = {k: v.clone() for k, v in denoiser.state_dict().items()}
-    state = from_released(released, denoiser)
-    assert_same(released, before)
+    state = from_published(published, denoiser)
+    assert_same(published, before)
     assert_same(denoiser.state_dict(), fresh)
-    doubled = from_released({k: 2 * v for k, v in released.items()}, denoiser)
+    doubled = from_published({k: 2 * v for k, v in published.items()}, denoiser)
     assert_same(doubled, {k: 2 * v for k, v in state.items()})
-    halves = from_released({k: v.bfloat16() for k, v in released.items()}, denoiser)
+    halves = from_published({k: v.bfloat16() for k, v in published.items()}, denoiser)
     assert_same(halves, {k: v.bfloat16() for k, v in state.items()})
-    assert_same(from_released(released, denoiser.to("meta")), state)
+    assert_same(from_published(published, denoiser.to("meta")), state)
 
 
-def told(released: dict[str, Tensor], denoiser: PiD) -> str:
+def told(published: dict[str, Tensor], denoiser: PiD) -> str:
     with pytest.raises(Mistake) as mistake:
-        from_released(released, denoiser)
-    assert mistake.value.option == "released"
+        from_published(published, denoiser)
+    assert mistake.value.option == "published"
     return mistake.value.sentence
 
 
 def test_every_wrong_tensor_is_named() -> None:
     """One of each kind: tensors whose names differ in a number are of one kind."""
     one = {"patch_depth": 1, "pixel_depth": 1, "lq_num_res_blocks": 1}
-    released, denoiser = make(V15 | one)
-    for name in {re.sub(r"\d+", "", name): name for name in released}.values():
-        tensor = released[name]
-        renamed = {k if k != name else f"net.{name}": v for k, v in released.items()}
+    published, denoiser = make(V15 | one)
+    for name in {re.sub(r"\d+", "", name): name for name in published}.values():
+        tensor = published[name]
+        renamed = {k if k != name else f"net.{name}": v for k, v in published.items()}
         sentence = told(renamed, denoiser)
         assert f"1 tensors missing ({name})" in sentence
         assert f"1 tensors unknown (net.{name})" in sentence
         longer = torch.cat((tensor, tensor)) if tensor.ndim else torch.zeros(2)
-        assert f"({name} {tuple(longer.shape)} instead" in told(released | {name: longer}, denoiser)
+        assert f"({name} {tuple(longer.shape)} instead" in told(
+            published | {name: longer}, denoiser
+        )
 
 
 def test_other_networks_are_refused() -> None:
-    released, _ = make(V1)
+    published, _ = make(V1)
     heads = "(lq_proj.lq_aux_rgb_head.0.bias, "
-    assert f"missing {heads}" in told(released, build_from_arguments(V15))
+    assert f"missing {heads}" in told(published, build_from_arguments(V15))
     assert f"unknown {heads}" in told(make(V15)[0], build_from_arguments(V1))
     for change in ({"patch_depth": 4}, {"lq_num_res_blocks": 1}, {"hidden_size": 32}):
-        told(released, build_from_arguments({**V1, **change}))
+        told(published, build_from_arguments({**V1, **change}))
 
 
 def test_a_network_with_more_than_the_published_ones_has_no_way_back() -> None:
     denoiser = make(V1)[1]
     denoiser.text_embedding.null = torch.nn.Parameter(torch.zeros(5, 16))
     with pytest.raises(Mistake) as mistake:
-        to_released(denoiser)
+        to_published(denoiser)
     assert mistake.value.option == "denoiser"
     assert "text_embedding.null" in mistake.value.sentence
