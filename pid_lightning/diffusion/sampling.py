@@ -10,13 +10,21 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from pid_lightning.checks import check_at_least, check_between
+from pid_lightning.checks import Mistake, check_at_least, check_between, shown
 from pid_lightning.diffusion import flow
 from pid_lightning.diffusion.randomness import Generators, draw_noise
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
 STUDENT_TIMES = (0.999, 0.866, 0.634, 0.342)
+MOST_TIMES = 1000
+
+
+def check_student_times(option: str, times: Sequence[float]) -> None:
+    """Raise `Mistake` unless times decrease within (0, 1]."""
+    decrease = list(times) == sorted(set(times), reverse=True)
+    if not 1 <= len(times) <= MOST_TIMES or not decrease or not 0 < times[-1] <= times[0] <= 1:
+        raise Mistake(option, f"{shown(times)} must decrease within (0, 1], as [0.9, 0.5].")
 
 
 def few_step_times(student_times: Sequence[float], steps: int) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from pid_lightning.checks import Mistake
 from pid_lightning.encoders.pretrained import find_weights
 from pid_lightning.encoders.vit import STRIDE, ViTEncoder, build_vit
-from pid_lightning.files.tensors import read_tensors
+from pid_lightning.files.tensors import check_weights, read_tensors
 
 STATISTICS_EPS = 1e-5
 
@@ -80,4 +80,5 @@ class DINOv2Encoder(ViTEncoder):
                 f"{path} holds {found}; it needs mean and var, each ({self.latent_channels},) or "
                 f"({self.latent_channels}, h, w).",
             )
+        check_weights({"mean": tables[0], "sqrt(var)": tables[1].sqrt()}, "give another file")
         return tables

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pid_lightning.checks import Mistake
+from pid_lightning.checks import Mistake, check_arguments
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.dinov2 import DINOv2Encoder
 from pid_lightning.encoders.siglip import SigLIPEncoder
@@ -25,7 +25,7 @@ def build_encoder(info: ModelInfo) -> Encoder:
     """The encoder whose latents a model decodes, without its weights loaded.
 
     Raises:
-        Mistake: no encoder is known for the family.
+        Mistake: no encoder is known for the family, or not with these arguments.
     """
     if info.family not in ENCODERS:
         raise Mistake(
@@ -33,4 +33,5 @@ def build_encoder(info: ModelInfo) -> Encoder:
             f"{info.family} is not one of {', '.join(ENCODERS)}; import the file that adds its "
             "encoder to pid_lightning.ENCODERS, pass the encoder to PiDDecoder, or decode latents.",
         )
+    check_arguments(ENCODERS[info.family], info.encoder)
     return ENCODERS[info.family](**info.encoder)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pid_lightning.checks import Mistake
+from pid_lightning.checks import Mistake, check_fields, shown
 from pid_lightning.files import ASSETS
 from pid_lightning.nn.geometry import pack, unpack
 
@@ -58,6 +58,9 @@ class LatentSpace:
     packing: int = 1
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        if 0 in self.scale:
+            raise Mistake("scale", f"{shown(self.scale)} must not hold 0.")
         for field, numbers in (("shift", self.shift), ("scale", self.scale)):
             if len(numbers) not in (1, self.channels):
                 raise Mistake(

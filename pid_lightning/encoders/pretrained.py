@@ -36,14 +36,14 @@ def find_weights(option: str, path: str) -> Path:
 
 @contextmanager
 def reaching(what: str, cure: str) -> Iterator[None]:
-    """Say how to mend it if the weights that are loaded inside are not available.
+    """Say how to mend it if the weights that are loaded inside are not available, or damaged.
 
     Raises:
         OSError: they are not.
     """
     try:
         yield
-    except (OSError, ValueError) as error:
+    except Exception as error:  # libraries raise whatever a foreign folder leads them to
         raise OSError(
             f"The weights of {what} are not available ({first_line(error)}): connect to the hub "
             f"(and log in where the licence requires it), or {cure}."

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from pid_lightning.checks import Mistake, check_at_least, check_choice
 from pid_lightning.encoders.pretrained import reaching
+from pid_lightning.files.tensors import building_at_most
 
 if TYPE_CHECKING:
     from pid_lightning.nn import PiDConfig
+
+MOST_TENSORS = 5000  # of a language model
 
 
 class TextEncoder(nn.Module, ABC):
@@ -150,9 +153,10 @@ class LanguageModelText(TextEncoder):
             "(text: null)",
         ):
             tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=False)
-            transformer = AutoModel.from_pretrained(
-                self.model, dtype=getattr(torch, self.dtype), trust_remote_code=False
-            )
+            with building_at_most(MOST_TENSORS):
+                transformer = AutoModel.from_pretrained(
+                    self.model, dtype=getattr(torch, self.dtype), trust_remote_code=False
+                )
         hidden_size = transformer.config.hidden_size
         if hidden_size != self.text_width:
             raise Mistake(

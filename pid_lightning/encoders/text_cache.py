@@ -13,7 +13,7 @@ from torch import Tensor
 from pid_lightning.checks import Mistake
 from pid_lightning.encoders.text import TextEncoder
 from pid_lightning.files.atomic import replaced_file
-from pid_lightning.files.tensors import opened_safetensors, read_tensors
+from pid_lightning.files.tensors import check_weights, opened_safetensors, read_tensors
 
 
 def cache_file(path: str | Path, caption: str) -> Path:
@@ -97,7 +97,7 @@ class CachedText(TextEncoder):
         """
         features = [self._read(caption) for caption in captions]
         shapes = sorted({tuple(feature.shape) for feature in features})
-        if len(shapes) > 1 or shapes[0][-1] != self.text_width:
+        if len(shapes) > 1 or shapes[0][1:] != (self.text_width,) or not shapes[0][0]:
             raise Mistake(
                 "text_width",
                 f"{self.path} holds features of shapes {shapes} instead of one length and width "
@@ -108,7 +108,9 @@ class CachedText(TextEncoder):
     def _read(self, caption: str) -> Tensor:
         file = cache_file(self.path, caption)
         self._check_present(file, f"caption {caption!r}")
-        return read_tensors(file)["features"]
+        features = read_tensors(file).get("features", Tensor())
+        check_weights({"features": features}, f"remove {file}, which is damaged")
+        return features
 
     def _check_present(self, path: Path, what: str) -> None:
         if not path.exists():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +11,12 @@ from torch import Tensor, nn
 from pid_lightning.checks import Mistake
 from pid_lightning.encoders.base import Encoder
 from pid_lightning.encoders.latent_spaces import VIDEO_CLASSES, LatentSpace, space_of
-from pid_lightning.encoders.pretrained import building, reaching
+from pid_lightning.encoders.pretrained import building, first_line, reaching
 from pid_lightning.encoders.taef2 import TAEF2
 from pid_lightning.encoders.vae_sources import KNOWN_VAES, VAESource, find_vae
-from pid_lightning.files.tensors import check_fit
+from pid_lightning.files.tensors import building_at_most, check_fit, check_weights
+
+MOST_TENSORS, MOST_BYTES = 1000, 2**31  # of an autoencoder, in fp32
 
 
 def build_vae_encoder(vae: str = "taef2", pretrained: bool = True) -> Encoder:
@@ -62,9 +62,8 @@ class VAEEncoder(Encoder):
         self.vae = vae
         self.source: VAESource = find_vae(vae)
         with building(f"autoencoder {vae!r}", pretrained):
-            self.network: nn.Module = _build(self.source.config)
+            self.network, self._space = self._built()
         self._is_video = type(self.network).__name__ in VIDEO_CLASSES
-        self._space = self._space_of(self.network)
         self.latent_channels: int = self._space.channels
         self.latent_stride: int = self._space.stride
         self.latent_space: str = self._space.name
@@ -99,8 +98,23 @@ class VAEEncoder(Encoder):
             )
         wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
         check_fit(wrong, location, "get the folder again")
+        check_weights(dict(network.named_parameters()), "get the folder again")
         self.network = network.requires_grad_(False).eval()
         self._space = self._space_of(network)  # now: a bfloat16 encoder keeps float32 statistics
+
+    def _built(self) -> tuple[nn.Module, LatentSpace]:
+        import diffusers
+
+        config = self.source.config
+        sizes = {key: value for key, value in config.items() if not key.startswith("_")}
+        try:
+            with building_at_most(MOST_TENSORS, MOST_BYTES):
+                network = getattr(diffusers, config["_class_name"]).from_config(sizes)
+            return network, self._space_of(network)
+        except Exception as error:  # diffusers raises whatever a foreign configuration leads it to
+            raise Mistake(
+                "vae", f"the configuration of {self.vae!r} cannot be built ({first_line(error)})."
+            ) from error
 
     def _space_of(self, network: nn.Module) -> LatentSpace:
         space = space_of(network)
@@ -136,10 +150,3 @@ class VAEEncoder(Encoder):
         if self._is_video:
             return self.network.decode(raw[:, :, None]).sample[:, :3, 0].to(latents.dtype)
         return self.network.decode(raw).sample.to(latents.dtype)
-
-
-def _build(config: Mapping[str, Any]) -> nn.Module:
-    import diffusers
-
-    sizes = {key: value for key, value in config.items() if not key.startswith("_")}
-    return getattr(diffusers, config["_class_name"]).from_config(sizes)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from pid_lightning.checks import Mistake
+from pid_lightning.checks import Mistake, check_type
 from pid_lightning.encoders.latent_spaces import KNOWN_SPACES, SUPPORTED_CLASSES, LatentSpace
 from pid_lightning.encoders.pretrained import first_line
 from pid_lightning.files.card import BASE_MODELS
@@ -84,7 +84,8 @@ def find_vae(vae: str) -> VAESource:
         for subfolder in ("vae", None):  # of a pipeline, or an autoencoder by itself
             try:
                 config = AutoencoderKL.load_config(location, subfolder=subfolder)
-            except OSError as error:
+                check_type("config.json", config, dict[str, Any])
+            except Exception as error:  # a damaged configuration leads diffusers to any
                 reason = reason or first_line(error)
                 continue
             if config.get("_class_name") in SUPPORTED_CLASSES:

@@ -15,9 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pid_lightning.checks import Mistake
+from pid_lightning.checks import (
+    Mistake,
+    check_at_least,
+    check_between,
+    check_fields,
+    check_type,
+)
+from pid_lightning.diffusion.noising import Frame
+from pid_lightning.diffusion.sampling import check_student_times
 from pid_lightning.files.atomic import replaced_file
-from pid_lightning.files.tensors import opened_safetensors, read_tensors, read_torch_file
+from pid_lightning.files.tensors import (
+    building_at_most,
+    check_weights,
+    opened_safetensors,
+    read_tensors,
+    read_torch_file,
+)
 from pid_lightning.nn import AdapterConfig, Geometry, PiD, PiDConfig
 from pid_lightning.nn.changes import check_allowed
 from pid_lightning.nn.quantisation import is_quantised
@@ -28,6 +42,19 @@ REMOVED = (  # end of a sentence
     "the small autoencoder of version 0.1, which is gone; use FLUX.2's latents (vae: taef2), and "
     "the bundled model or one trained on them."
 )
+LONGEST_DESCRIPTION = 2**16  # characters; ours have a thousand
+Plain = str | int | float | bool | None
+TRAINING_KEY = "pid_training"  # in checkpoints: settings that the optimiser's state holds
+PARTS = {  # of a training checkpoint
+    "state_dict": dict[str, Tensor],
+    TRAINING_KEY: dict[str, Plain],
+    "optimizer_states": list[dict[str, Any]],
+    "lr_schedulers": list[dict[str, Any]],
+    "loops": dict[str, Any],
+    "callbacks": dict[str, Any],
+    "epoch": int,
+    "global_step": int,
+}
 AVERAGE = "denoiser_ema."  # prefix of the averaged tensors in training checkpoints
 
 
@@ -46,18 +73,31 @@ class ModelInfo:
         student_times: sampling times of a distilled student; None for a teacher.
         time_shift: shift of training and solver times; None derives it from the output size.
         config: network sizes.
+
+    Raises:
+        Mistake: a value of another type, or out of range.
     """
 
     family: str
-    encoder: dict[str, Any]
+    encoder: dict[str, Plain | list[Plain]]
     latent_space: str
     geometry: Geometry
     image_size: int | None
     latent_sigma_max: float
-    noise_frame: str
+    noise_frame: Frame
     student_times: tuple[float, ...] | None
     config: PiDConfig
     time_shift: float | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_between("latent_sigma_max", self.latent_sigma_max, 0, 1)
+        if self.image_size is not None:
+            check_at_least("image_size", self.image_size, 1)
+        if self.student_times is not None:
+            check_student_times("student_times", self.student_times)
+        if self.time_shift is not None and self.time_shift <= 0:
+            raise Mistake("time_shift", f"{self.time_shift} must be above 0.")
 
     def to_plain(self) -> dict[str, Any]:
         """Convert to plain values, for JSON and `weights_only` checkpoints."""
@@ -65,29 +105,33 @@ class ModelInfo:
         return json.loads(json.dumps(plain | plain.pop("geometry")))
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> ModelInfo:
-        """Invert `to_plain`.
+    def from_plain(cls, plain: str | Mapping[str, Any]) -> ModelInfo:
+        """Invert `to_plain`, or read its JSON.
 
         Raises:
             Mistake: a newer version's description, or a damaged one.
         """
         try:
-            config = dict(plain["config"])
-            reference = config["rope_reference"]
-            config["rope_reference"] = tuple(reference) if reference is not None else None
-            config["adapter"] = AdapterConfig(**config["adapter"])
-            times = plain["student_times"]
+            if isinstance(plain, str):
+                check_between("its characters", len(plain), 2, LONGEST_DESCRIPTION)
+                plain = json.loads(plain)
+            check_type("it", plain, dict[str, Any])
+            check_type("config", plain["config"], dict[str, Any])
+            config = plain["config"] | {
+                "rope_reference": _as_tuple(plain["config"]["rope_reference"]),
+                "adapter": AdapterConfig(**plain["config"]["adapter"]),
+            }
             names = [field.name for field in dataclasses.fields(Geometry)]
             known = {
                 "geometry": Geometry(*(plain[name] for name in names)),
                 "config": PiDConfig(**config),
-                "student_times": tuple(times) if times is not None else None,
+                "student_times": _as_tuple(plain["student_times"]),
             }
             rest = {name: value for name, value in plain.items() if name not in names}
             return cls(**rest | known)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise Mistake(
-                "metadata", f"this version of pid_lightning cannot read it ({error}); update it."
+                "metadata", f"not of this version of pid_lightning ({error}); update it."
             ) from error
 
     def build(self) -> PiD:
@@ -105,6 +149,10 @@ class ModelInfo:
         values |= dataclasses.asdict(self.geometry) | {"noise_frame": self.noise_frame}
         values |= dataclasses.asdict(self.config)
         return values | {f"adapter.{k}": v for k, v in values.pop("adapter").items()}
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def save_model(
@@ -128,13 +176,7 @@ def save_model(
     check_model_path(path)
     check_allowed(denoiser.changes, "save")
     state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in denoiser.state_dict().items()}
-    spoilt = [name for name, value in state.items() if not value.isfinite().all()]
-    if spoilt:
-        raise Mistake(
-            "weights",
-            f"{spoilt[0]!r} and {len(spoilt) - 1} more are not finite in {dtype}; take an earlier "
-            "checkpoint of the run, or another dtype.",
-        )
+    check_weights(state, "take an earlier checkpoint of the run, or another dtype")
     metadata = {METADATA_KEY: json.dumps(info.to_plain())}
     if description:
         metadata["description"] = description
@@ -168,12 +210,13 @@ def load_model(path: str | Path) -> tuple[PiD, ModelInfo]:
         checkpoint = read_checkpoint(path)
         state, plain = denoiser_state(checkpoint), checkpoint[METADATA_KEY]
     try:
-        info = ModelInfo.from_plain(json.loads(plain) if isinstance(plain, str) else plain)
-        with torch.device("meta"):
+        info = ModelInfo.from_plain(plain)
+        check_weights(state, "take another copy", one_dtype=True)
+        with torch.device("meta"), building_at_most(len(state)):
             denoiser = info.build()
         denoiser.load_state_dict(state, assign=True)
     except (ValueError, RuntimeError) as error:
-        first = str(error).split("\n\t", 1)[-1].split("\n")[0]
+        first = getattr(error, "sentence", str(error)).split("\n\t", 1)[-1].split("\n")[0]
         raise Mistake(
             "path", f"{path} does not match its own metadata ({first}): take another copy."
         ) from error
@@ -195,9 +238,20 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         Mistake: the file is truncated, or no run of this package wrote it.
     """
     checkpoint = read_torch_file(path)
-    keys = checkpoint.keys() if isinstance(checkpoint, dict) else ()
-    _check_described(path, {METADATA_KEY, "state_dict"} <= set(keys))
+    is_dictionary = isinstance(checkpoint, dict)
+    _check_described(path, is_dictionary and {METADATA_KEY, "state_dict"} <= checkpoint.keys())
+    check_checkpoint("path", checkpoint)
     return checkpoint
+
+
+def check_checkpoint(option: str, checkpoint: Mapping[str, Any]) -> None:
+    """Raise `Mistake` if a part of a training checkpoint is of another type than Lightning's."""
+    for name, kind in PARTS.items():
+        try:
+            check_type(name, checkpoint.get(name, kind()), kind)
+        except Mistake as error:
+            told = f"this checkpoint is damaged, its {error.option}: {error.sentence}"
+            raise Mistake(option, told) from error
 
 
 def _check_described(path: str | Path, is_described: bool) -> None:

@@ -119,10 +119,12 @@ def import_published(
         image_size=image_size,
         student_times=None if is_backbone or student_times is None else tuple(student_times),
     )
-    if is_backbone:
-        published |= _untrained_adapter(info, next(iter(published.values())).dtype)
     with torch.device("meta"):
         denoiser = info.build()
+    if is_backbone:
+        empty = {k: v for k, v in to_published(denoiser).items() if k.startswith(ADAPTER)}
+        from_published(published | empty, denoiser)  # refuses others before memory is taken
+        published |= _untrained_adapter(info, next(iter(published.values())).dtype)
     denoiser.load_state_dict(from_published(published, denoiser), assign=True)
     save_model(denoiser, info, out, denoiser.dtype)
     return info
@@ -246,12 +248,13 @@ def _check_kind(published: Mapping[str, Tensor], family: str, version: str) -> N
     stem = published.get("lq_proj.latent_proj.0.weight")
     if gate is None or stem is None:
         return  # a network of another kind, told by its names
-    found = "v1.5" if gate.shape[0] == 1 else "v1"
-    fitting = [name for name in FAMILIES if _stem_channels(name, found) == stem.shape[1]]
+    found = "v1.5" if gate.shape[:1] == (1,) else "v1"
+    channels = stem.shape[1:2].numel()
+    fitting = [name for name in FAMILIES if _stem_channels(name, found) == channels]
     if version != found or family not in fitting:
         raise Mistake(
             "family" if version == found else "version",
-            f"these are {found} weights for latents of {stem.shape[1]} channels, which is "
+            f"these are {found} weights for latents of {channels} channels, which is "
             f"{' or '.join(fitting) or 'no known family'} {found}, not {family} {version}.",
         )
 

@@ -1,4 +1,5 @@
-"""Read tensors from files without running code, and load them strictly."""
+"""Read tensors from files without running code, and load them strictly: what a file states is
+checked against what it holds before memory is taken for it."""
 
 from __future__ import annotations
 
@@ -13,8 +14,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pid_lightning.checks import Mistake
+
+MOST_SHARED = 4  # times that the tensors of a torch file may share its bytes
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+TEMPORARY = 8  # tensors made while a network is built, to each that stays
 
 
 def check_regular(path: str | Path) -> None:
@@ -36,19 +42,52 @@ def read_torch_file(path: str | Path, mapped: bool = True) -> Any:
 
     Raises:
         OSError: no such file.
-        Mistake: the file is truncated, is not a torch file, or asks for code to be run.
+        Mistake: the file is truncated, is not a torch file, states more than it holds, or asks for
+            code to be run.
     """
     check_regular(path)
     with open(path, "rb") as file:
-        mapped = mapped and zipfile.is_zipfile(file)  # torch's older format cannot be mapped
+        zipped = zipfile.is_zipfile(file)  # torch's older format, which is not, cannot be mapped
     try:
-        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise ValueError("compressed, as torch never is")
+        content = torch.load(path, map_location="cpu", mmap=mapped and zipped, weights_only=True)
+        if sum(map(_held_bytes, _tensors_in(content))) > MOST_SHARED * os.path.getsize(path):
+            raise ValueError("tensors larger than the file")
+        return content
     except Exception as error:  # the unpickler raises whatever a foreign file leads it to
         raise Mistake(
             "path",
-            f"{path} cannot be read: it is truncated, is not a torch file, or asks for code to be "
-            "run (nothing of it was executed); take another copy.",
+            f"{path} cannot be read: it is truncated, is not a torch file, states more than it "
+            "holds, or asks for code to be run (nothing of it was executed); take another copy.",
         ) from error
+
+
+def _tensors_in(content: object) -> Iterator[Tensor]:
+    """The tensors in nested containers, each once, however often they are named."""
+    seen, left = set(), [content]
+    while left:
+        item = left.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, Mapping):
+            left += item.values()
+        elif isinstance(item, list | tuple | set):
+            left += item
+
+
+def _held_bytes(tensor: Tensor) -> int:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
+        raise ValueError("a tensor without numbers")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        raise ValueError("a tensor of another layout")
+    return tensor.numel() * tensor.element_size()
 
 
 @contextmanager
@@ -75,7 +114,7 @@ def read_tensors(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
     """Read the tensors of a ``.safetensors`` or torch file to the CPU.
 
     Args:
-        path: the file. A torch file may wrap its tensors in ``state_dict`` or ``model``.
+        path: the file. A torch file may wrap its tensors, as in ``state_dict`` or ``params``.
         prefix: if any name starts with it, read only those tensors and strip the prefix; a text
             tower next to the wanted image tower then takes no memory.
 
@@ -88,15 +127,12 @@ def read_tensors(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
             names = _names_under(prefix, file.keys())
             return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
     tensors = read_torch_file(path, mapped=False)
-    for wrapper in ("state_dict", "model"):
+    for wrapper in ("state_dict", "model", "params_ema", "params"):
         if isinstance(tensors, dict) and isinstance(tensors.get(wrapper), dict):
             tensors = tensors[wrapper]
-    if not isinstance(tensors, dict):
-        raise Mistake(
-            "path",
-            f"{path} holds a {type(tensors).__name__}, not a dictionary of tensors; take a file of "
-            "weights.",
-        )
+    held = tensors.items() if isinstance(tensors, dict) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in held):
+        raise Mistake("path", f"{path} holds no dictionary of tensors; take a file of weights.")
     return {name.removeprefix(prefix): tensors[name] for name in _names_under(prefix, tensors)}
 
 
@@ -115,7 +151,7 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], source: str, cure: s
         cure: what to do if they do not fit, for the error message.
 
     Raises:
-        Mistake: tensors are missing, unexpected or of another shape.
+        Mistake: tensors are missing, unexpected, of another shape, or no finite weights.
     """
     own = network.state_dict()
     wrong = sorted(
@@ -124,6 +160,7 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], source: str, cure: s
         if name not in own or name not in tensors or own[name].shape != tensors[name].shape
     )
     check_fit(wrong, source, cure)
+    check_weights(tensors, cure)
     tensors = {name: value.to(own[name].dtype) for name, value in tensors.items()}
     network.load_state_dict(tensors, strict=True, assign=True)
 
@@ -136,3 +173,54 @@ def check_fit(wrong: Sequence[str], source: str, cure: str) -> None:
             f"those of {source} do not belong to this network: {len(wrong)} tensors are missing, "
             f"unexpected or of another shape, the first is {wrong[0]!r}; {cure}.",
         )
+
+
+def check_weights(tensors: Mapping[str, Tensor], cure: str, one_dtype: bool = False) -> None:
+    """Check that tensors are numbers to compute with.
+
+    Args:
+        tensors: values by name.
+        cure: what to do if they are not, for the error message.
+        one_dtype: whether all have to have the same dtype.
+
+    Raises:
+        Mistake: one is of another dtype than 16, 32 or 64 bits of floating point, or not finite.
+    """
+    for name, value in tensors.items():
+        if value.dtype not in WEIGHT_DTYPES:
+            raise Mistake("weights", f"{name!r} is in {value.dtype}, not floating point; {cure}.")
+        if value.numel() and not torch.stack(value.aminmax()).isfinite().all():
+            raise Mistake("weights", f"{name!r} is not finite in {value.dtype}; {cure}.")
+    dtypes = {str(value.dtype) for value in tensors.values()}
+    if one_dtype and len(dtypes) > 1:
+        raise Mistake("weights", f"they mix {' and '.join(sorted(dtypes))}; {cure}.")
+
+
+class building_at_most(TorchDispatchMode):
+    """Context in which a network is built that has no more tensors, and takes no more memory, than
+    a stranger's description of it was given along with.
+
+    Args:
+        num_tensors: tensors of the network.
+        num_bytes: of all that it holds, where it is built on a real device.
+
+    Raises:
+        Mistake: inside, as soon as there are more.
+    """
+
+    def __init__(self, num_tensors: int, num_bytes: int | None = None) -> None:
+        super().__init__()
+        self.tensors_left = TEMPORARY * (num_tensors + TEMPORARY)
+        self.bytes_left = num_bytes
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        result = function(*arguments, **(options or {}))
+        if isinstance(result, Tensor) and not any(isinstance(a, Tensor) for a in arguments):
+            self.tensors_left -= 1
+            if self.bytes_left is not None:
+                self.bytes_left -= result.numel() * result.element_size()
+            if self.tensors_left < 0 or (self.bytes_left or 0) < 0:
+                raise Mistake("weights", "the network described is larger than its file.")
+        return result

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from pid_lightning.checks import (
     Mistake,
     check_at_least,
     check_between,
-    check_choice,
+    check_fields,
     check_multiple,
 )
 
@@ -69,12 +69,11 @@ class AdapterConfig:
     denoise_blocks: int = 4
 
     def __post_init__(self) -> None:
-        check_choice("adapter.gate", self.gate, get_args(Gate))
-        check_choice("adapter.padding", self.padding, get_args(Padding))
-        check_choice("adapter.upsampling", self.upsampling, get_args(Upsampling))
-        check_choice("adapter.native", self.native, get_args(Native))
-        for name, least in (("num_res_blocks", 0), ("interval", 1), ("unpack", 1)):
-            check_at_least(f"adapter.{name}", getattr(self, name), least)
+        check_fields(self, "adapter.")
+        for name in ("interval", "unpack"):
+            check_at_least(f"adapter.{name}", getattr(self, name), 1)
+        for name in ("num_res_blocks", "denoise_width", "denoise_blocks"):
+            check_at_least(f"adapter.{name}", getattr(self, name), 0)
         check_multiple("adapter.width", self.width, 4, "groups of its GroupNorm")
         if self.rgb_head_block is not None:
             check_between("adapter.rgb_head_block", self.rgb_head_block, 1, self.num_res_blocks)
@@ -130,11 +129,13 @@ class PiDConfig:
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
 
     def __post_init__(self) -> None:
-        check_choice("prediction", self.prediction, get_args(Prediction))
-        check_at_least("text_length", self.text_length, 0)
+        check_fields(self)
+        for name in ("text_length", "refiner_width", "refiner_layers"):
+            check_at_least(name, getattr(self, name), 0)
         counts = ("num_blocks", "num_pixel_blocks", "num_heads", "pixel_num_heads", "patch_size")
-        for name in counts:
+        for name in (*counts, "text_width"):
             check_at_least(name, getattr(self, name), 1)
+        check_at_least("rope_reference", min(self.rope_reference or (1,)), 1)
         for width, heads in (("width", "num_heads"), ("pixel_attention_width", "pixel_num_heads")):
             because = f"4 x {heads}, since RoPE rotates pairs of channels by row and by column"
             check_multiple(width, getattr(self, width), 4 * getattr(self, heads), because)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from einops import rearrange
 from torch import Tensor
 
-from pid_lightning.checks import Mistake, check_at_least
+from pid_lightning.checks import Mistake, check_between, check_fields
+
+LARGEST = 4096  # scale, or pixels of a cell: far beyond any, so that sizes stay countable
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Geometry:
         scale: side of the output divided by the side of the image the encoder saw.
 
     Raises:
-        Mistake: the scale is below 1.
+        Mistake: one of them is below 1, or beyond anything known.
     """
 
     latent_channels: int
@@ -29,7 +31,9 @@ class Geometry:
     scale: int
 
     def __post_init__(self) -> None:
-        check_at_least("scale", self.scale, 1)
+        check_fields(self)
+        for name in ("latent_channels", "latent_stride", "scale"):
+            check_between(name, getattr(self, name), 1, LARGEST)
 
     @property
     def cell(self) -> int:

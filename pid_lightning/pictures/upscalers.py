@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from pid_lightning.checks import Mistake
-from pid_lightning.files.tensors import read_tensors
+from pid_lightning.files.tensors import building_at_most, check_weights, read_tensors
 from pid_lightning.pictures.resizing import enlarge_picture, reduce_picture
+
+MOST_TEMPORARY = 4  # bytes taken while a network is built, to each byte of its weights in fp32
 
 
 class Upscaler(nn.Module):
@@ -68,9 +71,17 @@ def read_upscaler(path: str | Path) -> Upscaler:
         raise Mistake(
             "baseline", "needs spandrel: pip install 'pid_lightning[baselines]'."
         ) from error
-    tensors = canonicalize_state_dict(_rrdb_names(read_tensors(os.path.expanduser(path))))
+    tensors = read_tensors(os.path.expanduser(path))
+    numbers = {k: v for k, v in tensors.items() if v.is_floating_point()}
+    check_weights(numbers, f"take another copy of {path}")
+    num_bytes = MOST_TEMPORARY * (2**20 + sum(4 * value.numel() for value in tensors.values()))
     try:
-        with torch.random.fork_rng(devices=[]):  # it draws weights before it loads them
+        # Spandrel counts layers by the numbers in their names.
+        if any(int(n) > len(tensors) for name in tensors for n in re.findall(r"\d+", name)):
+            raise ValueError("layers that it does not hold")
+        tensors = canonicalize_state_dict(_rrdb_names(tensors))
+        # It draws weights before it loads them.
+        with torch.random.fork_rng(devices=[]), building_at_most(len(tensors), num_bytes):
             network = ModelLoader().load_from_state_dict(tensors)
         assert (network.purpose, network.input_channels, network.output_channels) == ("SR", 3, 3)
     except Exception as error:  # it raises whatever a foreign file leads it to

@@ -17,13 +17,12 @@ from pid_lightning.checks import Mistake
 from pid_lightning.files import models as weights
 from pid_lightning.files.atomic import replaced_file
 from pid_lightning.files.hub import find_model
-from pid_lightning.files.models import AVERAGE, METADATA_KEY, ModelInfo
+from pid_lightning.files.models import AVERAGE, METADATA_KEY, TRAINING_KEY, ModelInfo
 from pid_lightning.files.tensors import read_torch_file
 from pid_lightning.training.settings import Training
 
 # Submodules with pretrained weights, left out of checkpoints.
 FROZEN = ("encoder.", "text_encoder.", "distillation.teacher.")
-TRAINING_KEY = "pid_training"  # in checkpoints: settings that the optimiser's state holds
 
 
 class Found(NamedTuple):
@@ -56,12 +55,14 @@ def read_run(ours: ModelInfo, checkpoint: dict[str, Any]) -> Found:
     Raises:
         Mistake: the checkpoint has no description, or that of another model.
     """
-    if not isinstance(checkpoint, dict) or METADATA_KEY not in checkpoint:
+    keys = checkpoint.keys() if isinstance(checkpoint, dict) else ()
+    if not {METADATA_KEY, "state_dict"} <= set(keys):
         raise Mistake(
             "ckpt_path",
             "not a checkpoint of a PiD run (it has no model description); give one that pid fit "
             "wrote.",
         )
+    weights.check_checkpoint("ckpt_path", checkpoint)
     theirs = ModelInfo.from_plain(checkpoint[METADATA_KEY])
     weights.check_space("ckpt_path", "this checkpoint", theirs)
     differences = ours.differences(theirs)
@@ -118,10 +119,10 @@ def check_resumes(
         raise Mistake("ckpt_path", f"this run {told}")
     ours = optimizer_settings(training)
     for name, stored in found.optimizer.items():
-        if stored != ours[name]:
+        if stored != ours.get(name):
             raise Mistake(
                 "ckpt_path",
-                f"model.training.{name} of this run is {stored}, here {ours[name]}; set it to "
+                f"model.training.{name} of this run is {stored}, here {ours.get(name)}; set it to "
                 f"{stored} to resume, or start a new run with --model.init_from.",
             )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from pid_lightning.checks import Mistake, check_at_least, check_between
 from pid_lightning.diffusion import flow, losses
 from pid_lightning.diffusion.randomness import sample_generators
+from pid_lightning.diffusion.sampling import check_student_times
 from pid_lightning.nn import Condition, PiD
 from pid_lightning.nn.picture_discriminator import PictureDiscriminator
 from pid_lightning.pictures.lpips import LPIPS, lpips_network, lpips_vgg_network
@@ -57,12 +58,7 @@ class RegressionSettings:
     adversarial_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        times = self.student_times
-        if not times or list(times) != sorted(set(times), reverse=True):
-            raise Mistake(
-                "Regression student_times", f"{times} must decrease, for example [0.999, 0.5]."
-            )
-        check_between("Regression student_times", times[0], 0, 1)
+        check_student_times("Regression student_times", self.student_times)
         check_between("Regression last_share", self.last_share, 0, 1)
         for name in ("pixel", "alex", "vgg", "latent", "adversarial"):
             check_at_least(f"Regression {name}_weight", getattr(self, f"{name}_weight"), 0)

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from pid_lightning.checks import Mistake, check_at_least, check_between, check_choice
 from pid_lightning.diffusion.noising import Frame
-from pid_lightning.diffusion.sampling import STUDENT_TIMES
+from pid_lightning.diffusion.sampling import STUDENT_TIMES, check_student_times
 from pid_lightning.nn import PiDConfig
 
 TrainedPart = Literal["all", "adapter", "rgb_head", "latents"]
@@ -167,12 +167,7 @@ class DistillationSettings:
             check_at_least(f"DMD2 {name}", getattr(self, name), 0)
         for name in ("r1_noise", "learning_rate", "fake_score_weight_decay"):
             check_at_least(f"DMD2 {name}", getattr(self, name), 0)
-        times = self.student_times
-        decrease = list(times) == sorted(set(times), reverse=True)
-        if not times or not decrease or not all(0 < t <= 1 for t in times):
-            raise Mistake(
-                "DMD2 student_times", f"{times} must decrease within (0, 1], as [0.9, 0.5]."
-            )
+        check_student_times("DMD2 student_times", self.student_times)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise Mistake("DMD2 betas", f"{self.betas} must lie in [0, 1).")
         if not 0 < self.time_clamp[0] < self.time_clamp[1] <= 1:

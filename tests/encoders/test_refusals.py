@@ -20,7 +20,7 @@ from pid_lightning.encoders.latent_spaces import KNOWN_SPACES, LatentSpace, spac
 from pid_lightning.encoders.pretrained import find_weights
 from pid_lightning.encoders.siglip import SigLIPEncoder
 from pid_lightning.encoders.text import LanguageModelText, NoText, check_text
-from pid_lightning.encoders.text_cache import CachedText, cache_captions, encode_prompts
+from pid_lightning.encoders.text_cache import CachedText, cache_captions, cache_file, encode_prompts
 from pid_lightning.encoders.vae import VAEEncoder, build_vae_encoder
 from pid_lightning.files.published import FLUX
 
@@ -46,10 +46,21 @@ class Other(Text):
         self.description = "other"
 
 
-def folder(path: Path, name: str) -> str:
+def folder(path: Path, name: object, **sizes: object) -> str:
     """A folder with the configuration of one of diffusers' classes."""
-    (path / "config.json").write_text(json.dumps({"_class_name": name}), encoding="utf-8")
+    config = json.dumps({"_class_name": name, **sizes})
+    (path / "config.json").write_text(config, encoding="utf-8")
     return str(path)
+
+
+def deep(path: Path) -> str:
+    (path / "config.json").write_text("[" * 100_000, encoding="utf-8")
+    return str(path)
+
+
+def features(path: Path, value: torch.Tensor) -> torch.Tensor:
+    save_file({"features": value}, cache_file(path, "a fox"))
+    return CachedText(str(path), 6).encode(["a fox"])
 
 
 def statistics(path: Path, **tensors: torch.Tensor) -> str:
@@ -82,6 +93,37 @@ MISTAKES = {
     "no folder": ("vae", lambda path: VAEEncoder("./no/such")),
     "empty folder": ("vae", lambda path: VAEEncoder(str(path))),
     "another network": ("vae", lambda path: VAEEncoder(folder(path, "VQModel"))),
+    "endless layers": (
+        "vae",
+        lambda path: VAEEncoder(folder(path, "AutoencoderKL", layers_per_block=10**8)),
+    ),
+    "endless widths": (
+        "vae",
+        lambda path: VAEEncoder(folder(path, "AutoencoderKL", block_out_channels=[2**15])),
+    ),
+    "channels in words": (
+        "vae",
+        lambda path: VAEEncoder(folder(path, "AutoencoderKL", latent_channels="four")),
+    ),
+    "no scale": ("vae", lambda path: VAEEncoder(folder(path, "AutoencoderKL", scaling_factor=0))),
+    "no name": ("vae", lambda path: VAEEncoder(folder(path, ["AutoencoderKL"]))),
+    "brackets": ("vae", lambda path: VAEEncoder(deep(path))),
+    "another type": (
+        "vae",
+        lambda path: build_encoder(replace(FLUX, encoder={"vae": 7})),
+    ),
+    "another argument": (
+        "arguments",
+        lambda path: build_encoder(replace(FLUX, encoder={"name": "flux"})),
+    ),
+    "flat features": ("text_width", lambda path: features(path, zeros(6))),
+    "no features": ("text_width", lambda path: features(path, zeros(0, 6))),
+    "whole features": ("weights", lambda path: features(path, zeros(3, 6).int())),
+    "endless features": ("weights", lambda path: features(path, zeros(3, 6) / 0)),
+    "negative variance": (
+        "weights",
+        lambda path: dinov2(statistics=statistics(path, mean=zeros(32), var=zeros(32) - 1)),
+    ),
     "unknown space": ("vae", lambda path: space_of(torch.nn.Identity())),
     "never random": ("vae", lambda path: build_vae_encoder("taef2", pretrained=False)),
     "unknown tower": ("model", lambda path: DINOv2Encoder("vit_base_dinov9")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -198,10 +199,119 @@ def test_a_file_that_does_not_describe_itself_is_refused(
     assert path.name in refused(load_model, path)
 
 
+def described(**changes: object) -> dict:
+    """A description with other values, those of its networks by their names with a point."""
+    plain = INFO.to_plain()
+    for name, value in changes.items():
+        *rooms, last = name.split("__")
+        place = plain
+        for room in rooms:
+            place = place[room]
+        place[last] = value
+    return plain
+
+
+LIES = (
+    *({name: value} for name in ("scale", "latent_stride") for value in ("4", 0, True, 1e8, None)),
+    *({"config__num_blocks": value} for value in (10**8, "2", -1, [2], 1e400)),
+    *({"config__adapter__num_res_blocks": value} for value in (10**8, 3.5, 10**5000)),
+    *({"config__width": value} for value in (2**30, 0, {})),
+    *({"student_times": value} for value in ([0.1, 0.9], [2.0], [], "0.9", [1e-9] * 10**5)),
+    *({"encoder": value} for value in ([], {"vae": {"vae": [[]]}}, {"vae": [["flux"]]})),
+    {"family": 7},
+    {"noise_frame": "other"},
+    {"latent_sigma_max": float("nan")},
+    {"image_size": 0},
+    {"time_shift": -1},
+    {"config__rope_reference": [0, 32]},
+    {"config__adapter__gate": ["token"]},
+)
+
+
+@pytest.mark.parametrize("lie", LIES, ids=lambda lie: next(iter(lie)))
+def test_a_description_is_checked_by_its_types_before_anything_is_built(
+    tmp_path: Path, lie: dict[str, object]
+) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save(checkpoint(**{METADATA_KEY: described(**lie)}), path)
+    refused(load_model, path)
+
+
+def test_what_a_checkpoint_names_a_thousand_times_is_read_once(tmp_path: Path) -> None:
+    bomb: list = []
+    for _ in range(40):
+        bomb = [bomb] * 10
+    path = tmp_path / "last.ckpt"
+    torch.save(checkpoint(beside=bomb), path)
+    load_model(path)
+    for name in ("encoder", "family", "student_times", "config__adapter__gate", "config"):
+        torch.save(checkpoint(**{METADATA_KEY: described(**{name: bomb})}), path)
+        refused(load_model, path)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"state_dict": None},
+        {"state_dict": {1: torch.zeros(1)}},
+        {"state_dict": {"denoiser.out.weight": "weight"}},
+        {"beside": torch.zeros(1).expand(10**6, 10**6)},
+        {"beside": torch.zeros(10**6, 10**6, device="meta")},
+        {"beside": torch.zeros(3, 3).to_sparse()},
+        {"optimizer_states": 7},
+        {"pid_training": {"optimizer": torch.zeros(3)}},
+        {METADATA_KEY: torch.zeros(3)},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_lies_is_refused(tmp_path: Path, part: dict[str, object]) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save(checkpoint(**part), path)
+    refused(load_model, path)
+
+
+def test_a_compressed_checkpoint_is_refused(tmp_path: Path) -> None:
+    path, packed = tmp_path / "last.ckpt", tmp_path / "packed.ckpt"
+    torch.save(checkpoint(), path)
+    with zipfile.ZipFile(path) as read, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as write:
+        for entry in read.infolist():
+            write.writestr(entry.filename, read.read(entry))
+    refused(load_model, packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float64, torch.complex64])
+def test_weights_of_mixed_or_other_types_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    path, state = tmp_path / "model.safetensors", random_network().state_dict()
+    state["out.weight"] = state["out.weight"].to(dtype)
+    safetensors.torch.save_file(state, path, {METADATA_KEY: json.dumps(INFO.to_plain())})
+    refused(load_model, path)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_weights_that_are_not_finite_are_not_read(tmp_path: Path, value: float) -> None:
+    path, state = tmp_path / "model.safetensors", random_network().state_dict()
+    state["gates.0.log_alpha"].fill_(value)
+    safetensors.torch.save_file(state, path, {METADATA_KEY: json.dumps(INFO.to_plain())})
+    refused(load_model, path)
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "last.ckpt"):
+        os.mkfifo(tmp_path / name)
+        refused(load_model, tmp_path / name)
+
+
 @pytest.mark.parametrize(
     "told",
-    ["{", json.dumps({"family": "VAEPiD"}), json.dumps({**INFO.to_plain(), "surplus": 1})],
-    ids=["no_json", "missing", "unknown"],
+    [
+        "{",
+        "[" * 100_000,
+        json.dumps({"family": "VAEPiD"}),
+        json.dumps({**INFO.to_plain(), "surplus": 1}),
+        json.dumps(INFO.to_plain()).replace('"scale": 2', f'"scale": {"9" * 5000}'),
+        json.dumps({**INFO.to_plain(), "surplus": "x" * 10**6}),
+    ],
+    ids=["no_json", "brackets", "missing", "unknown", "digits", "long"],
 )
 def test_a_description_that_cannot_be_read_is_refused(tmp_path: Path, told: str) -> None:
     path = tmp_path / "model.safetensors"

@@ -92,6 +92,12 @@ def test_other_scales_end_bicubically(file: Path) -> None:
     assert upscaler.label(8) == "ESRGAN + bicubic"
 
 
+def _published(tensors: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
+    named = upscaler_files.published(tensors)
+    tensors.clear()
+    tensors.update(named | {name: value})
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -99,8 +105,11 @@ def test_other_scales_end_bicubically(file: Path) -> None:
         lambda t: t.update(extra=torch.zeros(1)),
         lambda t: t.update({"9.weight": t["9.weight"][:1].contiguous()}),
         lambda t: t.clear() or t.update(latents=torch.zeros(4, 2, 2)),
+        lambda t: t.update({"body.99999999.rdb1.conv1.weight": torch.zeros(1)}),
+        lambda t: _published(t, "conv_first.weight", torch.zeros(10**5, 3, 3, 3)),
+        lambda t: _published(t, "body.1000000.rdb1.conv1.weight", torch.zeros(1)),
     ],
-    ids=["missing", "extra", "shape", "latents"],
+    ids=["missing", "extra", "shape", "latents", "numbers", "wide", "deep"],
 )
 def test_another_network_is_one_sentence(change: object, tmp_path: Path) -> None:
     tensors = upscaler_files.numbered()
