@@ -24,6 +24,8 @@ def decode(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", default="decoded", help="Folder for the results.")
     # A text as it is: where None were a type too, "#1 fan art" would be the comment of a YAML.
     parser.add_argument("--prompt", type=str, help="Caption of every picture.")
+    told = "Go on in a folder: leave out what it holds, or what another process is at."
+    parser.add_argument("--continue", type=bool, default=False, help=told)
     parser.add_class_arguments(DecodeSettings, as_group=False, skip={"prompt"})
     given = parser.parse_args(arguments)
     settings = DecodeSettings(**{field.name: given[field.name] for field in fields(DecodeSettings)})
@@ -32,7 +34,9 @@ def decode(arguments: Sequence[str]) -> None:
 
     keep_freed_memory()
     try:
-        decode_files(given.inputs, given.model, Path(os.path.expanduser(given.output)), settings)
+        folder = Path(os.path.expanduser(given.output))
+        decode_files(given.inputs, given.model, folder, settings, given["continue"])
     except KeyboardInterrupt:
-        print("\npid: stopped; the files written so far are complete.", file=sys.stderr)
+        told = "stopped; the files written so far are complete, and --continue goes on."
+        print(f"\npid: {told}", file=sys.stderr)
         sys.exit(130)

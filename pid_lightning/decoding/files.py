@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -100,10 +101,9 @@ class FileDecoder:
         source, size = read_input(decoder, file)
         is_latents = _holds_latents(file)
         latents = source.to(decoder.device) if is_latents else self._encode(source)
-        text, caption = self._prompt, settings.prompt
+        text = self._prompt
         if self._captions is not None:
-            caption = self._captions[file]
-            text = decoder.encode_prompt(caption, self._cache)
+            text = decoder.encode_prompt(self._captions[file], self._cache)
         tile = decoder.choose_tile(*decoder.output_size(latents), settings.tile)
         with warnings.catch_warnings():  # `choose_tile` has warned already
             warnings.filterwarnings("ignore", "The network sees")
@@ -120,9 +120,7 @@ class FileDecoder:
                 deterministic=settings.deterministic,
             )[0]
         height, width = (side * decoder.scale for side in size)
-        told = asdict(settings) | {"prompt": caption, "captions": False}
-        metadata = {"input": str(file), **self.description, "settings": told, "tile": tile}
-        metadata["size"] = [height, width]
+        metadata = {**self._describe(file), "tile": tile, "size": [height, width]}
         if settings.compare or settings.match_colour:
             native = decoder.encoder.decode(latents.float())[0]
             shift = colour_shift(picture, native)
@@ -136,6 +134,22 @@ class FileDecoder:
                 grid = picture_grid([pair], ["native", "PiD"]) * 2 - 1
                 write_picture(grid, comparison(path), metadata)
         write_picture(picture[:, :height, :width], path, metadata)
+
+    def describes(self, file: Path, path: Path) -> bool:
+        """Whether the JSON beside a result tells that it is what `decode` makes of a file."""
+        try:
+            told = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        ours = json.loads(json.dumps(self._describe(file)))
+        return isinstance(told, dict) and told | ours == told
+
+    def _describe(self, file: Path) -> dict[str, Any]:
+        """What made a picture, whether alone or among others."""
+        caption = self.settings.prompt if self._captions is None else self._captions[file]
+        alone = {"prompt": caption, "captions": False, "overwrite": False}
+        settings = asdict(self.settings) | alone
+        return {"input": str(file), **self.description, "settings": settings}
 
     def _encode(self, image: Tensor) -> Tensor:
         """Latents of a picture, noised from a random stream of its own."""

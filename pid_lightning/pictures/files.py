@@ -72,5 +72,6 @@ def write_picture(image: Tensor, path: str | Path, metadata: dict[str, Any]) -> 
     description = json.dumps({**metadata, "versions": versions}, indent=2) + "\n"
     with replaced_file(path) as temporary:
         picture.save(temporary, format=file_format, **options)
-    with replaced_file(path.with_suffix(".json")) as temporary:
-        temporary.write_text(description, encoding="utf-8")
+        # It appears first, so that no picture lacks what tells whether it is to be made anew.
+        with replaced_file(path.with_suffix(".json")) as beside:
+            beside.write_text(description, encoding="utf-8")

@@ -14,10 +14,12 @@ class FiniteGradients:
 
     def __init__(self) -> None:
         self._first: Tensor | None = None  # such a step, -1 if there was none
+        self._row: Tensor | int = 0  # such steps, the last ones without a break
 
-    def see(self, norm: Tensor, step: int) -> None:
-        """Take note of the norm of the gradient of a step."""
-        first = torch.where(norm.isfinite(), -1, step)
+    def see(self, norm: Tensor, step: int, patience: int = 0) -> None:
+        """Take note of the norm of the gradient of a step; forgive `patience` of them in a row."""
+        self._row = torch.where(norm.isfinite(), 0, self._row + 1)
+        first = torch.where(self._row > patience, step, -1)
         self._first = first if self._first is None else self._first.where(self._first >= 0, first)
 
     def check(self) -> None:

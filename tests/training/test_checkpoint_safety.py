@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from pid_lightning import EMA
 from pid_lightning.checks import Diverged, Mistake
+from pid_lightning.training.finite import FiniteGradients
 
 
 def fit(folder: Path, steps: int, *callbacks: tiny.pl.Callback, resume: Path | None = None) -> None:
@@ -83,3 +84,14 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_anything_is_saved(
     assert whole.keys() == spoilt.keys()
     assert all(value.equal(spoilt[name]) for name, value in whole.items())
     assert len(list((tmp_path / "spoilt").iterdir())) == 2  # last.ckpt and that of step 2
+
+
+def test_scaled_gradients_may_overflow_for_a_while() -> None:
+    norms = FiniteGradients()
+    for step, norm in enumerate([1.0, torch.inf, torch.nan, 1.0, torch.inf, torch.inf]):
+        norms.see(torch.tensor(norm), step, patience=2)
+        norms.check()
+    norms.see(torch.tensor(torch.nan), 6, patience=2)
+    norms.see(torch.tensor(1.0), 7, patience=2)
+    with pytest.raises(Diverged, match="step 6 "):
+        norms.check()

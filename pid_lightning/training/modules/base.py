@@ -41,6 +41,8 @@ from pid_lightning.training.settings import Evaluation, Training
 from pid_lightning.training.side_stream import SideStream
 from pid_lightning.training.strategies import check_strategy
 
+SCALINGS = 40  # in a row; torch's scaler begins at 2^16 and halves, so that less is no remedy
+
 
 class PiDModule(EvaluatedModule):
     """Training, validation, test and prediction of a `PiD` behind a frozen encoder.
@@ -285,9 +287,10 @@ class PiDModule(EvaluatedModule):
         networks = (self.encoder, self.text_encoder, self.denoiser)
         draw = partial(draw_sample, batch, "train", *networks, self.training_settings)
         sample = draw() if self._side_stream is None else self._side_stream.run(draw)
+        step = self.trainer.global_step
         loss, parts = self.objective.training_step(self, sample)
         for name in parts.keys() & {"gradient_norm", "critics_gradient_norm"}:
-            self._watch(parts[name])
+            self._watch(parts[name], step)
         self.log_dict({f"train/{k}": v for k, v in parts.items()}, batch_size=len(sample.x0))
         return loss
 
@@ -336,12 +339,11 @@ class PiDModule(EvaluatedModule):
         """Clip as the trainer is configured and log the norm; a distillation does so itself."""
         norm = clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self.log("train/gradient_norm", norm)
-        if self.trainer.precision != "16-mixed":  # whose scaler skips such steps
-            self._watch(norm)
+        self._watch(norm, self.trainer.global_step)
 
-    def _watch(self, norm: Tensor) -> None:
+    def _watch(self, norm: Tensor, step: int) -> None:
         """Stop where a gradient was not finite; looked at in logged steps and before saving."""
-        step = self.trainer.global_step
-        self._finite.see(norm, step)
+        is_scaled = self.trainer.precision == "16-mixed"  # such steps are skipped, and scaled less
+        self._finite.see(norm, step, patience=SCALINGS if is_scaled else 0)
         if step % max(self.trainer.log_every_n_steps, 1) == 0:
             self._finite.check()
