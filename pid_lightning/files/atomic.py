@@ -89,16 +89,18 @@ def locked(path: Path, unknown: bool = True) -> Iterator[bool]:
     Yields:
         whether no other process held it or removed it; `unknown` where a system has no such locks.
     """
+    if fcntl is None:  # nor can an open file be moved or removed there
+        path.touch()
+        yield unknown
+        return
     with open(path, "ab") as file:
-        is_ours = unknown
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                is_ours = os.path.samestat(path.stat(), os.fstat(file.fileno()))
-            except (BlockingIOError, FileNotFoundError):
-                is_ours = False
-            except OSError:  # a file system without locks
-                pass
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        except (BlockingIOError, FileNotFoundError):
+            is_ours = False
+        except OSError:  # a file system without locks
+            is_ours = unknown
         yield is_ours
 
 
