@@ -11,6 +11,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, auto_cli
 
 from pid_lightning.checks import Mistake, one_line
+from pid_lightning.commands.yaml_limits import limit_yaml
 
 KEY = re.compile(r'Parser key "([^"]*)":')
 TYPE = re.compile(r"<class '(?:\w+\.)*(\w+)'>|typing\.Literal\[(.*?)\]")
@@ -22,6 +23,7 @@ class CommandParser(ArgumentParser):
     switch."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        limit_yaml()
         super().__init__(*args, exit_on_error=False, allow_abbrev=False, **kwargs)
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:

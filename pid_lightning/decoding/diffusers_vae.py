@@ -125,14 +125,14 @@ class PiDAutoencoder:
         pictures = decoder.decode(
             self.space.normalise(z.float()).to(decoder.device),
             self._take_latent_sigma(),
-            self.prompt,
+            _repeated(self.prompt, len(z)),
             self.steps,
             generator=generator,
             seed=self.seed if generator is None else None,
             tile="auto" if self.tile is None and self.use_tiling else self.tile,
             progress=False,
             guidance_scale=self.guidance_scale,
-            negative_prompt=self.negative_prompt,
+            negative_prompt=_repeated(self.negative_prompt, len(z)),
         ).to(z.device)
         if z.ndim == 5:
             pictures = pictures[:, :, None]  # (B, 3, 1, H, W)
@@ -159,6 +159,15 @@ def _encoded(decoder: PiDDecoder, prompt: str | list[str] | Tensor | None) -> Te
     text = prompt if isinstance(prompt, Tensor) else decoder.encode_prompt(prompt)
     check_features(text, decoder.info.config.text_width, len(text) if text.ndim == 3 else 1)
     return text
+
+
+def _repeated(prompt: str | list[str] | Tensor | None, num: int) -> Any:
+    """A prompt for each of `num` pictures, in diffusers' order of several per prompt."""
+    is_list = isinstance(prompt, list | tuple) or (isinstance(prompt, Tensor) and prompt.ndim == 3)
+    if not is_list or len(prompt) == 0 or num % len(prompt):
+        return prompt
+    places = [i for i in range(len(prompt)) for _ in range(num // len(prompt))]
+    return prompt[places] if isinstance(prompt, Tensor) else [prompt[i] for i in places]
 
 
 def _check_same_space(vae: str, space: LatentSpace, decoder: PiDDecoder) -> None:

@@ -51,7 +51,10 @@ class EarlyStop:
         latent_sigma: noise level, in the decoder's frame, of the latents that the last pipeline
             call passed on; None before.
         levels: the latents of that call at each level, in the pipeline's own layout.
+        tensor_inputs: what diffusers' `MultiPipelineCallbacks` gives it among other callbacks.
     """
+
+    tensor_inputs = ("latents",)
 
     def __init__(self, at_step: int | None, sigmas: Sequence[float] = ()) -> None:
         self.at_step = at_step
@@ -88,6 +91,7 @@ class EarlyStop:
         ) -> dict[str, Any]:
             return self._stop(pipe, level, callback_kwargs)
 
+        callback.tensor_inputs = self.tensor_inputs
         return callback
 
     def _stop(self, pipe: Any, level: float, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +141,8 @@ def stop_early(
             the first step that leaves as much or less. Of several, the loop ends at the lowest.
 
     Returns:
-        The callback, which can be used for any number of calls.
+        The callback, which can be used for any number of calls, also among others in diffusers'
+        `MultiPipelineCallbacks`.
 
     Raises:
         Mistake: `vae` is not a `PiDAutoencoder`, the pipeline cannot be interrupted, the noise

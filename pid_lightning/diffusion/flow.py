@@ -15,6 +15,11 @@ from torch import Tensor
 SMALLEST_DIVISOR = 0.05
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """The widest floating point that a device has: fp64, but for Apple's GPUs."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """Reshape (B,) to (B, 1, 1, ...), with the dimensions of `like`, in fp32 at least."""
     dtype = torch.promote_types(values.dtype, torch.float32)

@@ -1,4 +1,5 @@
-"""Losses as pure functions of network outputs, computed in fp32 (DMD: fp64) for any input dtype.
+"""Losses as pure functions of network outputs, computed in fp32 (DMD: fp64, where the
+device has it) for any input dtype.
 
 `x0`, `velocity` and pictures are (B, 3, H, W); logits (B, taps); every loss is a scalar mean.
 """
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pid_lightning.diffusion.flow import per_sample, velocity_of
+from pid_lightning.diffusion.flow import per_sample, velocity_of, widest
 
 
 def flow_matching_loss(velocity: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
@@ -20,7 +21,8 @@ def flow_matching_loss(velocity: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
 def dmd_gradient(student_x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor) -> Tensor:
     """`g = (x0_fake - x0_teacher) / mean|x0_student - x0_teacher|` per sample, in fp64 (DMD,
     arXiv 2311.18828, equations 7 and 8)."""
-    student, teacher, fake = student_x0.double(), teacher_x0.double(), fake_x0.double()
+    dtype = widest(student_x0.device)
+    student, teacher, fake = student_x0.to(dtype), teacher_x0.to(dtype), fake_x0.to(dtype)
     distance = (student - teacher).abs().flatten(1).mean(1)
     return (fake - teacher) / per_sample(distance.clamp(min=1e-12), student)
 
@@ -32,8 +34,8 @@ def dmd_loss(student_x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor) -> Tensor:
         gradient = dmd_gradient(student_x0, teacher_x0, fake_x0)
         finite = gradient.flatten(1).isfinite().all(1)
         gradient = torch.where(per_sample(finite, gradient).bool(), gradient, 0.0)
-        target = student_x0.double() - gradient
-    return 0.5 * F.mse_loss(student_x0.double(), target)
+        target = student_x0.to(gradient.dtype) - gradient
+    return 0.5 * F.mse_loss(student_x0.to(target.dtype), target)
 
 
 def fake_score_loss(fake_velocity: Tensor, student_x0: Tensor, eps: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from pid_lightning.files.tensors import (
 )
 from pid_lightning.nn import AdapterConfig, Geometry, PiD, PiDConfig
 from pid_lightning.nn.changes import check_allowed
+from pid_lightning.nn.compilation import plain_name
 from pid_lightning.nn.quantisation import is_quantised
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -175,7 +176,8 @@ def save_model(
 
     check_model_path(path)
     check_allowed(denoiser.changes, "save")
-    state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in denoiser.state_dict().items()}
+    state = denoiser.state_dict()
+    state = {plain_name(k): v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}
     check_weights(state, "take an earlier checkpoint of the run, or another dtype")
     metadata = {METADATA_KEY: json.dumps(info.to_plain())}
     if description:
@@ -267,7 +269,8 @@ def denoiser_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """Select the denoiser's tensors of a checkpoint, the averaged ones where present."""
     state = checkpoint["state_dict"]
     prefix = AVERAGE if any(name.startswith(AVERAGE) for name in state) else "denoiser."
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    taken = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    return {plain_name(name): value for name, value in taken.items()}
 
 
 def fingerprint(denoiser: PiD) -> str:
@@ -277,5 +280,5 @@ def fingerprint(denoiser: PiD) -> str:
     for name, tensor in sorted(denoiser.state_dict().items()):
         values = (tensor.dequantize() if is_quantised(tensor) else tensor.detach()).flatten()
         some = values[:: max(1, len(values) // 64)].float().cpu()
-        digest.update(name.encode() + some.numpy().tobytes())
+        digest.update(plain_name(name).encode() + some.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pid_lightning.checks import Mistake
 from pid_lightning.nn import PiD, PiDConfig
+from pid_lightning.nn.compilation import plain_name
 
 
 class Entry(NamedTuple):
@@ -97,7 +98,7 @@ def to_published(denoiser: PiD) -> dict[str, Tensor]:
         Mistake: the network has tensors that no published one has, such as a learned null; names
             the first ones.
     """
-    state = denoiser.state_dict()
+    state = {plain_name(name): value for name, value in denoiser.state_dict().items()}
     table = list(_table(denoiser.config))
     differing = sorted(state.keys() ^ {name for entry in table for name in entry.ours})
     if differing:

@@ -12,6 +12,11 @@ from pid_lightning.nn.condition import Condition
 from pid_lightning.nn.denoiser import PiD
 
 
+def plain_name(name: str) -> str:
+    """A tensor's name without what `torch.compile` of a network or of a part adds to it."""
+    return name.replace("_orig_mod.", "")
+
+
 def compile_for_inference(denoiser: PiD, freeze: bool = False, cuda_graphs: bool = False) -> None:
     """Compile a network, in place; each new size of picture or caption is compiled at its first
     call, and its graph stays until the process ends.

@@ -19,6 +19,7 @@ from pid_lightning.files.atomic import replaced_file
 from pid_lightning.files.hub import find_model
 from pid_lightning.files.models import AVERAGE, METADATA_KEY, TRAINING_KEY, ModelInfo
 from pid_lightning.files.tensors import read_torch_file
+from pid_lightning.nn.compilation import plain_name
 from pid_lightning.training.settings import Training
 
 # Submodules with pretrained weights, left out of checkpoints.
@@ -75,7 +76,7 @@ def read_run(ours: ModelInfo, checkpoint: dict[str, Any]) -> Found:
     # Until version 0.1 the networks of a distillation stood beside the denoiser.
     moved = {
         f"distillation.{name}" if name.startswith(("fake_score.", "discriminator.")) else name: v
-        for name, v in checkpoint["state_dict"].items()
+        for name, v in ((plain_name(k), v) for k, v in checkpoint["state_dict"].items())
     }
     is_averaged = any(name.startswith(AVERAGE) for name in moved)
     optimizer, resumes = checkpoint.get(TRAINING_KEY, {}), "optimizer_states" in checkpoint
@@ -181,6 +182,21 @@ def read_start(path: str, ours: ModelInfo, denoiser: nn.Module, fits: bool) -> F
 
 def _backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if not k.startswith(("adapter.", "gates."))}
+
+
+def name_plainly(module: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
+    """Leave out frozen networks, and what `torch.compile` adds to names."""
+    for name in [*state]:
+        value = state.pop(name)
+        if not name.startswith(FROZEN):
+            state[plain_name(name)] = value
+
+
+def name_as_here(module: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
+    """Invert `name_plainly` for the networks that are compiled here."""
+    for name, _value in [*module.named_parameters(), *module.named_buffers()]:
+        if plain_name(name) != name and plain_name(name) in state:
+            state[name] = state.pop(plain_name(name))
 
 
 def forgive_frozen(module: nn.Module, incompatible: Any) -> None:

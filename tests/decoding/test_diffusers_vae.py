@@ -306,3 +306,17 @@ def test_flux2_statistics_are_the_autoencoders() -> None:
     var = vae.bn.running_var.view(1, -1, 1, 1) + 1e-4
     expected = (packed - vae.bn.running_mean.view(1, -1, 1, 1)) / var.sqrt()
     torch.testing.assert_close(space.normalise(raw), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_prompt_is_that_of_each_of_its_pictures() -> None:
+    vae = tiny_pipelines.sd3_vae()
+    plain = decoder_for(vae).info.config
+    config = dataclasses.replace(plain, text_length=3, text_width=6, learned_null=False)
+    decoder = decoder_for(vae, config=config)
+    text = random_tensor(2, 3, decoder.info.config.text_width)
+    latents = random_tensor(1, 16, 2, 2).repeat(4, 1, 1, 1)
+    together = PiDAutoencoder(vae, decoder, prompt=text).decode(latents).sample
+    by_hand = PiDAutoencoder(vae, decoder, prompt=text[[0, 0, 1, 1]]).decode(latents).sample
+    assert torch.equal(together, by_hand)
+    with pytest.raises(Mistake):
+        PiDAutoencoder(vae, decoder, prompt=text).decode(latents[:3])

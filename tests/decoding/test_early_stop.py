@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import tiny_pipelines
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, SDXLCFGCutoffCallback
 from tiny_pipelines import HEIGHT, PIPELINES, SCALE, WIDTH, call, decoder_for, random_tensor
 from torch import Tensor
 
@@ -381,3 +382,13 @@ def test_even_steps_of_ddim_are_taken() -> None:
     stop = stop_early(tiny.pipe, 2)
     call(tiny, 5, callback_on_step_end=stop)
     assert 0 < stop.latent_sigma < 1
+
+
+def test_it_joins_diffusers_own_callbacks() -> None:
+    tiny = with_pid(tiny_pipelines.sdxl())
+    pictures = []
+    for others in ([], [SDXLCFGCutoffCallback(cutoff_step_ratio=1.0)]):
+        stop = stop_early(tiny.pipe, 2)
+        pictures.append(call(tiny, callback_on_step_end=MultiPipelineCallbacks([*others, stop])))
+        assert 0 < stop.latent_sigma < 1
+    assert torch.equal(*pictures)

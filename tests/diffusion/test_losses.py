@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pid_lightning.diffusion import losses
+from pid_lightning.diffusion.flow import widest
 
 
 def pictures(seed: int = 0, batch_size: int = 3) -> Tensor:
@@ -208,3 +209,8 @@ def test_autocast_does_not_round_a_loss(name: str) -> None:
         loss = LOSSES[name](*inputs)
     assert loss.dtype == exact.dtype
     assert torch.allclose(loss, exact, rtol=1e-6)
+
+
+def test_the_widest_type_is_one_that_the_device_has() -> None:
+    assert widest(torch.device("cpu")) == widest(torch.device("cuda")) == torch.float64
+    assert widest(torch.device("mps")) == torch.float32

@@ -21,6 +21,7 @@ from pid_lightning.files.models import (
     METADATA_KEY,
     ModelInfo,
     denoiser_state,
+    fingerprint,
     load_model,
     read_checkpoint,
     save_model,
@@ -153,6 +154,18 @@ def test_differences_name_what_would_not_mean_the_same() -> None:
         "num_blocks: 3, here 2",
         "adapter.gate: channel, here token",
     ]
+
+
+def test_networks_that_their_user_compiled_save_under_plain_names(tmp_path: Path) -> None:
+    network, path = random_network(), tmp_path / "model.safetensors"
+    network.patch_blocks[0] = torch.compile(network.patch_blocks[0])
+    network = torch.compile(network)
+    save_model(network, INFO, path, torch.float32)
+    assert_equal(load_model(path)[0], random_network())
+    state = {f"denoiser.{name}": value for name, value in network.state_dict().items()}
+    torch.save(checkpoint(state_dict=state), tmp_path / "last.ckpt")
+    assert_equal(load_model(tmp_path / "last.ckpt")[0], random_network())
+    assert fingerprint(network) == fingerprint(random_network())
 
 
 # ------------------------------------------------------------------- damaged files

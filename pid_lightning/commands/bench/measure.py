@@ -15,6 +15,7 @@ from torch import Tensor
 from pid_lightning.commands.bench.work import Mode, Work, forward
 from pid_lightning.decoding.memory import PeakMemory
 from pid_lightning.decoding.memory_estimate import peak_bytes
+from pid_lightning.diffusion.flow import widest
 from pid_lightning.nn import PiD
 from pid_lightning.training.sample import Sample
 
@@ -89,10 +90,11 @@ def measure_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def exact_velocity(denoiser: PiD, sample: Sample) -> Tensor:
     """What `forward` returns with the same weights in fp64."""
-    wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in sample]
-    return forward(copy.deepcopy(denoiser).double(), Sample(*wide))
+    dtype = widest(denoiser.out.weight.device)
+    wide = [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in sample]
+    return forward(copy.deepcopy(denoiser).to(dtype), Sample(*wide))
 
 
 def relative_error(velocity: Tensor, exact: Tensor) -> float:
     """The largest absolute error divided by the largest exact magnitude."""
-    return ((velocity.double() - exact).abs().max() / exact.abs().max()).item()
+    return ((velocity.to(exact.dtype) - exact).abs().max() / exact.abs().max()).item()

@@ -21,11 +21,12 @@ from pid_lightning.nn import Geometry, PiD, PiDConfig
 from pid_lightning.nn.freezing import freeze_untrained
 from pid_lightning.nn.picture_discriminator import PictureDiscriminator
 from pid_lightning.training.checkpoints import (
-    FROZEN,
     TRAINING_KEY,
     check_resumes,
     forgive_frozen,
     guard_checkpoints,
+    name_as_here,
+    name_plainly,
     optimizer_settings,
     read_run,
     read_start,
@@ -109,6 +110,8 @@ class PiDModule(EvaluatedModule):
             raise Mistake("model.init_from", "an empty name; name a model, or leave it out.")
         check_text(self.text_encoder, denoiser, training.caption_dropout)
         self._freeze_untrained()
+        self.register_state_dict_post_hook(name_plainly)
+        self.register_load_state_dict_pre_hook(name_as_here)
         self.register_load_state_dict_post_hook(forgive_frozen)
 
     # Description and setup.
@@ -235,13 +238,6 @@ class PiDModule(EvaluatedModule):
             self.logger.log_hyperparams(self.info.to_plain() | {"training": settings})
 
     # Checkpoints: without frozen networks, self-describing, checked before loading.
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The state without the frozen networks."""
-        state = super().state_dict(*args, **kwargs)
-        for name in [name for name in state if name.startswith(FROZEN)]:
-            del state[name]
-        return state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the model description in the checkpoint.
