@@ -69,13 +69,6 @@ def latent_loss(estimate: Tensor, clean: Tensor, latent_sigma: Tensor) -> Tensor
     return (error / guess.clamp_min(0.05**2)).mean()
 
 
-def relativistic_loss(ours: Tensor, theirs: Tensor) -> Tensor:
-    """How far logits `ours` are from exceeding `theirs` of the same places: `softplus(theirs -
-    ours)`, averaged (relativistic pairing, arXiv 1807.00734, equation 6; arXiv 2501.05441, equation
-    2). A discriminator minimises it for real against made ones, who made them the other way."""
-    return F.softplus(theirs - ours).mean()
-
-
 # ITU-R BT.601: the weights of R, G, B in luma and in the two chroma differences.
 _YCBCR = (
     (0.299, 0.587, 0.114),

@@ -106,7 +106,7 @@ class PiDConfig:
             ``"x0"``.
         refiner_width: channels of convolutions over the whole picture after the pixel blocks, which
             mix across the borders of patches; 0 builds none. Needs `residual`.
-        refiner_layers: number of these convolutions.
+        refiner_layers: number of these convolutions, even.
         adapter: sizes of the latent adapter.
     """
 
@@ -146,6 +146,9 @@ class PiDConfig:
                 "true adds to the native decode, so it needs prediction x0 and adapter.native "
                 "taef2; set both.",
             )
+        if self.refiner_width:
+            check_multiple("patch_size", self.patch_size, 2, "the refiner's folded pixels")
+            check_multiple("refiner_layers", self.refiner_layers, 2, "residual pairs", least=1)
         if self.refiner_width and not self.residual:
             raise Mistake(
                 "refiner_width",

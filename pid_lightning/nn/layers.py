@@ -93,6 +93,23 @@ class TimeEmbedding(nn.Module):
             return _linear(self.out, hidden)[:, None]
 
 
+class ResidualConvolutions(nn.Module):
+    """`x + conv(silu(conv(silu(x))))` with 3 x 3 convolutions (B, width, H, W)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first: nn.Conv2d = replicating_conv(width, width)
+        self.second: nn.Conv2d = replicating_conv(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.silu(self.first(F.silu(x))))
+
+
+def replicating_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """A 3 x 3 convolution that repeats the border, so that no edge of the picture is dark."""
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode="replicate")
+
+
 def _linear(linear: nn.Linear, x: Tensor) -> Tensor:
     """The linear layer computed in the dtype of x, whatever that of the weights."""
     return F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))

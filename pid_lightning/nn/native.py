@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pid_lightning.checks import Mistake
 from pid_lightning.nn.geometry import Geometry
+from pid_lightning.nn.layers import ResidualConvolutions, replicating_conv
 from pid_lightning.nn.taef2 import LATENT_CHANNELS, STRIDE, TAEF2Decoder
 
 
@@ -71,9 +72,11 @@ class LatentDenoiser(nn.Module):
 
     def __init__(self, channels: int, width: int, num_blocks: int) -> None:
         super().__init__()
-        self.first: nn.Conv2d = _conv(channels + 1, width)
-        self.blocks: nn.ModuleList = nn.ModuleList(_Residual(width) for _ in range(num_blocks))
-        self.last: nn.Conv2d = _conv(width, channels)
+        self.first: nn.Conv2d = replicating_conv(channels + 1, width)
+        self.blocks: nn.ModuleList = nn.ModuleList(
+            ResidualConvolutions(width) for _ in range(num_blocks)
+        )
+        self.last: nn.Conv2d = replicating_conv(width, channels)
 
     def reset_parameters(self) -> None:
         """Default initialisation of convolutions, and a network that predicts 0 at first."""
@@ -95,15 +98,6 @@ class LatentDenoiser(nn.Module):
         return latents * ((1 - sigma) / variance) + error * (sigma * variance.rsqrt())
 
 
-class _Residual(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.first, self.second = _conv(width, width), _conv(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(F.silu(self.first(F.silu(x))))
-
-
 def check_geometry(unpacked: Geometry) -> None:
     """Raise `Mistake` unless TAEF2 decodes these latents."""
     if (unpacked.latent_channels, unpacked.latent_stride) != (LATENT_CHANNELS, STRIDE):
@@ -113,7 +107,3 @@ def check_geometry(unpacked: Geometry) -> None:
             f"{unpacked.latent_channels} at {unpacked.latent_stride} (after adapter.unpack); set "
             "it to none.",
         )
-
-
-def _conv(in_channels: int, out_channels: int) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode="replicate")

@@ -15,14 +15,10 @@ from pid_lightning.diffusion import flow, losses
 from pid_lightning.diffusion.randomness import sample_generators
 from pid_lightning.diffusion.sampling import check_student_times
 from pid_lightning.nn import Condition, PiD
-from pid_lightning.nn.picture_discriminator import PictureDiscriminator
 from pid_lightning.pictures.lpips import LPIPS, lpips_network, lpips_vgg_network
 from pid_lightning.training.objective import FlowMatching
 from pid_lightning.training.sample import Sample
 from pid_lightning.training.settings import Training
-
-# AdamW's settings for the discriminator: a short memory, since what it judges keeps changing.
-CRITIC_OPTIMIZER = {"lr": 4e-4, "betas": (0.5, 0.99), "weight_decay": 0.0}
 
 
 @dataclass(frozen=True)
@@ -40,8 +36,6 @@ class RegressionSettings:
             a small denoiser; null is all of it.
         latent_weight: weight of the error of the adapter's estimate of the clean latents, which
             is frozen at 0.
-        adversarial_weight: weight of the verdict of a `PictureDiscriminator`, which learns beside
-            the student and brings texture; 0 is without one.
 
     Raises:
         Mistake: a value is out of range.
@@ -55,12 +49,11 @@ class RegressionSettings:
     vgg: str | None = None
     vgg_size: int | None = None
     latent_weight: float = 0.0
-    adversarial_weight: float = 0.0
 
     def __post_init__(self) -> None:
         check_student_times("Regression student_times", self.student_times)
         check_between("Regression last_share", self.last_share, 0, 1)
-        for name in ("pixel", "alex", "vgg", "latent", "adversarial"):
+        for name in ("pixel", "alex", "vgg", "latent"):
             check_at_least(f"Regression {name}_weight", getattr(self, f"{name}_weight"), 0)
         if self.vgg_weight and self.vgg is None:
             raise Mistake(
@@ -80,7 +73,6 @@ class RegressionObjective(FlowMatching):
         denoiser: the network that learns.
         training: its optimiser and seed.
         regression: its times and losses.
-        discriminator: the network of the adversarial loss, None without one.
         device: of the perceptual networks.
 
     Raises:
@@ -92,12 +84,10 @@ class RegressionObjective(FlowMatching):
         denoiser: PiD,
         training: Training,
         regression: RegressionSettings,
-        discriminator: PictureDiscriminator | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(denoiser, training)
         self.regression = regression
-        self.discriminator = discriminator
         self.alex: LPIPS | None = lpips_network().to(device) if regression.alex_weight else None
         self.vgg: LPIPS | None = (
             lpips_vgg_network(regression.vgg).to(device) if regression.vgg_weight else None
@@ -121,30 +111,10 @@ class RegressionObjective(FlowMatching):
         if regression.latent_weight:
             estimate = adapted.latents
             parts["latent"] = losses.latent_loss(estimate, sample.clean, sample.latent_sigma)
-        if self.discriminator is not None:
-            parts["adversarial"], critic_loss = self._verdicts(x0, sample.x0, adapted.base)
         loss = sum(getattr(regression, f"{name}_weight") * part for name, part in parts.items())
         logged = {f"{name}_loss": part.detach() for name, part in parts.items()}
         logged["loss"] = loss.detach()
-        if self.discriminator is not None:
-            loss = loss + critic_loss
-            logged["critic_loss"] = critic_loss.detach()
         return loss, logged
-
-    def _optimizer(self, fused: bool) -> torch.optim.Optimizer:
-        optimizer = super()._optimizer(fused)
-        if self.discriminator is not None:
-            critic = {"params": list(self.discriminator.parameters()), **CRITIC_OPTIMIZER}
-            optimizer.add_param_group(optimizer.param_groups[-1] | critic)
-        return optimizer
-
-    def _verdicts(self, made: Tensor, photographs: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
-        """The student's and the discriminator's losses; neither has gradients for the other."""
-        real = self.discriminator(photographs, base)
-        critic_loss = losses.relativistic_loss(real, self.discriminator(made.detach(), base))
-        frozen = {name: p.detach() for name, p in self.discriminator.named_parameters()}
-        verdict = torch.func.functional_call(self.discriminator, frozen, (made, base))
-        return losses.relativistic_loss(verdict, real.detach()), critic_loss
 
     def _predicted(
         self, sample: Sample, condition: Condition, generator: torch.Generator

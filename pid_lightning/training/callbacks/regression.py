@@ -5,7 +5,6 @@ from __future__ import annotations
 from lightning.pytorch import Callback, Trainer
 
 from pid_lightning.checks import Mistake
-from pid_lightning.nn.picture_discriminator import PictureDiscriminator
 from pid_lightning.training.modules.base import PiDModule
 from pid_lightning.training.objective import FlowMatching
 from pid_lightning.training.regression import RegressionObjective, RegressionSettings
@@ -27,20 +26,8 @@ class Regression(RegressionSettings, Callback):
                 "model.training.train",
                 f"{training.train} makes no pictures to compare; set it to all.",
             )
-        if self.adversarial_weight:
-            if not pl_module.denoiser.config.residual:
-                raise Mistake(
-                    "Regression adversarial_weight",
-                    "the discriminator compares with the enlarged native decode, which this "
-                    "network does not add to; set model.denoiser.residual, or leave it at 0.",
-                )
-            pl_module.picture_discriminator = PictureDiscriminator()
         pl_module.objective = RegressionObjective(
-            pl_module.denoiser,
-            training,
-            self,
-            pl_module.picture_discriminator,
-            trainer.strategy.root_device,
+            pl_module.denoiser, training, self, trainer.strategy.root_device
         )
         pl_module.student_times = tuple(self.student_times)
         self._let_estimate_learn(pl_module, self.latent_weight > 0)
@@ -49,7 +36,6 @@ class Regression(RegressionSettings, Callback):
         """Give the module its own objective again."""
         if stage == "fit":
             pl_module.objective = FlowMatching(pl_module.denoiser, pl_module.training_settings)
-            pl_module.picture_discriminator = None
             self._let_estimate_learn(pl_module, False)
 
     def _let_estimate_learn(self, module: PiDModule, learns: bool) -> None:

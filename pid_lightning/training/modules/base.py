@@ -19,7 +19,6 @@ from pid_lightning.encoders.text import NoText, TextEncoder, check_text
 from pid_lightning.files import models as weights
 from pid_lightning.nn import Geometry, PiD, PiDConfig
 from pid_lightning.nn.freezing import freeze_untrained
-from pid_lightning.nn.picture_discriminator import PictureDiscriminator
 from pid_lightning.training.checkpoints import (
     TRAINING_KEY,
     check_resumes,
@@ -65,7 +64,6 @@ class PiDModule(EvaluatedModule):
         denoiser: the trained network.
         denoiser_ema: its average if the `EMA` callback is used, else None.
         distillation: the networks beside a student while `DMD2` trains it, else None.
-        picture_discriminator: judges pictures while `Regression` trains with it, else None.
         objective: computes the training step.
         student_times: sampling times of a distilled student, None for a teacher.
         image_size: side in pixels of the training pictures, None if unknown.
@@ -98,7 +96,6 @@ class PiDModule(EvaluatedModule):
         self.denoiser.activation_checkpointing = training.activation_checkpointing
         self.denoiser_ema: PiD | None = None
         self.distillation: Distillation | None = None
-        self.picture_discriminator: PictureDiscriminator | None = None
         self.objective: Objective = FlowMatching(self.denoiser, training)
         self.student_times: tuple[float, ...] | None = None
         self.image_size: int | None = None
