@@ -425,7 +425,7 @@ def test_names_too_long_for_outputs_are_shortened(tmp_path: Path, model: Path, m
 )
 def test_a_prompt_is_taken_as_it_is(monkeypatch, prompt: str) -> None:
     taken = []
-    monkeypatch.setattr(decode_files, "decode_files", lambda *given: taken.append(given[-1]))
+    monkeypatch.setattr(decode_files, "decode_files", lambda *given: taken.append(given[3]))
     pid("decode", "a.png", f"--prompt={prompt}")
     assert taken[0].prompt == prompt
 
