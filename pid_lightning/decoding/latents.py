@@ -47,9 +47,17 @@ def decode_latents(
 
     # Cached across steps: about one picture in total, where whole conditions would be several.
     adapted: dict[tuple[int, int], Adapted] = {}
+    whole: Adapted | None = None
+    if plan.tiles is not None and denoiser.adapter.native is not None:
+        # A native decoder norms over all it sees: of a tile alone it shows paler colours.
+        whole = denoiser.adapt(latents, latent_sigma)
 
     def velocity_of_tile(place: Tile) -> Velocity:
         corner = (place.rows.start, place.columns.start)
+        if whole is not None:
+            places = [(place.rows, place.columns)] * len(latents)
+            part = whole.parts(places, denoiser.config.patch_size)
+            return velocity_of(denoiser.condition_on(part, latent_sigma, text))
         if corner not in adapted:
             adapted[corner] = adapt_tile(denoiser, latents, latent_sigma, plan.tiles, place)
         return velocity_of(denoiser.condition_on(adapted[corner], latent_sigma, text))

@@ -19,7 +19,7 @@ except ImportError:  # Windows
 
 LONG_NAME = 230  # bytes; file systems take 255, and a temporary file's name is longer
 TEMPORARY = ".*.*-" + "[0-9a-f]" * 6 + ".tmp"  # of `_beside`
-FRESH = 5  # seconds; some writers move a file of their own, not locked, to the temporary name
+FRESH = 2  # seconds; some writers move a file of their own, not locked, to the temporary name
 
 
 def make_folder(option: str, folder: str | Path) -> None:

@@ -78,8 +78,7 @@ def test_tiles_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_tiles_are_near_the_whole() -> None:
-    """Twice the trained size in tiles against the whole, on clean latents: above 20 dB. TAEF2's
-    group norms see a tile and its margin."""
+    """Tiles against a whole of twice their side, on clean latents: above 26 dB."""
     decoder = PiDDecoder.from_pretrained(NAME, torch.float32)
     photos = torch.cat([_centre(path, 384) for path in sorted(BUNDLED_PHOTOS.glob("test/*.jpg"))])
     latents = decoder.encode(reduce_picture(photos, decoder.scale))
@@ -89,7 +88,7 @@ def test_tiles_are_near_the_whole() -> None:
             decoder.decode(latents, seed=0, tile=tile, progress=False) for tile in (None, SIDE)
         )
     assert not torch.equal(whole, tiled)
-    assert _psnr(whole, tiled) > 20
+    assert _psnr(whole, tiled) > 26
 
 
 def test_a_picture_is_enlarged_by_one_command(tmp_path: Path) -> None:

@@ -58,13 +58,12 @@ def test_a_file_holds_all_that_it_shows(path, latents):
     assert psnr(whole, native).item() > 35  # the file's weights are in bfloat16
 
 
-def test_tiles_show_nearly_what_the_whole_shows(path, latents):
-    """Not exactly: the native decoder's group norm sees a tile and its margin."""
+def test_tiles_show_what_the_whole_shows(path, latents):
+    """The native decoder, whose group norm sees all of a picture, sees it once for all tiles."""
     decoder = PiDDecoder.from_pretrained(path)
     whole = decoder.decode(latents, tile=None, seed=0, progress=False)
     tiled = decoder.decode(latents, tile=192, seed=0, progress=False)
-    assert psnr(tiled, whole).item() > 20
-    assert not torch.equal(tiled, whole)
+    assert psnr(tiled, whole).item() > 80
 
 
 def test_flux2s_own_autoencoder_makes_its_latents(path):
