@@ -117,7 +117,7 @@ def shown(value: object) -> str:
     """A value in a few words, however large or nested it is."""
     try:
         return " ".join(reprlib.repr(value).split())
-    except Exception:  # a number of thousands of digits, or an object of a stranger's
+    except ValueError:  # a number of thousands of digits
         return f"a {type(value).__name__}"
 
 

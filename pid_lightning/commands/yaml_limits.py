@@ -13,7 +13,6 @@ from pid_lightning.checks import Mistake
 MOST_VALUES = 100_000  # with every alias written out
 DEEPEST = 100
 LONGEST_NUMBER = 100
-SHORT = 200  # characters, in which no limit can be passed
 
 
 def limit_yaml() -> None:
@@ -27,13 +26,12 @@ def load(text: str) -> Any:
     Raises:
         Mistake: it nests too deeply, names too many values by aliases, or holds an endless number.
     """
-    if len(text) > SHORT:
-        try:
-            _measure(yaml.compose(text, Loader=yaml.SafeLoader), {}, 0)
-        except yaml.YAMLError:
-            pass  # told by the loader
-        except RecursionError:
-            raise Mistake("config", _told("nests too deeply")) from None
+    try:
+        _measure(yaml.compose(text, Loader=yaml.SafeLoader), {}, 0)
+    except yaml.YAMLError:
+        pass  # told by the loader
+    except RecursionError:
+        raise Mistake("config", _told("nests too deeply")) from None
     return yaml_load(text)
 
 

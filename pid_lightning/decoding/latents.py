@@ -48,16 +48,14 @@ def decode_latents(
     # Cached across steps: about one picture in total, where whole conditions would be several.
     adapted: dict[tuple[int, int], Adapted] = {}
     whole: Adapted | None = None
-    if plan.tiles is not None and denoiser.adapter.native is not None:
-        # A native decoder norms over all it sees: of a tile alone it shows paler colours.
+    if plan.tiles is not None and is_adapted_whole(denoiser):
         whole = denoiser.adapt(latents, latent_sigma)
 
     def velocity_of_tile(place: Tile) -> Velocity:
-        corner = (place.rows.start, place.columns.start)
         if whole is not None:
-            places = [(place.rows, place.columns)] * len(latents)
-            part = whole.parts(places, denoiser.config.patch_size)
+            part = part_of(whole, place, len(latents), denoiser.config.patch_size)
             return velocity_of(denoiser.condition_on(part, latent_sigma, text))
+        corner = (place.rows.start, place.columns.start)
         if corner not in adapted:
             adapted[corner] = adapt_tile(denoiser, latents, latent_sigma, plan.tiles, place)
         return velocity_of(denoiser.condition_on(adapted[corner], latent_sigma, text))
@@ -67,6 +65,17 @@ def decode_latents(
     else:
         velocity = blended_velocity(velocity_of_tile, plan.tiles)
     return plan.sample(velocity, len(latents), generator, latents.device).clamp_(-1, 1)
+
+
+def is_adapted_whole(denoiser: PiD) -> bool:
+    """Whether tiles are parts of what the adapter makes of the whole picture: a native decoder
+    norms over all it sees, and of a tile alone it shows paler colours."""
+    return denoiser.adapter.native is not None
+
+
+def part_of(whole: Adapted, place: Tile, batch_size: int, patch_size: int) -> Adapted:
+    """A tile's part of what `PiD.adapt` made of whole pictures."""
+    return whole.parts([(place.rows, place.columns)] * batch_size, patch_size)
 
 
 def adapt_tile(

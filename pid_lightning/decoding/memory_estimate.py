@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pid_lightning.decoding.latents import adapt_tile
+from pid_lightning.decoding.latents import adapt_tile, is_adapted_whole, part_of
 from pid_lightning.decoding.plan import Plan
 from pid_lightning.diffusion.sampling import Velocity
 from pid_lightning.diffusion.tiling import Tile, Tiles
@@ -72,6 +72,7 @@ def _estimate(
     plan = Plan.of(denoiser, torch.empty(shape, device="meta"), tile=tile, **times)
     tiles = plan.tiles
     place = None if tiles is None else max(tiles, key=lambda tile: _seen_area(tile, tiles))
+    at_once = tiles is None or is_adapted_whole(denoiser)
     shapes = {name: weight.shape for name, weight in denoiser.state_dict().items()}
     with FakeTensorMode():
         state = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
@@ -85,14 +86,17 @@ def _estimate(
         x = torch.empty(batch_size, 3, *plan.seen)
 
         def adapt() -> Adapted:
-            if tiles is None:
+            if at_once:
                 return denoiser.adapt(latents, t)
             return adapt_tile(denoiser, latents, t, tiles, place)
 
         adapted = adapt()
         kept = num_bytes(filter(_is_tensor, tree_leaves(adapted)))
+        adapting, cutting = peak_bytes(adapt), 0
+        if at_once and tiles is not None:
+            adapted = part_of(adapted, place, batch_size, info.config.patch_size)
+            cutting = num_bytes(filter(_is_tensor, tree_leaves(adapted)))
         condition = denoiser.condition_on(adapted, t, text)
-        adapting = peak_bytes(adapt)
         conditioning = peak_bytes(lambda: denoiser.condition_on(adapted, t, text))
         held = num_bytes(filter(_is_tensor, tree_leaves(condition)))
         running = peak_bytes(lambda: denoiser(x, t, condition))
@@ -109,7 +113,9 @@ def _estimate(
         making = max(adapting, kept + conditioning)
         return max(making, held + sampling(velocity))
 
-    making = max(adapting, conditioning, held + running)
+    making = cutting + max(conditioning, held + running)
+    if not at_once:
+        making = max(making, adapting)
 
     def sum_of_tiles(x_t: Tensor, t: Tensor) -> Tensor:
         total = torch.empty_like(x_t)
@@ -118,8 +124,9 @@ def _estimate(
         del cut
         return total
 
-    held = len(tiles) * kept
-    return held + sampling(sum_of_tiles)
+    if at_once:
+        return max(adapting, kept + sampling(sum_of_tiles))
+    return len(tiles) * kept + sampling(sum_of_tiles)
 
 
 def _seen_area(tile: Tile, tiles: Tiles) -> int:

@@ -153,7 +153,7 @@ def _load(picture: Image.Image) -> None:
         def turn() -> None:  # the end of loading, after the pixels, which stay if this fails
             try:
                 end()
-            except Exception:
+            except Exception:  # what Pillow raises of a broken EXIF is of many kinds
                 with suppress(Exception):
                     ImageOps.exif_transpose(picture, in_place=True)
 

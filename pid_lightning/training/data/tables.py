@@ -173,6 +173,8 @@ def _unusable(file: Path) -> str:
     try:
         with open(file, "rb") as content:
             return "" if parquet.read_metadata(content).num_rows else "empty"
+    except PermissionError:
+        raise  # the file may be whole
     except Exception:  # of damaged footers, nearly any
         return "not fetched by Git LFS (run git lfs pull)" if is_lfs_pointer(file) else "damaged"
 
