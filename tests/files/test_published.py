@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from plain import published_shapes, random_published
+from published import V15 as V15_CHANGES
 from published import build_from_arguments
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -39,13 +40,7 @@ V1 = {
     "sr_scale": 4,
     "latent_spatial_down_factor": 4,
 }
-V15 = {
-    **V1,
-    "lq_gate_type": "sigma_aware_per_token",
-    "lq_conv_padding_mode": "replicate",
-    "pit_lq_inject": True,
-    "lq_aux_rgb_head": True,
-}
+V15 = V1 | V15_CHANGES
 both = pytest.mark.parametrize("arguments", [V1, V15], ids=["v1", "v15"])
 
 

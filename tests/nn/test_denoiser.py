@@ -20,7 +20,7 @@ from plain import (
     plain_velocity,
     random_published,
 )
-from published import build_from_arguments
+from published import V15, build_from_arguments
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -50,12 +50,6 @@ SMALL = {
     "lq_latent_channels": 4,
     "sr_scale": 2,
     "latent_spatial_down_factor": 4,
-}
-V15 = {
-    "lq_gate_type": "sigma_aware_per_token",
-    "lq_conv_padding_mode": "replicate",
-    "pit_lq_inject": True,
-    "lq_aux_rgb_head": True,
 }
 FOLDED = {"sr_scale": 1, "latent_spatial_down_factor": 4}
 PACKED = {

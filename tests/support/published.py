@@ -9,6 +9,13 @@ from plain import GATES
 
 from pid_lightning.nn import AdapterConfig, Geometry, PiD, PiDConfig
 
+# What makes the authors' v1 arguments those of v1.5.
+V15 = {
+    "lq_gate_type": "sigma_aware_per_token",
+    "lq_conv_padding_mode": "replicate",
+    "pit_lq_inject": True,
+    "lq_aux_rgb_head": True,
+}
 ROPES = {"ntk_aware": True, "original": False}
 
 
